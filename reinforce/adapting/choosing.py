@@ -58,19 +58,13 @@ class Rule:
         for name in (*self.domain, *self.general):
             if not math.isfinite(start.metrics.get(name, math.nan)):
                 raise UserError(f"{name} has no value for the first model; see the set's line above.")
-        kept = [point for point in points if self._is_allowed(point, start)]
-        return max(kept, key=lambda point: (mean(point.metrics, self.domain), self._general(point), -point.alpha))
-
-    def _is_allowed(self, point: Point, start: Point) -> bool:
-        if not math.isfinite(mean(point.metrics, self.domain)):
-            return False
-        return (
-            not self.general
-            or mean(point.metrics, self.general) >= mean(start.metrics, self.general) - self.allow - 1e-9
-        )
-
-    def _general(self, point: Point) -> float:
-        return mean(point.metrics, self.general) if self.general else 0.0
+        least = mean(start.metrics, self.general) - self.allow - 1e-9
+        kept: dict[tuple[float, float, float], Point] = {}
+        for point in points:
+            domain, general = mean(point.metrics, self.domain), mean(point.metrics, self.general)
+            if math.isfinite(domain) and (not self.general or general >= least):
+                kept[domain, general if self.general else 0.0, -point.alpha] = point
+        return kept[max(kept)]
 
     def means(self, metrics: Mapping[str, float]) -> str:
         """The means of metrics in a short line: ``domain 71.20 %, general 65.00 %``."""

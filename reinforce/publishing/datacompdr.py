@@ -192,6 +192,14 @@ def build_config(data: Dataset, operations: int, precision: str, images: bool) -
         columns = [first, first := first + layer["dim"]]
         model = manifest["teachers"][name].get("model")
         teachers.append({"name": name, "model": model, "dim": layer["dim"], "columns": columns, "logit_scale": scale})
+    captioners = {
+        name: {
+            "list": LIST_OF.format(name),
+            "captions": manifest["layers"][captions_layer(name)]["count"],
+            "model": manifest["captioners"][name].get("model"),
+        }
+        for name in data.captioners
+    }
     augmentations = manifest["augmentations"]
     return {
         "model_name": ",".join(data.teachers),
@@ -208,7 +216,7 @@ def build_config(data: Dataset, operations: int, precision: str, images: bool) -
         "reinforced_dataset": {
             "format": PUBLISHED_FORMAT,
             "teachers": without_paths(teachers),
-            "captioners": without_paths({name: _captioner(manifest, name) for name in data.captioners}),
+            "captioners": without_paths(captioners),
             "vectors": precision,
             "images": images,
             "policies": manifest["policies"],
@@ -216,8 +224,3 @@ def build_config(data: Dataset, operations: int, precision: str, images: bool) -
             **({} if data.view is None else {"view": asdict(data.view.rows)}),
         },
     }
-
-
-def _captioner(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
-    count = manifest["layers"][captions_layer(name)]["count"]
-    return {"list": LIST_OF.format(name), "captions": count, "model": manifest["captioners"][name].get("model")}

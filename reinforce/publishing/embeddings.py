@@ -185,7 +185,7 @@ def _config_of(export: PartExport, shards: Sequence[str]) -> dict[str, Any]:
         "layers": dict(export.source.fingerprints),
         "shards": len(shards),
         "shard_names": hashlib.sha256("\n".join(shards).encode()).hexdigest()[:16],
-        **export.source.view_entry(),
+        **({} if export.source.view is None else {"view": asdict(export.source.view)}),
         **({"each_caption": "once"} if export.several else {}),  # earlier versions counted some several times
     }
 

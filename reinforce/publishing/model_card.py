@@ -21,7 +21,7 @@ from reinforce.publishing.public import is_local_path, without_paths
 from reinforce.storage import Storage
 from reinforce.student.loss_config import OTHER_MODELS
 from reinforce.training.record.curves import name_part
-from reinforce.training.record.results import Results, read_results
+from reinforce.training.record.results import read_results
 from reinforce.training.saving.checkpoint import read_config
 from teachers.redact import redact
 
@@ -59,6 +59,7 @@ def build_model_card(
     """
     training = Storage(run)
     results = read_results(training)
+    metrics = {name_part(name, results.parts): one for name, one in results.metrics.items()} if results else {}
     settings = read_config(training) or {}
     notes = [] if settings else [f"{run} has no checkpoint, so the card does not state what the model was trained from"]
     datasets: list[_Source] = []
@@ -102,7 +103,7 @@ def build_model_card(
         config=json.dumps(without_paths(dict(config)), indent=2),
         sources={"datasets": datasets, **{section: list(found.values()) for section, found in models.items()}},
         settings={key: without_paths(settings[key]) for key in _SETTINGS if settings.get(key) is not None},
-        metrics=_metrics(results),
+        metrics={name: value for name, value in metrics.items() if value is not None},
         step=results.exported if results else None,
         text=markdown,
         own_text=config["text_cfg"].get("hf_model_name") == ".",
@@ -146,10 +147,3 @@ def _names(section: str, settings: Mapping[str, Any]) -> list[str] | None:
         return names
     found = settings.get(prefix.rstrip("."))
     return None if found is None else list(found)
-
-
-def _metrics(results: Results | None) -> dict[str, float]:
-    if results is None:
-        return {}
-    found = results.metrics.items()
-    return {name_part(name, results.parts): value for name, value in found if value is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from reinforce.dataset.files.store import Store
@@ -41,10 +41,6 @@ class ExportSource:
         """Open the files of a shard, with some columns of its samples. Raises UserError."""
         layers = AlignedLayers(Store(self.url), self.fingerprints, {SAMPLES: columns}, self.moved, self.view)
         return layers.open(shard)
-
-    def view_entry(self) -> dict[str, Any]:
-        """What a description of the export states of its view, if it is of one."""
-        return {} if self.view is None else {"view": asdict(self.view)}
 
 
 def check_output(dataset: Storage, output: Storage) -> None:

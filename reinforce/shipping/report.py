@@ -41,10 +41,11 @@ class LatencyReport:
         slowest = max(map(_sum_of_medians, lines.values()), default=0.0)
         for (model, runtime), times in lines.items():
             about = self.models[model]
+            sizes = about.get("bytes", {}).get(runtime)
             table.add_row(
                 model if len(about["milliseconds"]) == 1 else f"{model} ({runtime})",
                 " + ".join(_format_number(about["parameters"][side] / 1e6) for side in SIDES),
-                *(_format_bytes(about.get("bytes", {}).get(runtime)) for _ in files),
+                *(" + ".join(f"{sizes[side] / 1e6:.1f}" for side in SIDES if sizes) for _ in files),
                 " + ".join(_format_number(about["gflop"][side]) for side in SIDES),
                 *(_format_range(times[side], batch) for side in SIDES),
                 f"{slowest / _sum_of_medians(times):.1f}x",
@@ -53,10 +54,11 @@ class LatencyReport:
 
     def lines(self) -> list[str]:
         """Return the machine, the method and the versions as one line."""
-        about = self.about
+        about, batch = self.about, self.about["batch"]
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         cores = f"{about['threads']} of {about['cores']} cores, load average {about['load average']} at the start"
-        rounds = f"medians of {about['rounds']} rounds by the {about['clock']}, {_describe_batch(about['batch'])}"
+        inputs = "one image or text at a time" if batch == 1 else f"of one image or text in batches of {batch}"
+        rounds = f"medians of {about['rounds']} rounds by the {about['clock']}, {inputs}"
         return [f"{about['cpu']}, {cores}; {rounds}, random weights; {versions}"]
 
     def as_json(self) -> dict[str, Any]:
@@ -139,11 +141,3 @@ def _format_range(times: dict[str, float], batch: int) -> str:
 def _format_number(value: float) -> str:
     """A number with one digit after the point, or with two that are not 0."""
     return f"{value:.1f}" if value >= 1 or not value else f"{value:.2g}"
-
-
-def _format_bytes(sizes: dict[str, int] | None) -> str:
-    return "" if sizes is None else " + ".join(f"{sizes[side] / 1e6:.1f}" for side in SIDES)
-
-
-def _describe_batch(batch: int) -> str:
-    return "one image or text at a time" if batch == 1 else f"of one image or text in batches of {batch}"
