@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,39 +127,27 @@ def test_a_teacher_added_from_another_set_gets_no_vectors_of_other_images_or_cro
     assert bool(quarantine(tmp_path, "embeddings/two/caption")) == bool(other_url), "captions have no crops"
 
 
-#: What DFNDR's tars state of a sample, and DataCompDR's.
-LAYOUTS: dict[str, Callable[[int], dict[str, str]]] = {
-    "DFNDR": lambda number: {"url": f"{URL}{number}"},
-    "DataCompDR": lambda number: {"uid": f"{number:032x}", "sha256": f"{number:064x}"},
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_copy_in_another_order_has_the_labels_of_its_own_images_and_no_others(tmp_path: Path, layout: str) -> None:
+def test_a_copy_in_another_order_has_the_labels_of_its_own_images_and_no_others(tmp_path: Path) -> None:
     """Image 0 is missing, image 1 exchanged under the same key, image 2 encoded again; image 3 comes twice."""
-    stated = LAYOUTS[layout]
 
-    def published(number: int) -> list[tuple[str, bytes]]:
-        found = stated(number)
-        url = found.get("url", f"{URL}{number}").encode()
-        document = None if layout == "DFNDR" else json.dumps(found).encode()
-        return published_members(ALL[number], json=document, **{"url.txt": url})
+    def stated(number: int) -> bytes:
+        return json.dumps({"url": f"{URL}{number}"}).encode()
 
-    source = [source_members(ALL[n], f"own{n}", json=json.dumps(stated(n)).encode()) for n in range(2, 10)]
+    source = [source_members(ALL[n], f"own{n}", json=stated(n)) for n in range(2, 10)]
     source[0][0] = ("own2.jpg", encode(Image.open(io.BytesIO(source[0][0][1])), "JPEG"))
-    source.append(source_members(ALL[1], json=json.dumps(stated(99)).encode()))
-    source.append(source_members(ALL[3], "again", json=json.dumps(stated(3)).encode()))
+    source.append(source_members(ALL[1], json=stated(99)))
+    source.append(source_members(ALL[3], "again", json=stated(3)))
     random.Random(0).shuffle(source)
-    write_published(tmp_path, source, [published(number) for number in range(10)])
+    published = [published_members(ALL[n], json=None, **{"url.txt": f"{URL}{n}".encode()}) for n in range(10)]
+    write_published(tmp_path, source, published)
     _, notes = check_source(make_plan(parse_config(config_of(tmp_path))))
     results: list[ShardResult] = []
     samples = list(reinforce.open(reinforce_here(config_of(tmp_path), results=results)))
     assert {sample.key for sample in samples} == {ALL[number].key for number in range(2, 10)}
     for sample in samples:
         check_sample(next(one for one in ALL if one.key == sample.key), sample)
-    joined = "url" if layout == "DFNDR" else "uid"
-    assert results[0].source_counts == {joined: 9, "other_image": 1}
-    assert len([note for note in notes if f"10 published ones: 9 by {joined}, 1 not (another image); " in note]) == 1
+    assert results[0].source_counts == {"url": 9, "other_image": 1}
+    assert len([note for note in notes if "10 published ones: 9 by url, 1 not (another image); " in note]) == 1
     unused = {(ALL[1].key, "not_reinforced"), (ALL[3].key, "duplicate_key")}
     assert {*quarantine(tmp_path)} == unused | {(ALL[number].key, "no_image") for number in range(2)}
 
