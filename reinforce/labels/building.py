@@ -12,9 +12,9 @@ import contextlib
 import functools
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -128,7 +128,7 @@ def build_index(
     build = Build(source, target, planned.samples, planned.fingerprint, planned.bits, parts, images)
     with open_workers(address, use_ray) as workers:
         counts = _build(store, build, found is not None, workers)
-    index = replace(planned, kinds=_in_order(counts.entries), repeated=_in_order(counts.repeated))
+    index = replace(planned, kinds=_in_order(counts, "kinds"), repeated=_in_order(counts, "repeated"))
     if found is None:
         store.write_table(table, *build.path(f"{SHARDS}.parquet"), row_group_size=4096)
     store.write_json(description(index), FOLDER, DESCRIPTION)
@@ -136,8 +136,8 @@ def build_index(
     return index
 
 
-def _in_order(counts: Mapping[str, int]) -> dict[str, int]:
-    return {kind: counts[kind] for kind in INDEXED if counts.get(kind)}
+def _in_order(counts: Counts, what: str) -> dict[str, int]:
+    return {kind: counts[what, kind] for kind in INDEXED if counts[what, kind]}
 
 
 def _parts(shards: Sequence[str], groups: Sequence[Sequence[int]]) -> tuple[tuple[int, tuple[str, ...]], ...]:
@@ -152,30 +152,21 @@ def _parts(shards: Sequence[str], groups: Sequence[Sequence[int]]) -> tuple[tupl
     return tuple((first, tuple(names)) for first, names in parts)
 
 
-class Counts(NamedTuple):
-    """Entries by kind, and those of them whose hash another entry has too."""
+#: ``kinds`` are the entries of each kind, and ``repeated`` those of them whose hash another entry has too.
+Counts: TypeAlias = "Counter[tuple[str, str]]"
 
-    entries: Counter[str]
-    repeated: Counter[str]
 
-    def add(self, kind: str, hashes: Hashes) -> None:
-        """Count the hashes of a partition."""
-        self.entries[kind] += len(hashes)
-        _, counts = np.unique(hashes, return_counts=True)
-        self.repeated[kind] += int(counts[counts > 1].sum())
-
-    def add_all(self, found: Iterable[tuple[Any, Counts]]) -> None:
-        """Add the counts of partitions."""
-        for _, other in found:
-            self.entries.update(other.entries)
-            self.repeated.update(other.repeated)
+def _count(kind: str, hashes: Hashes) -> Counts:
+    """The counts of the hashes of a partition."""
+    _, counts = np.unique(hashes, return_counts=True)
+    return Counter({("kinds", kind): len(hashes), ("repeated", kind): int(counts[counts > 1].sum())})
 
 
 def _build(store: Store, build: Build, finished: bool, workers: MapWorkers) -> Counts:
     """Write what is missing of the parts and partitions; count the entries of all partitions."""
     names = [*map(partition_name, range(2**build.bits))]
     kept = {*names} if finished else {*store.shards("/".join(build.path(INDEXED[-1])))}
-    counts = Counts(Counter(), Counter())
+    counts: Counts = Counter()
     if len(kept) < len(names):
         missing = sorted({*range(len(build.parts))} - build.entries.written())
         for _ in workers.map(functools.partial(write_part, build), missing, unit="part", name="part {}".format):
@@ -183,19 +174,22 @@ def _build(store: Store, build: Build, finished: bool, workers: MapWorkers) -> C
         ranges = build.entries.ranges(len(build.parts))
         partitions = [pair for pair in zip(names, ranges, strict=True) if pair[0] not in kept]
         merge = functools.partial(merge_partition, build)
-        counts.add_all(workers.map(merge, partitions, unit="partition", name=lambda pair: f"partition {pair[0]}"))
-    counts.add_all(workers.map(functools.partial(count_partition, build), sorted(kept), unit="partition"))
+        merged = workers.map(merge, partitions, unit="partition", name=lambda pair: f"partition {pair[0]}")
+        for _, found in merged:
+            counts.update(found)
+    for _, found in workers.map(functools.partial(count_partition, build), sorted(kept), unit="partition"):
+        counts.update(found)
     return counts
 
 
 def count_partition(build: Build, number: str) -> Counts:
     """The counts of a partition that was written before. Raises UserError."""
-    store, counts = Store(build.output), Counts(Counter(), Counter())
+    store, counts = Store(build.output), Counter[tuple[str, str]]()
     for kind in INDEXED:
         layer = "/".join(build.path(kind))
         try:
             with store.open_layer(layer, number) as file:
-                counts.add(kind, file.read(["hash"])["hash"].to_numpy())
+                counts.update(_count(kind, file.read(["hash"])["hash"].to_numpy()))
         except FileNotFoundError:
             continue  # a kind without entries
         except RefusedFile as error:
@@ -237,7 +231,7 @@ def _row_groups(store: Store, build: Build, shard: str) -> Iterator[tuple[int, d
 
 def merge_partition(build: Build, partition: tuple[str, Ranges]) -> Counts:
     """Write the files of a partition, given with its ranges of the parts. Raises UserError."""
-    store, counts = Store(build.output), Counts(Counter(), Counter())
+    store, counts = Store(build.output), Counter[tuple[str, str]]()
     number, ranges = partition
     entries = build.entries.read(ranges)
     for place, kind in enumerate(INDEXED):
@@ -253,7 +247,7 @@ def merge_partition(build: Build, partition: tuple[str, Ranges]) -> Counts:
             column_encoding={"hash": "DELTA_BINARY_PACKED"},
             write_statistics=["hash"],
         )
-        counts.add(kind, of_kind["hash"])
+        counts.update(_count(kind, of_kind["hash"]))
     return counts
 
 
