@@ -31,7 +31,7 @@ _CELL_ROWS, _MAX_CELLS = 2**11, 2**15
 _TRAINED_ROWS = 40  # for each cell
 _WRITTEN_ROWS = 2**14  # at a time
 _DIGESTS = np.dtype([("place", "<i8"), ("best", "<f8"), ("digest", "<u8")])
-PLACES = np.dtype("<i8")
+_PLACES = np.dtype("<i8")
 
 
 @dataclass(frozen=True)
@@ -60,47 +60,51 @@ class Buckets:
         return max(1, min(buckets, self.cells) if self.dim else buckets)
 
 
-def train_cells(
-    parts: Parts,
-    stage: str,
-    inputs: Mapping[str, str],
-    rule: BoundRule,
-    cells: int,
-    number: int,
-    places: Sequence[tuple[str, int]],
-) -> Arrays:
-    """Find centroids from row groups chosen at random, and save them in ``stage``."""
-    assert rule.layer is not None
-    layers = AlignedLayers(parts.store, {name: inputs[name] for name in (SAMPLES, rule.layer)}, {})
-    found = []
-    for shard, index in places:
-        with layers.open(shard, whole=False) as files:
-            vectors, valid = neighbours.mean_vectors(files.read_unchecked(rule.layer, index))
-        found.append(vectors[valid])
-    vectors = np.concatenate(found)[: cells * _TRAINED_ROWS]
-    if not len(vectors):
-        raise UserError(f"{parts.store.url}: {rule.layer} has no vectors. Choose another teacher.")
-    parts.save(stage, number, {"centroids": neighbours.train(vectors, min(cells, len(vectors)), rule.seed)})
-    return {"trained": np.array(len(vectors))}
-
-
-def training_places(
-    groups: npt.NDArray[np.int64], shards: Sequence[str], seed: int, cells: int
-) -> list[tuple[str, int]]:
-    """Shards and row groups to find centroids from; ``groups`` is the table of ``row_counts`` [row groups, 3]."""
-    order = np.random.default_rng([seed, len(groups)]).permutation(len(groups))
-    enough = int(np.searchsorted(np.cumsum(groups[order, 2]), cells * _TRAINED_ROWS)) + 1
-    return [(shards[shard], int(index)) for shard, index in sorted(map(tuple, groups[order[:enough], :2].tolist()))]
-
-
 @dataclass(frozen=True)
-class CollectRecords:
-    """Writes a record of each sample that is kept so far, for its bucket."""
+class Duplicates:
+    """The stages of a ``rule`` that finds duplicates; ``firsts`` are the numbers of the first row of each chunk.
 
+    As the measure of a pass, it writes a record of each sample that is kept so far, for its bucket.
+    """
+
+    parts: Parts
+    inputs: Mapping[str, str]
     rule: BoundRule
     buckets: Buckets
-    records: Shuffle
-    centroids: str
+    firsts: tuple[int, ...]
+
+    def stage(self, name: str) -> str:
+        return f"{self.rule.number}-{name}"
+
+    @property
+    def threshold(self) -> float:
+        assert self.rule.spec.deduplicate is not None
+        return self.rule.spec.deduplicate.threshold
+
+    @property
+    def records(self) -> Shuffle:
+        return self.parts.shuffle(self.stage("records"), self.buckets.dtype, self.buckets.count)
+
+    @property
+    def worse(self) -> Shuffle:
+        return self.parts.shuffle(self.stage("duplicates"), _PLACES, len(self.firsts))
+
+    def train(self, number: int, places: Sequence[tuple[str, int]]) -> Arrays:
+        """Find centroids from row groups chosen at random, and save them."""
+        assert self.rule.layer is not None
+        store, layer, cells = self.parts.store, self.rule.layer, self.buckets.cells
+        layers = AlignedLayers(store, {name: self.inputs[name] for name in (SAMPLES, layer)}, {})
+        found = []
+        for shard, index in places:
+            with layers.open(shard, whole=False) as files:
+                vectors, valid = neighbours.mean_vectors(files.read_unchecked(layer, index))
+            found.append(vectors[valid])
+        vectors = np.concatenate(found)[: cells * _TRAINED_ROWS]
+        if not len(vectors):
+            raise UserError(f"{store.url}: {layer} has no vectors. Choose another teacher.")
+        centroids = neighbours.train(vectors, min(cells, len(vectors)), self.rule.seed)
+        self.parts.save(self.stage("centroids"), number, {"centroids": centroids})
+        return {"trained": np.array(len(vectors))}
 
     def of(self, group: Group) -> npt.NDArray[Any]:
         values, valid = self.rule.vectors(group) if self.buckets.dim else _digests(group)
@@ -115,8 +119,8 @@ class CollectRecords:
     def result(self, number: int, chunk: ShardChunk, found: Sequence[npt.NDArray[Any]], parts: Parts) -> Arrays:
         records = np.concatenate([np.zeros(0, self.buckets.dtype), *found])
         if self.buckets.dim:
-            centroids = parts.load(self.centroids, 0)["centroids"]
-            rows, cells, homes = neighbours.assign(records["vector"], centroids, threshold_of(self.rule))
+            centroids = parts.load(self.stage("centroids"), 0)["centroids"]
+            rows, cells, homes = neighbours.assign(records["vector"], centroids, self.threshold)
             places = cells % self.buckets.count
         else:
             rows, cells, homes = np.arange(len(records)), None, None
@@ -134,10 +138,31 @@ class CollectRecords:
         self.records.write(number, places[order], blocks())
         return {"records": np.array(len(order))}
 
+    def compare(self, number: int, ranges: Ranges) -> Arrays:
+        """Find the places of the worse duplicates of a bucket, for their chunks."""
+        records = self.records.read(ranges)
+        out = _near(records, self.threshold) if self.rule.layer else _equal(records)
+        places = np.unique(records["place"][out])
+        self.worse.write(number, np.searchsorted(self.firsts, places, side="right") - 1, [places])
+        return {"worse": np.array(len(places))}
 
-def threshold_of(rule: BoundRule) -> float:
-    assert rule.spec.deduplicate is not None
-    return rule.spec.deduplicate.threshold
+    def enter(self, before: str, after: str, number: int, part: tuple[ShardChunk, Ranges]) -> Arrays:
+        """Enter the worse duplicates of all buckets into a chunk's codes, from the stage ``before`` to ``after``."""
+        chunk, ranges = part
+        codes = self.parts.load(before, number)["codes"]
+        places = np.unique(self.worse.read(ranges))
+        codes[places - chunk.first] = 2 * self.rule.number
+        self.parts.save(after, number, {"codes": codes})
+        return {"left_out": np.array(len(places))}
+
+
+def training_places(
+    groups: npt.NDArray[np.int64], shards: Sequence[str], seed: int, cells: int
+) -> list[tuple[str, int]]:
+    """Shards and row groups to find centroids from; ``groups`` is the table of ``row_counts`` [row groups, 3]."""
+    order = np.random.default_rng([seed, len(groups)]).permutation(len(groups))
+    enough = int(np.searchsorted(np.cumsum(groups[order, 2]), cells * _TRAINED_ROWS)) + 1
+    return [(shards[shard], int(index)) for shard, index in sorted(map(tuple, groups[order[:enough], :2].tolist()))]
 
 
 def _digests(group: Group) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
@@ -153,20 +178,6 @@ def _digests(group: Group) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_
         )
     column = samples[schemas.IMAGE_DIGEST].combine_chunks()
     return column.fill_null(0).to_numpy(), np.asarray(column.is_valid())
-
-
-def compare_records(
-    rule: BoundRule, shuffled: Shuffle, worse: Shuffle, firsts: npt.NDArray[np.int64], number: int, ranges: Ranges
-) -> Arrays:
-    """Find the places of the worse duplicates of a bucket, for their chunks.
-
-    ``firsts`` are the numbers of the first row of each chunk [chunks].
-    """
-    records = shuffled.read(ranges)
-    out = _near(records, threshold_of(rule)) if rule.layer else _equal(records)
-    places = np.unique(records["place"][out])
-    worse.write(number, np.searchsorted(firsts, places, side="right") - 1, [places])
-    return {"worse": np.array(len(places))}
 
 
 def _near(records: npt.NDArray[Any], threshold: float) -> npt.NDArray[np.bool_]:
@@ -187,21 +198,3 @@ def _equal(records: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     out = np.zeros(len(records), np.bool_)
     out[order[1:]] = digests[1:] == digests[:-1]
     return out
-
-
-def enter_duplicates(
-    parts: Parts,
-    rule: BoundRule,
-    worse: Shuffle,
-    before: str,
-    after: str,
-    number: int,
-    part: tuple[ShardChunk, Ranges],
-) -> Arrays:
-    """Enter the worse duplicates of all buckets into the codes of a chunk, from the stage ``before`` to ``after``."""
-    chunk, ranges = part
-    codes = parts.load(before, number)["codes"]
-    places = np.unique(worse.read(ranges))
-    codes[places - chunk.first] = 2 * rule.number
-    parts.save(after, number, {"codes": codes})
-    return {"left_out": np.array(len(places))}

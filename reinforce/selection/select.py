@@ -35,15 +35,7 @@ from reinforce.dataset.view import (
 from reinforce.errors import UserError
 from reinforce.parallel.map_workers import open_workers
 from reinforce.selection.config import SelectConfig
-from reinforce.selection.duplicates import (
-    PLACES,
-    Buckets,
-    CollectRecords,
-    compare_records,
-    enter_duplicates,
-    train_cells,
-    training_places,
-)
+from reinforce.selection.duplicates import Buckets, Duplicates, training_places
 from reinforce.selection.lock import lock_view
 from reinforce.selection.neighbours import Reference
 from reinforce.selection.parts import Arrays, Parts
@@ -276,26 +268,20 @@ class _Selection:
         return search
 
     def _find_duplicates(self, rule: BoundRule, dim: int) -> None:
-        rows = int(self.groups[:, 2].sum())
-        buckets = Buckets(rows, dim)
-        centroids, records, out = (f"{rule.number}-{name}" for name in ("centroids", "records", "duplicates"))
+        buckets = Buckets(int(self.groups[:, 2].sum()), dim)
+        found = Duplicates(self.parts, self.inputs, rule, buckets, tuple(chunk.first for chunk in self.chunks))
         if dim:
             self.log(f"rule {rule.label}: dividing samples into cells ({buckets.cells:,})")
             places = training_places(self.groups, self.shards, rule.seed, buckets.cells)
-            train = partial(train_cells, self.parts, centroids, self.inputs, rule, buckets.cells)
-            list(self.compute(f"{centroids}-trained", train, [places]))
-        in_buckets = self.parts.shuffle(records, buckets.dtype, buckets.count)
-        list(self._pass(records, CollectRecords(rule, buckets, in_buckets, centroids), save=True))
+            list(self.compute(found.stage("centroids-trained"), found.train, [places]))
+        list(self._pass(found.stage("records"), found, save=True))
         self.log(f"rule {rule.label}: comparing samples in each part ({buckets.count:,})")
-        firsts = np.array([chunk.first for chunk in self.chunks])
-        worse = self.parts.shuffle(out, PLACES, len(self.chunks))
-        compare = partial(compare_records, rule, in_buckets, worse, firsts)
-        list(self.compute(out, compare, in_buckets.ranges(len(self.chunks))))
+        list(self.compute(found.stage("duplicates"), found.compare, found.records.ranges(len(self.chunks))))
         assert self.codes is not None
-        enter = partial(enter_duplicates, self.parts, rule, worse, self.codes, f"{out}-codes")
-        chunks = [*zip(self.chunks, worse.ranges(buckets.count), strict=True)]
-        list(self.compute(f"{out}-entered", enter, chunks))
-        self.codes = f"{out}-codes"
+        enter = partial(found.enter, self.codes, after := found.stage("duplicates-codes"))
+        chunks = [*zip(self.chunks, found.worse.ranges(buckets.count), strict=True)]
+        list(self.compute(found.stage("duplicates-entered"), enter, chunks))
+        self.codes = after
 
     def _pass(self, stage: str, measure: Measure[_T], save: bool | None = None) -> Iterator[Arrays]:
         """Apply what is pending to all chunks, and measure -> the result of each chunk.
