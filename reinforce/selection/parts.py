@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from reinforce.dataset.files.content import Columns, content_of
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.dataset.view import FOLDER
 from reinforce.errors import UserError
 from reinforce.parallel.map_workers import MapWorkers
@@ -95,6 +97,11 @@ class Parts:
 
     def _path(self, stage: str, number: int) -> tuple[str, ...]:
         return *self._folder, stage, f"{number:06d}{_ENDING}"
+
+
+def content_digest(store: Store, columns: Columns, shard: str) -> int:
+    """The digest of some columns of the layers of a shard. Raises UserError."""
+    return content_of(store, columns, shard, lambda layer: layer_errors(store, layer, shard))
 
 
 @functools.lru_cache(maxsize=4)

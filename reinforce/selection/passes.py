@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from reinforce.dataset.files.content import Columns, content_of
+from reinforce.dataset.files.content import Columns
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.reading.aligned import AlignedLayers, layer_errors
+from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.view import ViewRows
 from reinforce.errors import UserError
 from reinforce.selection.expressions import connect, evaluate, join_rows
-from reinforce.selection.parts import Arrays, Parts
+from reinforce.selection.parts import Arrays, Parts, content_digest
 from reinforce.selection.rules import BoundRule, Codes, Group, layers_of
 from reinforce.selection.thresholds import Ordered, Search
 
@@ -141,21 +141,11 @@ def _database() -> Any:
     return _local.database
 
 
-@dataclass(frozen=True)
-class DigestContent:
-    """Finds the digest of what rules read of each shard of a chunk: ``columns`` of layers."""
-
-    parts: Parts
-    columns: Columns
-
-    def __call__(self, number: int, chunk: ShardChunk) -> Arrays:
-        pool = _readers(1 if self.parts.store.local else _THREADS)
-        found = pool.map(self._digest, chunk.shards)
-        return {"contents": np.fromiter(found, np.uint64, len(chunk.shards))}
-
-    def _digest(self, shard: str) -> int:
-        store = self.parts.store
-        return content_of(store, self.columns, shard, lambda layer: layer_errors(store, layer, shard))
+def digest_contents(parts: Parts, columns: Columns, number: int, chunk: ShardChunk) -> Arrays:
+    """The digest of what rules read of each shard of a chunk: ``columns`` of layers."""
+    pool = _readers(1 if parts.store.local else _THREADS)
+    found = pool.map(functools.partial(content_digest, parts.store, columns), chunk.shards)
+    return {"contents": np.fromiter(found, np.uint64, len(chunk.shards))}
 
 
 @dataclass(frozen=True)

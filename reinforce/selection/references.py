@@ -10,25 +10,24 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from reinforce.config import Config, load_config
-from reinforce.dataset.files.content import content_of
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, embeddings_layer, mapping_at
 from reinforce.dataset.manifest.manifest import find_manifest, read_manifest
-from reinforce.dataset.reading.aligned import AlignedLayers, layer_errors
+from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.errors import UserError
 from reinforce.input_config import Input
 from reinforce.processes.prefetch import prefetch
 from reinforce.selection import neighbours
 from reinforce.selection.config import Decontaminate
-from reinforce.selection.parts import Arrays, Parts
-from reinforce.selection.rules import BoundRule
+from reinforce.selection.parts import Arrays, Parts, content_digest
 from reinforce.source.urls import canonical
 from reinforce.terminal import plural
 from teachers.redact import redact
@@ -61,14 +60,12 @@ Reinforce = Callable[[Config], object]
 
 
 def find_datasets(
-    rule: BoundRule, manifest: Mapping[str, Any], view: str, reinforce: Reinforce | None
+    spec: Decontaminate, manifest: Mapping[str, Any], view: str, reinforce: Reinforce | None
 ) -> dict[str, OtherDataset]:
     """The datasets of a rule by URL; ``view`` is the URL of the folder of the view.
 
     Raises UserError if one cannot be compared with a dataset of this manifest.
     """
-    spec = rule.spec.decontaminate
-    assert spec is not None
     embedded = {url: _embedded(url, spec, view, reinforce) for url in spec.against}
     return {redact(url): _find(found, spec.teacher, manifest) for url, found in embedded.items()}
 
@@ -129,14 +126,10 @@ def _find(url: str, teacher: str, manifest: Mapping[str, Any]) -> OtherDataset:
     if completeness.missing or not completeness.complete:
         lacking = completeness.describe_missing() or "it has no shards"
         raise UserError(f"against: {store.url}: {lacking}. Finish its run before you select.")
-    shards, columns = completeness.complete, {found[0]: None, SAMPLES: ["key"]}
+    digest = partial(content_digest, store, {found[0]: None, SAMPLES: ["key"]})
     with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-
-        def content(shard: str) -> int:
-            return content_of(store, columns, shard, lambda layer: layer_errors(store, layer, shard))
-
-        contents = [*prefetch(pool, content, shards, 2 * _READ_AT_ONCE)]
-    return OtherDataset(url, found[0], fingerprints, shards, contents)
+        contents = [*prefetch(pool, digest, completeness.complete, 2 * _READ_AT_ONCE)]
+    return OtherDataset(url, found[0], fingerprints, completeness.complete, contents)
 
 
 def _without_labels(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,10 +191,10 @@ def _count_refused(
     return refused, len(shards)
 
 
-def check_found(rule: BoundRule, datasets: Mapping[str, OtherDataset], counts: Arrays) -> tuple[int, int]:
+def check_found(
+    spec: Decontaminate, label: str, datasets: Mapping[str, OtherDataset], counts: Arrays
+) -> tuple[int, int]:
     """The vectors of a rule's datasets, and their images without one. Raises UserError if these are not accepted."""
-    spec = rule.spec.decontaminate
-    assert spec is not None
     lines, missing = [], 0
     for place, (url, dataset) in enumerate(datasets.items()):
         null, refused, shards = (int(counts[name][place]) for name in ("null", "refused", "shards"))
@@ -212,7 +205,7 @@ def check_found(rule: BoundRule, datasets: Mapping[str, OtherDataset], counts: A
         missing += null + refused + shards
     if missing > (spec.without_vectors or 0):
         raise UserError(
-            f"rule {rule.label}: samples with the images that have no vector would be kept: {'; '.join(lines)}. "
+            f"rule {label}: samples with the images that have no vector would be kept: {'; '.join(lines)}. "
             "`reinforce status` shows why. Name datasets in which every image has a vector, or accept this by "
             f"`without_vectors: {missing}`."
         )

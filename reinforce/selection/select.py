@@ -39,7 +39,7 @@ from reinforce.selection.duplicates import Buckets, Duplicates, training_places
 from reinforce.selection.lock import lock_view
 from reinforce.selection.neighbours import Reference
 from reinforce.selection.parts import Arrays, Parts
-from reinforce.selection.passes import CountValues, DigestContent, Measure, Pass, ShardChunk, WriteRows, chunks_of
+from reinforce.selection.passes import CountValues, Measure, Pass, ShardChunk, WriteRows, chunks_of, digest_contents
 from reinforce.selection.references import OtherDataset, Reinforce, check_found, find_datasets, read_reference
 from reinforce.selection.rules import BoundRule, bind, columns_of_layers, labels, layers_of
 from reinforce.selection.thresholds import Counts, Search, number
@@ -94,8 +94,8 @@ def _apply_rules(
     """The view of a config, whose rows are written, and the results that it was made of."""
     rules = [bind(n, rule, config.seed, manifest) for n, rule in enumerate(config.rules, 1)]
     folder = f"{store.url}/{FOLDER}/{config.name}"
-    compared = [rule for rule in rules if rule.spec.decontaminate]
-    against = {rule.number: find_datasets(rule, manifest, folder, reinforce) for rule in compared}
+    compared = {rule.number: spec for rule in rules if (spec := rule.spec.decontaminate)}
+    against = {number: find_datasets(spec, manifest, folder, reinforce) for number, spec in compared.items()}
     inputs = {name: str(manifest["layers"][name]["fingerprint"]) for name in layers_of(rules)}
     shards = _complete_shards(store, inputs, log)
     written = [_written(rule, against.get(rule.number, {})) for rule in rules]
@@ -216,13 +216,13 @@ class _Selection:
         if rule.top is not None:
             self.log(f"rule {rule.label}: looking for the value above which it keeps samples")
             rule = replace(rule, search=self._find_values(rule, rule.top))
-        elif rule.spec.decontaminate is not None:
+        elif spec := rule.spec.decontaminate:
             self.log(f"rule {rule.label}: reading {', '.join(against)}")
             stage = f"{rule.number}-reference"
             read = partial(read_reference, self.parts, stage)
             [counts] = self.compute(f"{stage}-read", read, [[*against.values()]])
-            self.references[rule.number] = check_found(rule, against, counts)
-            rule = replace(rule, reference=Reference(self.parts, stage, rule.spec.decontaminate.threshold))
+            self.references[rule.number] = check_found(spec, rule.label, against, counts)
+            rule = replace(rule, reference=Reference(self.parts, stage, spec.threshold))
         elif rule.spec.deduplicate is not None:
             self._find_duplicates(rule, manifest["layers"][rule.layer]["dim"] if rule.layer else 0)
         self.rules[rule.number - 1] = rule
@@ -231,7 +231,7 @@ class _Selection:
 
     def contents(self, columns: Mapping[str, Sequence[str]]) -> array[int]:
         """The digest of what the rules read of each shard."""
-        digest = DigestContent(self.parts, {name: columns.get(name) for name in self.inputs})
+        digest = partial(digest_contents, self.parts, {name: columns.get(name) for name in self.inputs})
         found = array("Q")
         for result in self.compute("contents", digest, self.chunks):
             found.frombytes(result["contents"].tobytes())
