@@ -100,11 +100,6 @@ def assign(
     return np.concatenate(rows), np.concatenate(cells), np.concatenate(homes)
 
 
-def norms_of(vectors: Floats) -> Floats:
-    """The norms of vectors [rows]; about 1, since float16 rounds."""
-    return np.asarray(np.linalg.norm(vectors, axis=1), np.float32)
-
-
 def smallest_product(threshold: float, norms: Floats, others: Floats) -> Floats | float:
     """The smallest scalar product of vectors within a threshold; of norms [rows, 1] and [others], or [rows, others].
 
@@ -127,7 +122,7 @@ def worse_duplicates(
     rank = np.empty(len(order), np.int64)
     rank[np.lexsort((place[order], -best[order]))] = np.arange(len(order))
     out = np.zeros(len(order), np.bool_)
-    norms, at_home = norms_of(values), int(home.sum())
+    norms, at_home = np.linalg.norm(values, axis=1), int(home.sum())
     for start in range(0, at_home, _BLOCK):
         end = min(start + _BLOCK, at_home)
         smallest = smallest_product(threshold, norms[start:end, None], norms[start:])
@@ -157,7 +152,7 @@ class Reference:
         found = []
         for start in range(0, len(vectors), _BLOCK):
             block = vectors[start : start + _BLOCK].astype(np.float32)
-            of_block = norms_of(block)[:, None]
+            of_block = np.linalg.norm(block, axis=1, keepdims=True)
             if isinstance(index, np.ndarray):
                 products, norms = block @ index.T, others
             else:
@@ -171,7 +166,7 @@ class Reference:
 def _index(parts: Parts, stage: str) -> tuple[Any, Floats]:
     """What a process searches, made once: all vectors [N, D], or lists of them; and their norms [N]."""
     vectors = parts.load(stage, 0)["vectors"].astype(np.float32)
-    norms = norms_of(vectors)
+    norms = np.linalg.norm(vectors, axis=1)
     if len(vectors) <= _SEARCH_ALL:
         return vectors, norms
     faiss, dim = load_faiss(), vectors.shape[1]

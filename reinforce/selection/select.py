@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -206,10 +206,10 @@ class _Selection:
     pending: list[BoundRule] = field(default_factory=list)
     codes: str | None = None
     references: dict[int, tuple[int, int]] = field(default_factory=dict)  # vectors, and images without, by rule
-    chunks: list[ShardChunk] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.chunks = chunks_of(dict(zip(self.shards, rows_of_shards(self.groups, len(self.shards)), strict=True)))
+    @cached_property
+    def chunks(self) -> list[ShardChunk]:
+        return chunks_of(dict(zip(self.shards, rows_of_shards(self.groups, len(self.shards)), strict=True)))
 
     def add(self, rule: BoundRule, manifest: Mapping[str, Any], against: Mapping[str, OtherDataset]) -> None:
         """Find out what a rule needs to know of all samples."""
