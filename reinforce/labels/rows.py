@@ -254,9 +254,7 @@ class _StoredSet(LabelSet):
             if layer.codebook is None:
                 checked_norms(vectors, layer.name)
             return vectors
-        if value is None:
-            return None
-        texts = value.as_py()
+        texts = None if value is None else value.as_py()
         if texts is None:
             return None
         if len(texts) != layer.count or None in texts:
@@ -302,10 +300,8 @@ class _Files(IndexedRows):
             table = file.read_row_group(group, use_threads=False)
             if layer.codebook is not None:
                 codes, valid = tensor_rows(table[layer.kind.values])
-                return (
-                    table["key"],
-                    [row if one else None for row, one in zip(codes, valid, strict=True)],
-                ), table.nbytes
+                rows = [row if one else None for row, one in zip(codes, valid, strict=True)]
+                return (table["key"], rows), table.nbytes
             values = layer.kind.decode(table) if layer.kind.vectors else table[layer.kind.values]
             return (table["key"], values), table.nbytes + values.nbytes
 

@@ -82,7 +82,6 @@ def test_what_differs_is_named(folder: Path, tmp_path: Path) -> None:
     dataset = folder / "source-dataset"
     other = Path(shutil.copytree(dataset, tmp_path / "other"))
     change(other, "samples", "caption", "another")
-    change(other, "captions/namer", "captions", ["one", "another"])
     change(other, "scores/size", "scores", {"width": 140.0})
     turned = np.zeros((1, 16), np.float16)
     turned[0, [0, 8]] = 1
