@@ -101,18 +101,12 @@ def test_escaped_text_has_no_control_characters(text: str) -> None:
     assert "\\x1b[2J" in shown
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00:00"), (65, "0:01:05"), (3599.6, "1:00:00"), (93_784, "1d 02:03:04")]
-)
-def test_durations_are_formatted_like_a_clock(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**40, "1.0 TiB"), (2**60, "1048576.0 TiB")]
-)
-def test_bytes_have_a_binary_unit(count: int, text: str) -> None:
-    assert format_bytes(count) == text
+def test_durations_are_formatted_like_a_clock_bytes_have_a_binary_unit_and_one_thing_is_singular() -> None:
+    clocks = {0: "0:00:00", 65: "0:01:05", 3599.6: "1:00:00", 93_784: "1d 02:03:04"}
+    assert {seconds: format_duration(seconds) for seconds in clocks} == clocks
+    sizes = {0: "0 B", 1023: "1023 B", 1536: "1.5 KiB", 2**40: "1.0 TiB", 2**60: "1048576.0 TiB"}
+    assert {count: format_bytes(count) for count in sizes} == sizes
+    assert [plural(count, "shard") for count in (0, 1, 2000)] == ["0 shards", "1 shard", "2,000 shards"]
 
 
 def test_a_table_that_is_piped_is_not_wrapped_or_cut(
@@ -128,7 +122,3 @@ def test_a_table_that_is_piped_is_not_wrapped_or_cut(
     monkeypatch.setenv("COLUMNS", "60")
     print_table(table)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
-
-
-def test_one_thing_is_singular() -> None:
-    assert [plural(count, "shard") for count in (0, 1, 2000)] == ["0 shards", "1 shard", "2,000 shards"]
