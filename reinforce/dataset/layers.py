@@ -225,6 +225,11 @@ class LayerKind(ABC):
         """Layers of this kind that a config names. ``infos`` describe the models by section and name, ``known`` are the
         layers of lower levels."""
 
+    def of_model(self, name: str, info: ModelInfo, recipe: Mapping[str, Any], **facts: Any) -> Layer:
+        """The layer that a model makes, of a kind with one for each, with these attributes beside its recipe's."""
+        layer, fingerprint = self.pattern.replace("*", name), compute_fingerprint(recipe)
+        return Layer(layer, self, fingerprint, (SAMPLES,), name, recipe=recipe, code=info.code, **facts)
+
     def as_recorded(self, layer: Layer, entry: Mapping[str, Any]) -> tuple[Layer, str | None]:
         """A layer by the earlier version that its ``entry`` in dataset.json records, if such layers are continued, and
         what is wrong with it; else the layer itself and None."""

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
 from reinforce.dataset.codecs.base import Arrays, Codes, FittedCodec, Floats
-from reinforce.dataset.codecs.faiss_threads import faiss_of_codec
+from reinforce.processes.imports import require
 
 _BITS, _CHOICES = 8, 256  # of a byte
 _LEAST_FOR_EACH = 4  # vectors of a sample for each choice
 _BEAM = 4  # candidates that the encoder of residual codes keeps; to fit them, one, which is faster and no worse
+
+
+@contextlib.contextmanager
+def _faiss(name: str) -> Iterator[Any]:
+    """The module for a codec, with one thread, so that k-means gives the same numbers again. Raises UserError."""
+    require("select", f"codec {name}", "faiss")
+    import faiss
+
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield faiss
+    finally:
+        faiss.omp_set_num_threads(threads)
 
 
 class _Quantiser(FittedCodec):
@@ -32,11 +47,11 @@ class _Quantiser(FittedCodec):
         return _LEAST_FOR_EACH * _CHOICES
 
     def require_encoder(self) -> None:
-        with faiss_of_codec(self.name):
+        with _faiss(self.name):
             pass
 
     def fit(self, sample: Floats, seed: int) -> Arrays:
-        with faiss_of_codec(self.name) as faiss:
+        with _faiss(self.name) as faiss:
             quantiser = self._quantiser(faiss, sample.shape[1], 1)
             quantiser.cp.seed = seed % 2**31
             quantiser.cp.min_points_per_centroid = 1  # `least` is the bound
@@ -46,7 +61,7 @@ class _Quantiser(FittedCodec):
         return {"codebook": found.reshape(self.shapes(sample.shape[1])["codebook"])}
 
     def encode(self, values: Floats, arrays: Arrays) -> Codes:
-        with faiss_of_codec(self.name) as faiss:
+        with _faiss(self.name) as faiss:
             quantiser = self._quantiser(faiss, values.shape[1], _BEAM)
             faiss.copy_array_to_vector(arrays["codebook"].ravel(), getattr(quantiser, self.stored_as))
             codes: Codes = quantiser.compute_codes(np.ascontiguousarray(values))

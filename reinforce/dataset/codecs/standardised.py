@@ -20,8 +20,6 @@ class Standardised(FittedCodec):
     A channel whose values are equal in the sample has deviation 1.
     """
 
-    pattern = ""
-    example = ""
     prefix = "standardised"
 
     def __init__(self, inner: Codec) -> None:

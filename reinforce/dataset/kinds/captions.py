@@ -40,18 +40,8 @@ class Captions(LayerKind):
             if info.texts:
                 config.input.require_captions(f"captioners.{name}")
             recipe = _recipe(known[SAMPLES].fingerprint, info.identity)
-            yield Layer(
-                captions_layer(name),
-                self,
-                compute_fingerprint(recipe),
-                needs=(SAMPLES,),
-                model=name,
-                count=captioner.count,
-                published=captioner.published,
-                recipe=recipe,
-                code=info.code,
-                sees="image" if info.images else None,
-            )
+            sees, published = "image" if info.images else None, captioner.published
+            yield self.of_model(name, info, recipe, count=captioner.count, published=published, sees=sees)
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         return schemas.captions_schema()

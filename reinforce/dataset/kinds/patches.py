@@ -106,27 +106,15 @@ class PatchFeatures(LayerKind):
                 continue
             if not info.images:
                 raise UserError(f"teachers.{name}.patches: this teacher encodes no images; remove it")
-            layer = patches_layer(name)
             _codec(name, patches.codec)  # raises what is wrong
-            codebook = {"digest": info.codebooks.get(layer), "sample": patches.sample}
+            codebook = {"digest": info.codebooks.get(patches_layer(name)), "sample": patches.sample}
             settings: dict[str, Any] = {"grid": [*patches.shape], "codec": patches.codec, "codebook": codebook}
             if patches.picked is not None:
                 settings |= {"codec": "float16", "picked": patches.picked}
                 del settings["codebook"]
             recipe = {"samples": known[SAMPLES].fingerprint, "model": info.identity, "patches": settings}
-            yield Layer(
-                layer,
-                self,
-                compute_fingerprint(recipe),
-                needs=(SAMPLES,),
-                model=name,
-                count=config.augmentations.count,
-                dtype=patches.codec,
-                codebook=settings.get("codebook"),
-                recipe=recipe,
-                code=info.code,
-                sees="crops",
-            )
+            stored = {"count": config.augmentations.count, "dtype": patches.codec}
+            yield self.of_model(name, info, recipe, **stored, codebook=settings.get("codebook"), sees="crops")
 
     def asks(self, spec: ModelSpec) -> bool:
         return getattr(spec, "patches", None) is not None
@@ -169,15 +157,10 @@ class PatchFeatures(LayerKind):
         return layer.count * math.prod(layer.recipe["patches"]["grid"]) * vector
 
     def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
-        settings = layer.recipe["patches"]
-        entry = {"teacher": layer.model, "count": layer.count, "dim": stated.get(self.name, stated).get("dim")}
+        settings, dim = layer.recipe["patches"], stated.get(self.name, stated).get("dim")
         own = {"grid": settings["grid"], "codebook": settings.get("codebook")}
-        return {
-            **entry,
-            "dtype": layer.dtype,
-            **own,
-            **({"picked": settings["picked"]} if "picked" in settings else {}),
-        }
+        picked = {"picked": settings["picked"]} if "picked" in settings else {}
+        return {"teacher": layer.model, "count": layer.count, "dim": dim, "dtype": layer.dtype, **own, **picked}
 
     def check_entry(self, entry: Mapping[str, Any]) -> None:
         super().check_entry(entry)

@@ -90,18 +90,8 @@ class ClassProbabilities(LayerKind):
             info = infos[self.section, name]
             settings = {"top": classifier.k, "temperature": classifier.temperature, "sees": classifier.sees}
             recipe = _recipe(known[SAMPLES].fingerprint, info.identity, settings)
-            yield Layer(
-                probabilities_layer(name),
-                self,
-                compute_fingerprint(recipe),
-                needs=(SAMPLES,),
-                model=name,
-                count=config.augmentations.count if classifier.sees == "crops" else 1,
-                dim=info.dim,
-                recipe=recipe,
-                code=info.code,
-                sees=classifier.sees,
-            )
+            count = config.augmentations.count if classifier.sees == "crops" else 1
+            yield self.of_model(name, info, recipe, count=count, dim=info.dim, sees=classifier.sees)
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         return _schema(layer.count, layer.recipe["top"])

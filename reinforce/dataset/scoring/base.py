@@ -30,7 +30,6 @@ class Scorer(ABC):
 
     Attributes:
         key: the key of the config that chooses it.
-        used: other keys of the config that it uses.
         names: of the scores, which are the columns of the layer.
         needs: the layers, besides the samples, that they are computed from.
         columns: the columns of the samples that they are computed from.
@@ -38,7 +37,6 @@ class Scorer(ABC):
     """
 
     key: ClassVar[str]
-    used: ClassVar[tuple[str, ...]] = ()
     names: tuple[str, ...]
     needs: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()

@@ -67,7 +67,6 @@ class Facts(Scorer):
     """
 
     key = "facts"
-    used = ("tokenizer",)
 
     def __init__(self, spec: Score, version: int | None = None) -> None:
         self._facts, self._tokenizer = spec.facts or [], spec.tokenizer

@@ -21,7 +21,6 @@ class Head(Scorer):
     """
 
     key = "head"
-    used = ("teacher", "names")
 
     def __init__(self, spec: Score, version: int | None = None) -> None:
         assert spec.head is not None

@@ -26,7 +26,6 @@ class Similarity(Scorer):
     """
 
     key = "similarity"
-    used = ("texts",)
     earlier: ClassVar = {_VERSION: "its means over captions count those of a sample with few of them several times"}
 
     def __init__(self, spec: Score, version: int | None = None) -> None:
