@@ -251,7 +251,7 @@ class Student(Section):
         return self.family == "timm" or self.class_ is not None
 
     @model_validator(mode="after")
-    def _one_model(self) -> Student:
+    def _keys_fit(self) -> Student:
         if (self.model is None) == (self.class_ is None):
             raise ValueError("set either `model` (with `family` if needed) or `class`")
         if self.class_ is not None and self.family != "open_clip":
@@ -263,10 +263,6 @@ class Student(Section):
         given = [key for key in ("freeze", "text", "dim") if getattr(self, key)]
         if given and self.images_alone:
             raise ValueError(f"`{given[0]}` is for models of open_clip, which have two towers; remove it")
-        return self
-
-    @model_validator(mode="after")
-    def _share_of_something(self) -> Student:
         if self.quantize_share is not None and self.quantize is None:
             raise ValueError("`quantize_share` needs `quantize`: set it to int8-weights or int8, or remove the share")
         return self

@@ -50,6 +50,10 @@ def make_job(config: Any, models: Sequence[str], mutable: Iterable[str], **optio
     ``MUTABLE_KEYS``; ``options`` are further fields of the job.
     """
     evaluate, keys = config.evaluate, (f"train.{key}" for key in MUTABLE_KEYS)
+    of_models: dict[str, Any] = {}
+    for model in models:
+        with contextlib.suppress(ValueError, OSError):  # reported where the model is built
+            of_models |= flatten(folder_config(model) or {}, f"{model}/{CONFIG_FILE}: ")
     return Job(
         training=config.train,
         output=config.output,
@@ -60,18 +64,9 @@ def make_job(config: Any, models: Sequence[str], mutable: Iterable[str], **optio
         export_best=evaluate.export == "best",
         trackers=config.log,
         accelerator=config.accelerator,
-        model_config=_model_settings(models),
+        model_config=of_models or None,
         **options,
     )
-
-
-def _model_settings(models: Sequence[str]) -> dict[str, Any] | None:
-    """``Job.model_config`` of models by their names in open_clip; None if none is in a folder that has a config."""
-    found: dict[str, Any] = {}
-    for model in models:
-        with contextlib.suppress(ValueError, OSError):  # reported where the model is built
-            found |= flatten(folder_config(model) or {}, f"{model}/{CONFIG_FILE}: ")
-    return found or None
 
 
 def total_steps(training: Training, samples: int, ranks: int) -> int:

@@ -93,7 +93,10 @@ def backpropagate(
     with torch.no_grad():
         batch = task.prepare(batch)
     if len(seeds) == 1:
-        return _backpropagate_whole(task, model, batch, seeds[0], accelerator)
+        encoded = _encode(model, batch, seeds[0], accelerator)
+        losses = {**task.losses(encoded, batch), **encoded.losses}
+        _sum(losses).backward()
+        return StepOutput(_detached(losses), _detached(encoded.scalars))
     length = size // len(seeds)
     microbatches = [slice_batch(batch, start, start + length) for start in range(0, size, length)]
     return _backpropagate_microbatches(task, model, batch, microbatches, seeds, accelerator, kept)
@@ -121,13 +124,6 @@ def describe_failure(error: BaseException, compute: Compute, accelerator: Accele
             f"{keep}train.compute.gradient_checkpointing to true."
         )
     return None
-
-
-def _backpropagate_whole(task: Task, model: Any, batch: Batch, seed: int, accelerator: Accelerator) -> StepOutput:
-    encoded = _encode(model, batch, seed, accelerator)
-    losses = {**task.losses(encoded, batch), **encoded.losses}
-    _sum(losses).backward()
-    return StepOutput(_detached(losses), _detached(encoded.scalars))
 
 
 def _backpropagate_microbatches(

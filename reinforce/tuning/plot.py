@@ -44,24 +44,25 @@ def draw(
         len(columns) * rows, width=max(6.0, 5.2 * len(columns)), height=3.9 * rows, columns=len(columns)
     )
     for number, (axis, curve) in enumerate(columns):
-        if upper:
-            _draw_curve(axes[number], axis, curve, metric, screenings.get(axis), number)
+        screening = screenings.get(axis)
+        if curve is not None:
+            _draw_curve(axes[number], curve, metric, screening, number)
+        elif upper:
+            axes[number].set_axis_off()
         if lower:
             panel = axes[number + len(columns) * upper]
-            _draw_screening(panel, axis, screenings.get(axis), checks.get(axis))
-            if upper and curve is not None and axis in screenings:
+            if screening is None:
+                panel.set_axis_off()
+                continue
+            _draw_screening(panel, axis, screening, checks.get(axis))
+            if curve is not None:
                 panel.set_xlim(axes[number].get_xlim())
     plots.save(figure, url)
 
 
-def _draw_curve(
-    panel: Axes, axis: str, curve: Curve | None, metric: str, screening: TeacherScreening | None, number: int
-) -> None:
-    if curve is None:
-        panel.set_axis_off()
-        return
+def _draw_curve(panel: Axes, curve: Curve, metric: str, screening: TeacherScreening | None, number: int) -> None:
     colour = plots.colour(number)
-    _label_axes(panel, axis, metric, [value for value, _ in curve.rows])
+    _label_axes(panel, curve.axis, metric, [value for value, _ in curve.rows])
     if curve.plateau is not None and curve.plateau.low < curve.plateau.high:
         low, high = curve.plateau.low, curve.plateau.high
         panel.axvspan(low, high, color=colour, alpha=0.12, linewidth=0, label=f"plateau {low:g} to {high:g}")
@@ -105,10 +106,7 @@ def _mark_most_likely(panel: Axes, screening: TeacherScreening, label: str | Non
         panel.plot([], [], color=_GREY, linestyle=":", label=f"{label}, out of range")
 
 
-def _draw_screening(panel: Axes, axis: str, screening: TeacherScreening | None, check: ScreeningCheck | None) -> None:
-    if screening is None:
-        panel.set_axis_off()
-        return
+def _draw_screening(panel: Axes, axis: str, screening: TeacherScreening, check: ScreeningCheck | None) -> None:
     scales = [measured.scale for measured in screening.scales]
     _label_axes(panel, f"{axis}: screening without training", "share", scales)
     for number, (measure, label) in enumerate(_LABELS.items()):

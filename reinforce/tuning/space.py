@@ -88,7 +88,10 @@ class BaseStudent:
     def __init__(self, config: TuneConfig) -> None:
         self.config = config
         self.origin = "student" if isinstance(config.student, dict) else config.student
-        self.raw: dict[str, Any] = _read_raw(config.student)
+        self.raw: dict[str, Any] = dict(config.student) if isinstance(config.student, dict) else {}
+        if isinstance(config.student, str):
+            settings.load(StudentConfig, config.student)  # raises UserError with the place of a fault
+            self.raw = settings.load_yaml(Path(config.student).read_text(encoding="utf-8"))
         for key in ("output", "seed"):
             if key in config.trial:
                 raise UserError(f"trial.{key}: set for each trial by the tuning. Remove it.")
@@ -116,14 +119,6 @@ def apply_setting(data: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
     if setting.alone:
         changed["data"] = {**data["data"], "teachers": list(setting.scales)}
     return changed
-
-
-def _read_raw(student: str | Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(student, str):
-        return dict(student)
-    settings.load(StudentConfig, student)  # raises UserError with the place of a fault
-    data: dict[str, Any] = settings.load_yaml(Path(student).read_text(encoding="utf-8"))
-    return data
 
 
 def render_student_yaml(

@@ -76,21 +76,21 @@ def _open_dataset(source: Source, data: Data, seed: int, models: Models) -> Stre
         load_backend(policies.augmentation)  # loader processes use it; here an error is reported before the first step
     layers = manifest["layers"]
     crops, texts = _layers_of(models, url, manifest)
-    captioners = [*captioner_names(data, url, manifest), *_parallel_texts(data, url, manifest)]
+    parallel = data.parallel or {}
+    select_names(url, "captioners", [name for name in parallel if not is_in_json(name)], manifest)  # raises UserError
+    captioners = [*captioner_names(data, url, manifest), *parallel]
     if data.images == "none":
         crops = ()
     spec = ExampleSpec(
         crops=crops,
         texts=texts,
-        captioners={
-            name: _weight_of(name, {**(data.captioners or {}), **(data.parallel or {})}) for name in captioners
-        },
+        captioners={name: _weight_of(name, {**(data.captioners or {}), **parallel}) for name in captioners},
         captions=data.captions,
         synthetic=data.synthetic,
         pick=data.pick,
         seed=seed,
         several=bool(layers[SAMPLES].get("count")),
-        parallel=frozenset(data.parallel or ()),
+        parallel=frozenset(parallel),
         images=data.images != "none",
     )
     columns = spec.columns(manifest["images"])
@@ -118,13 +118,6 @@ def _open_dataset(source: Source, data: Data, seed: int, models: Models) -> Stre
     size = manifest["augmentations"]["size"]
     files = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
     return StreamedDataset(url, source.weight, aligned, spec, targets, policies, size, shards, groups, roots, files)
-
-
-def _parallel_texts(data: Data, url: str, manifest: Mapping[str, Any]) -> list[str]:
-    """The parallel texts that are read. Raises UserError for a captioner that there is not."""
-    names = [name for name in data.parallel or () if not is_in_json(name)]
-    select_names(url, "captioners", names, manifest)
-    return [*(data.parallel or ())]
 
 
 def _check_fields(aligned: AlignedLayers, shard: str, data: Data) -> None:

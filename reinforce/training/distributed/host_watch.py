@@ -118,17 +118,13 @@ class HostWatch:
             lines, self._lines = self._lines, []
         return lines
 
-    def error(self) -> str | None:
-        """The error that ends the training run, None while it may go on."""
+    def error(self, failed: bool = False) -> str | None:
+        """The error that ends the training run, None while it may go on; with ``failed`` see ``LostHosts.error``."""
+        if failed:
+            with contextlib.suppress(RayError):
+                self._look()
         with self._lock:
-            return self._hosts.error(time.monotonic())
-
-    def cause_of_failure(self) -> str | None:
-        """The error for a training run that Ray Train has given up, None if no host is lost."""
-        with contextlib.suppress(RayError):
-            self._look()
-        with self._lock:
-            return self._hosts.error(time.monotonic(), failed=True)
+            return self._hosts.error(time.monotonic(), failed)
 
     def _watch(self) -> None:
         while not self._closed.wait(_INTERVAL):

@@ -105,7 +105,7 @@ class Supervisor:
         if signum:
             raise Stopped(signum)
         if self._errors:
-            lost = self._hosts.cause_of_failure()
+            lost = self._hosts.error(failed=True)
             raise self._errors[0] if lost is None else HostLost(lost) from self._errors[0]
 
     def _end(self, running: bool) -> None:
