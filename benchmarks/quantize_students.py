@@ -32,7 +32,7 @@ from reinforce.student.layers.quantize import quantize
 from reinforce.student.train import build, student_job
 from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.loop import run_rank
-from reinforce.training.saving.checkpoint import Checkpoints
+from reinforce.training.saving import Checkpoints
 from reinforce.training.stop import StopSignal
 from teachers.open_clip.teacher import image_spec, load_model
 from teachers.open_clip.tokenizer import Tokenizer

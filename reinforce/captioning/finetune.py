@@ -28,7 +28,7 @@ from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.record.log import read_rows
 from reinforce.training.record.results import Results
 from reinforce.training.record.trackers import check_trackers
-from reinforce.training.saving.checkpoint import FOLDER as CHECKPOINTS
+from reinforce.training.saving import FOLDER as CHECKPOINTS
 from teachers.open_clip.tokenizer import Tokenizer
 from teachers.runtime.accelerator import Accelerator
 

@@ -22,7 +22,7 @@ from reinforce.storage import Storage
 from reinforce.student.loss_config import OTHER_MODELS
 from reinforce.training.record.curves import name_part
 from reinforce.training.record.results import read_results
-from reinforce.training.saving.checkpoint import read_config
+from reinforce.training.saving import read_config
 from teachers.redact import redact
 
 #: Keys of the training's config that the card shows.

@@ -10,7 +10,7 @@ Each of the steps 0 .. ``steps`` - 1 takes a global batch of ``train.batch`` sam
    finite; clamp logit scales to [1, 100]; update the moving average of the weights.
 
 Every ``checkpoints.every`` steps, before an evaluation, after a signal and at the end, rank 0 saves a checkpoint, while
-the training run continues (`reinforce.training.saving.writer`). A training run that is started again resumes from the
+the training run continues (`reinforce.training.saving`). A training run that is started again resumes from the
 last checkpoint with the same batches, random numbers and weights, so its curve is the one of an uninterrupted training,
 bit for bit.
 """
@@ -46,15 +46,20 @@ from reinforce.training.record.log import notes as log_notes
 from reinforce.training.record.profile import StepProfiler
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.record.trackers import open_trackers
-from reinforce.training.saving.checkpoint import Checkpoints, DamagedCheckpoint, Progress
-from reinforce.training.saving.resume import check_resumable, describe_differences, describe_length
-from reinforce.training.saving.writer import CheckpointWriter
+from reinforce.training.saving import (
+    Checkpoints,
+    CheckpointWriter,
+    DamagedCheckpoint,
+    Progress,
+    check_resumable,
+    describe_differences,
+    describe_length,
+)
 from reinforce.training.state import State, check_skipped, make_average
 from reinforce.training.step import Prefetcher, StepOutput, backpropagate, describe_failure
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Begun, Build, Feed, Task
-from reinforce.training.trials.compiled import compile_model
-from reinforce.training.trials.division import Trials
+from reinforce.training.trials import Trials, compile_model
 from teachers.fast_paths.recompilation import Compiler
 from teachers.fast_paths.usage import snapshot, total
 

@@ -12,7 +12,7 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.training.config import HIGHEST_LOGIT_SCALE
-from reinforce.training.saving.checkpoint import Progress
+from reinforce.training.saving import Progress
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3

@@ -18,7 +18,7 @@ from reinforce.student.train import student_job
 from reinforce.training.config import describe_changes
 from reinforce.training.record.log import read_rows
 from reinforce.training.record.results import read_results
-from reinforce.training.saving.checkpoint import Checkpoints
+from reinforce.training.saving import Checkpoints
 
 _TRIAL, _STOPPED = "trial.json", "stopped.json"
 

@@ -30,7 +30,7 @@ from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.state import State
 from reinforce.training.step import Prefetcher, StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
-from reinforce.training.trials.division import Trials
+from reinforce.training.trials import Trials
 from teachers.fast_paths.usage import set_enabled, snapshot
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.captioning import TEXTS, make_batch, make_captioner

@@ -21,7 +21,7 @@ from reinforce.student.layers.quantize import batch_norms
 from reinforce.student.model import Student, build_student
 from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import make_adamw
-from reinforce.training.saving.checkpoint import Checkpoints
+from reinforce.training.saving import Checkpoints
 from reinforce.training.state import State
 from tests.helpers.models.tiny_models import MEAN, STD
 from tests.helpers.students import batch, student_config, student_folder, train_briefly

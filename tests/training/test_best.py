@@ -18,7 +18,7 @@ from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.training.job import Job
 from reinforce.training.record.results import Results, read_results
-from reinforce.training.saving.checkpoint import BestCheckpoint, Checkpoints
+from reinforce.training.saving import BestCheckpoint, Checkpoints
 from reinforce.training.task import Metrics
 from tests.helpers.trainings import TowersTask, job, rows, run
 

@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 
 from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
-from reinforce.training.saving.checkpoint import BestCheckpoint, Checkpoints, DamagedCheckpoint, Progress
-from reinforce.training.saving.writer import CheckpointWriter
+from reinforce.training.saving import BestCheckpoint, Checkpoints, CheckpointWriter, DamagedCheckpoint, Progress
 from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.trainings import PairFeed, job, run
 

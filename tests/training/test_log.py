@@ -30,8 +30,8 @@ from reinforce.training.record.curves import draw_curves
 from reinforce.training.record.log import Log, Throughput, format_row
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.record.trackers import RUNS, Scalars, Tracker, check_trackers, open_trackers
-from reinforce.training.saving.checkpoint import BestCheckpoint
-from reinforce.training.trials.division import Trials
+from reinforce.training.saving import BestCheckpoint
+from reinforce.training.trials import Trials
 from tests.helpers.trainings import WIDTH, PairFeed, before_batches, job, rows, run, stopped_after
 
 

@@ -28,7 +28,7 @@ from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.job import Job
 from reinforce.training.loop import run_rank
 from reinforce.training.record.results import Results
-from reinforce.training.saving.checkpoint import Checkpoints, Progress
+from reinforce.training.saving import Checkpoints, Progress
 from reinforce.training.stop import Stopped, StopSignal
 from teachers.fast_paths.usage import Usage, enabled, fast_path
 from teachers.runtime.accelerator import Accelerator

@@ -28,13 +28,12 @@ from reinforce.training.distributed.ranks import Ranks, join_ranks, share_from_f
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
 from reinforce.training.record import log
-from reinforce.training.saving.checkpoint import Checkpoints, DamagedCheckpoint
+from reinforce.training.saving import Checkpoints, DamagedCheckpoint
 from reinforce.training.state import State
 from reinforce.training.step import Prefetcher, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Feed, Task
-from reinforce.training.trials.compiled import compile_if_equal
-from reinforce.training.trials.division import Trials
+from reinforce.training.trials import Trials, compile_if_equal
 from teachers.fast_paths import recompilation
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers import sync_batch_norm  # noqa: F401  SyncBatchNorm's operations on CPUs

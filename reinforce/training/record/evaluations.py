@@ -17,8 +17,7 @@ from reinforce.training.job import Job
 from reinforce.training.record.curves import name_part
 from reinforce.training.record.log import Log
 from reinforce.training.record.results import Results, metric_text
-from reinforce.training.saving.checkpoint import Checkpoints, DamagedCheckpoint, Progress
-from reinforce.training.saving.writer import CheckpointWriter
+from reinforce.training.saving import Checkpoints, CheckpointWriter, DamagedCheckpoint, Progress
 from reinforce.training.state import State
 from reinforce.training.stop import StopSignal
 from reinforce.training.task import Metrics, Task

@@ -10,7 +10,7 @@ from reinforce.storage import Storage
 from reinforce.terminal import format_duration, plural
 from reinforce.training.record.curves import name_part
 from reinforce.training.record.log import CURVES, EVENTS, LOG, written
-from reinforce.training.saving.checkpoint import FOLDER, BestCheckpoint
+from reinforce.training.saving import FOLDER, BestCheckpoint
 from teachers.fast_paths.usage import Usage, parse, problem_lines
 
 RESULTS = "results.json"

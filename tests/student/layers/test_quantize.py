@@ -21,7 +21,7 @@ from reinforce.student.config import StudentConfig
 from reinforce.student.layers.quantize import can_quantize, quantize, round_inputs, round_weights
 from reinforce.student.model import Student, build_student
 from reinforce.student.train import build, student_job
-from reinforce.training.saving.checkpoint import Checkpoints
+from reinforce.training.saving import Checkpoints
 from reinforce.training.stop import Stopped, StopSignal
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.ranks import results_of_ranks

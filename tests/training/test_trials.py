@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from reinforce.storage import Storage
+from reinforce.training import trials
 from reinforce.training.distributed.ranks import Ranks
-from reinforce.training.saving.checkpoint import Checkpoints
+from reinforce.training.saving import Checkpoints
 from reinforce.training.state import State
 from reinforce.training.step import Prefetcher
-from reinforce.training.trials import compiled
-from reinforce.training.trials.division import Trials
+from reinforce.training.trials import Trials
 from teachers.fast_paths import recompilation, usage
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.stand_in_cuda import stand_in_cuda
@@ -64,11 +64,11 @@ def compile_(task: TowersTask) -> tuple[recompilation.Compiler, bool, Callable[[
     accelerator = Accelerator("cpu")
     state = State(task.model.train(), torch.optim.SGD(task.model.parameters()))
 
-    trials = Trials(task, state, BATCH, 16, Ranks(0, 1, accelerator))
-    step = partial(trials.step, microbatches=2, kept=1)
+    steps = Trials(task, state, BATCH, 16, Ranks(0, 1, accelerator))
+    step = partial(steps.step, microbatches=2, kept=1)
     compiler = recompilation.Compiler("Towers", False)
     before = {name: value.clone() for name, value in state.tensors().items()}
-    made = compiled.compile_if_equal(trials, task.model, step, compiler)
+    made = trials.compile_if_equal(steps, task.model, step, compiler)
     assert all(torch.equal(value, before[name]) for name, value in state.tensors().items())
     assert all(parameter.grad is None for parameter in task.model.parameters())
     return compiler, made, partial(step, task.model)
@@ -118,12 +118,12 @@ def test_a_model_that_cannot_be_compiled_safely_stays_plain_with_one_line_of_why
 
 def test_a_gradient_that_differs_or_is_missing_is_found() -> None:
     gradients: dict[str, torch.Tensor | None] = {"a": torch.tensor([3.0, 4.0]), "b": None}
-    one = compiled._Gradient({"loss": torch.tensor(2.0)}, gradients, False)
+    one = trials._Gradient({"loss": torch.tensor(2.0)}, gradients, False)
     ranks = Ranks(0, 1, Accelerator("cpu"))
 
     def found(**changes: Any) -> str | None:
         other = {"losses": one.losses, "of": gradients, "random": False, **changes}
-        return compiled._difference(one, compiled._Gradient(**other), ranks)
+        return trials._difference(one, trials._Gradient(**other), ranks)
 
     assert found() is None
     assert found(of={"a": torch.tensor([4.0, 3.0]), "b": None}).startswith("the gradient differs (cosine 0.96000")
@@ -170,9 +170,9 @@ def test_on_cuda_a_student_is_compiled_by_default_in_a_long_training_without_sha
                     return lambda: value
 
             config = job("x", batch=16 * ranks, compute=compute).training.compute
-            trials = Trials(task, state, batches.peek(), 16, Alone(0, ranks, accelerator))
-            step = partial(trials.step, microbatches=1, kept=0)
-            compiled.compile_model(trials, model, step, config, suits)
+            made = Trials(task, state, batches.peek(), 16, Alone(0, ranks, accelerator))
+            step = partial(made.step, microbatches=1, kept=0)
+            trials.compile_model(made, model, step, config, suits)
             return len(usage.snapshot())
 
         assert paths() == paths(ranks=2) == 1
@@ -181,9 +181,9 @@ def test_on_cuda_a_student_is_compiled_by_default_in_a_long_training_without_sha
 
 
 def test_nothing_is_compiled_on_a_cpu_by_default_nor_where_fast_paths_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    trials = Trials(StaticTask(), None, BATCH, 16, Ranks(0, 1, Accelerator("cpu")))  # type: ignore[arg-type]
-    assert compiled.compile_model(trials, None, pytest.fail, job("x").training.compute, False) is None
+    made = Trials(StaticTask(), None, BATCH, 16, Ranks(0, 1, Accelerator("cpu")))  # type: ignore[arg-type]
+    assert trials.compile_model(made, None, pytest.fail, job("x").training.compute, False) is None
     monkeypatch.setenv(usage.VARIABLE, "plain")
     wanted = job("x", compute={"compile": True}).training.compute
-    assert compiled.compile_model(trials, None, pytest.fail, wanted, False) is None
+    assert trials.compile_model(made, None, pytest.fail, wanted, False) is None
     assert usage.snapshot() == ()

@@ -3,15 +3,21 @@
 A file appears whole or not at all, so every checkpoint that exists is complete, and a checksum finds later damage: the
 training then goes on from the checkpoint before, which is kept for that. The state of random generators is not stored:
 the random numbers of a step are seeded from the training run's seed, the step and the rank.
+
+They are written while the training run continues: a step waits for a copy of the state in the host's memory; a thread
+makes the file of it and publishes that. One checkpoint is in work at a time, so host memory holds the state once more,
+in buffers that are used again.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +28,11 @@ from safetensors.torch import save_file
 
 from reinforce.errors import UserError
 from reinforce.storage import Storage
+from reinforce.training.config import Optimizer, describe_changes
+from reinforce.training.optimizer import learning_rate
+from reinforce.training.stop import Stopped
 
+_LOG = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 _BEST = "best.json"
 _HEADER, _CHECKSUM = "reinforce.checkpoint", "reinforce.checksum"
@@ -148,6 +158,67 @@ class Checkpoints:
             raise
 
 
+class CheckpointWriter:
+    """Saves checkpoints in a thread. Leaving the block waits for the last one, and raises its error."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self._copies: dict[str, torch.Tensor] = {}
+        self._pins = True
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, progress: Progress, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy the tensors and begin to write them, after the checkpoint before. Raises the error of that one."""
+        self.wait()
+        self._copy(tensors)
+        self._writing = self._thread.submit(self.checkpoints.save, progress, self._copies)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last checkpoint could not be written; does not wait."""
+        writing = self._writing
+        return writing is not None and writing.done() and writing.exception() is not None
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written. Raises its error, once."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _copy(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Contiguous copies on the CPU; tied weights, which share memory, are stored twice."""
+        copies = {}
+        for name, tensor in tensors.items():
+            copy = self._copies.get(name)
+            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+                copy = self._buffer(tensor)
+            copies[name] = copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        self._copies = copies
+
+    def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Host memory for a copy of a tensor: for one on CUDA pinned, unless the machine has refused that before."""
+        if tensor.is_cuda and self._pins:
+            try:
+                return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            except RuntimeError as error:
+                self._pins = False
+                first = str(error).partition("\n")[0]
+                _LOG.warning("checkpoints are copied to memory that is not pinned, which is slower: %s", first)
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        writing = self._writing
+        self._thread.shutdown()
+        if writing is not None and (kind is None or issubclass(kind, Stopped)):
+            writing.result()
+
+
 def read_config(storage: Storage) -> dict[str, Any] | None:
     """``Progress.fixed_config`` of the latest checkpoint in an output folder, or None if there is none.
 
@@ -164,6 +235,75 @@ def read_config(storage: Storage) -> dict[str, Any] | None:
     except (KeyError, ValueError, TypeError) as error:
         raise DamagedCheckpoint(f"{path} is not a whole checkpoint ({type(error).__name__}: {error})") from error
     return found
+
+
+def check_resumable(before: Progress, now: Progress, steps: int, output: str) -> None:
+    """Compare a checkpoint's header with that of a training run of ``steps`` steps that is about to resume from it.
+
+    ``data`` replaces the keys of the config that are resolved by the data. Older checkpoints have no ``data``. Raises
+    UserError with one line per difference, and for a checkpoint beyond the last step.
+    """
+    config = (before.fixed_config, now.fixed_config)
+    data = (before.data or {}, (now.data or {}) if before.data is not None else {})
+    model = (before.model_config or now.model_config or {}, now.model_config or {})
+    changed = describe_changes(*({**c, **d, **m} for c, d, m in zip(config, data, model, strict=True)))
+    if changed:
+        kind = (
+            "on other data"
+            if {*changed} - {*describe_changes(*config), *describe_changes(*model)}
+            else "of another config"
+        )
+        raise UserError(
+            f"{output} has a training {kind}:\n  " + "\n  ".join(changed) + "\n"
+            "Write to another `output`, restore these values (remove keys that were not set), or delete the folder to "
+            "start over."
+        )
+    if before.step > steps:
+        raise UserError(
+            f"{output} is already at step {before.step:,}, beyond the {steps:,} steps of this config. "
+            "Raise train.steps (or epochs), or write to another `output`."
+        )
+
+
+def describe_length(before: Progress, steps: int, optimizer: Optimizer) -> list[str]:
+    """A line if the last step of a checkpoint has another learning rate in a training run of ``steps`` steps."""
+    if before.steps in (None, steps) or not before.step:
+        return []
+    last, same = (learning_rate(before.step - 1, length, optimizer) for length in (before.steps, steps))
+    if last == same:
+        return []
+    following = learning_rate(before.step, steps, optimizer)
+    return [
+        f"the training has {steps:,} steps now and had {before.steps:,} at the last checkpoint, so its learning rate "
+        f"decays otherwise: it was {last:.3g} in step {before.step:,} and is {following:.3g} in the next one. What "
+        "else depends on the length, such as student.quantize_share, follows the new one, too"
+    ]
+
+
+def describe_differences(before: Progress, now: Progress) -> list[str]:
+    """Lines about changes with which a training run may resume, but not bit for bit."""
+    notes = []
+    if before.samples not in (None, now.samples):
+        notes.append(
+            f"an epoch has {now.samples:,} samples now and had {before.samples:,} at the last checkpoint: the data "
+            "have changed, and the order of samples is another one from here on"
+        )
+    elif before.files not in (None, now.files):
+        notes.append(
+            "the files with the samples have changed since the last checkpoint, though not their number of samples: if "
+            "they are other samples, write to another `output`"
+        )
+    if before.division not in (None, now.division):
+        notes.append(
+            f"a batch is divided into {now.division} now and was divided into {before.division} at the last "
+            "checkpoint: batch normalisation and dropout, where the model has them, differ from here on"
+        )
+    if before.compiled and not now.compiled:
+        notes.append(
+            "steps ran compiled code up to the last checkpoint and run plain code now: results differ in rounding from "
+            "here on"
+        )
+    return notes
 
 
 def _file_name(step: int) -> str:

@@ -1,1 +1,0 @@
-"""Checkpoints: their files, whether a training run may resume from them, and how the loop writes them."""
