@@ -48,10 +48,6 @@ def is_put(request: Request) -> bool:
     return request.method == "PUT"
 
 
-def is_dataset_json(request: Request) -> bool:
-    return is_put(request) and request.key.endswith("dataset.json")
-
-
 def puts(part: str) -> When:
     return lambda request: is_put(request) and part in request.key
 
@@ -234,14 +230,14 @@ CASES = [
     Case("one 404 for the source", faulty(refuse(404, "NoSuchKey"), is_source, times=1, seconds=60)),
     Case("one 404 for a put", faulty(refuse(404, "NoSuchBucket"), puts(".parquet"), times=1)),
     Case("one 403 for a put", faulty(_DENIED, puts(".parquet"), times=1)),
-    Case("one 403 for dataset.json", faulty(_DENIED, is_dataset_json, times=1)),
+    Case("one 403 for dataset.json", faulty(_DENIED, puts("dataset.json"), times=1)),
     Case("a clock that is wrong for 10 s", faulty(refuse(403, "RequestTimeTooSkewed"), is_source, seconds=10)),
     Case("501 for If-None-Match", faulty(refuse(501, "NotImplemented"), lambda r: "If-None-Match" in r.headers)),
     Case("puts that are written and then stalled", faulty(unanswered, puts(".parquet"), times=4)),
     Case("a put of samples that is answered and not written", faulty(lose, puts("/samples/"), times=1)),
     Case("puts of embeddings that are answered and not written", faulty(lose, puts("/embeddings/"), times=3)),
-    Case("a dataset.json that is answered and not written", faulty(lose, is_dataset_json, times=1)),
-    Case("a dataset.json that is never written", faulty(lose, is_dataset_json), "not what was written", _SHORT),
+    Case("a dataset.json that is answered and not written", faulty(lose, puts("dataset.json"), times=1)),
+    Case("a dataset.json that is never written", faulty(lose, puts("dataset.json")), "not what was written", _SHORT),
     Case("the listing at the end lags",
          faulty(edited(rb"<Contents>.*</Contents>", b""), lambda r: r.is_list and "embeddings" in r.prefix)),
     Case("listings in pages of two names", faulty(two_names, lambda r: r.is_list)),
