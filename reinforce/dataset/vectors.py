@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -149,28 +149,20 @@ def from_lists(column: pa.ChunkedArray, shape: Sequence[int]) -> pa.Array:
     return tensor_column(rows, [*shape], valid)
 
 
-class Picked(NamedTuple):
-    """One vector of every row, float32 [rows, dim], with masks [rows].
+def pick(
+    data: pa.Table | pa.RecordBatch, index: npt.NDArray[np.intp]
+) -> tuple[Floats, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Select vector ``index[row]`` of every row -> float32 [rows, dim], and two masks [rows].
 
-    ``stored`` rows are not null, and ``unit`` rows have unit norm: the others are null, NaN, infinite or zero.
-    """
-
-    vectors: Floats
-    stored: npt.NDArray[np.bool_]
-    unit: npt.NDArray[np.bool_]
-
-
-def pick(data: pa.Table | pa.RecordBatch, index: npt.NDArray[np.intp]) -> Picked:
-    """Select vector ``index[row]`` of every row.
-
-    Only the selected vectors are decoded. They are normalised to unit norm, so int8's scales are not needed. The
-    vectors of null rows are arbitrary.
+    The first mask has the rows that are not null; vectors of null rows are arbitrary. The second has those of unit
+    norm: the others are null, NaN, infinite or zero. Only the selected vectors are decoded. They are normalised, so
+    int8's scales are not needed.
     """
     stored, valid = tensor_rows(data.column("embeddings"))
     vectors = _decoded(data, stored[np.arange(len(index)), index])
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit = np.isfinite(norms) & (norms > 0)
-    return Picked(np.divide(vectors, norms, out=vectors, where=unit), valid, valid & unit[:, 0])
+    return np.divide(vectors, norms, out=vectors, where=unit), valid, valid & unit[:, 0]
 
 
 def _decoded(data: pa.Table | pa.RecordBatch, stored: npt.NDArray[Any]) -> Floats:

@@ -177,8 +177,8 @@ class _Embeddings(LayerKind):
         return (TargetTensor("", "float32", (entry["dim"],)),)
 
     def pick(self, table: pa.Table, index: npt.NDArray[np.intp]) -> PickedValues:
-        picked = vectors.pick(table, index)
-        return PickedValues((picked.vectors,), picked.stored, picked.unit)
+        picked, stored, unit = vectors.pick(table, index)
+        return PickedValues((picked,), stored, unit)
 
     def content(self, layer: Layer) -> str:
         return f"[{layer.count}, {layer.dim}] {layer.dtype}"

@@ -17,7 +17,6 @@ import time
 import uuid
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 from reinforce.claim_file import ClaimFile
@@ -95,9 +94,7 @@ class Claims:
         self.take()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def _claim(self, name: str) -> dict[str, Any] | None:
