@@ -63,8 +63,7 @@ class RawSample:
     def captions(self, spec: Input) -> list[str]:
         """The true captions that a config keeps: one, or those by ``captions_of``, each in the texts of templates."""
         fields, limits, most = spec.caption_fields, spec.limits, spec.captions_per_sample
-        places = (captions_of(of, fields, limits, most) for of in (self.sidecars, self.all_sidecars))
-        found = next(filter(None, places), [])
+        found = captions_of(self.sidecars, fields, limits, most) or captions_of(self.all_sidecars, fields, limits, most)
         if spec.templates is None:
             return found
         texts = (text.replace("{}", caption) for caption in found for text in spec.templates)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -55,27 +54,6 @@ def photos(tmp_path: Path) -> Path:
 
 def plan(values: dict[str, Any]) -> Plan:
     return make_plan(parse_config(values))
-
-
-def test_a_folder_gives_the_samples_of_a_tar_of_it(photos: Path, tmp_path: Path) -> None:
-    values = config(photos, tmp_path / "out")
-    sample, [note] = check_source(plan(values))
-    assert (sample and sample.line()) == "first sample: cats/a (.png, 40 x 30), caption 'a cat'"
-    assert note == f"source: 3 other files not read, such as {photos}/Thumbs.db"
-    assert (expected_bytes(plan(values))["samples"] or 0) > sum(len(picture(number)) for number in range(4))
-    for ending in ("png", "txt"):  # a tar keeps the rule of the first dot
-        (photos / f"cats/b.v1.{ending}").rename(photos / f"cats/b.{ending}")
-    values["output"] = f"{tmp_path}/plain"
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        for path in sorted(photos.rglob("*")):
-            if path.is_file() and "/." not in str(path):
-                tar.add(path, str(path.relative_to(photos)))
-    of_folder, of_tar = (
-        rows(reinforce_here({**values, "source": str(source), "output": f"{tmp_path}/{name}"}))
-        for name, source in (("a", photos), ("b", tmp_path / "x.tar"))
-    )
-    assert of_folder == of_tar
-    assert [row["caption"] for row in of_folder] == ["a cat", "another cat", "a dog", None]
 
 
 def test_captions_are_made_of_the_names_of_class_folders(tmp_path: Path) -> None:
@@ -174,6 +152,7 @@ def test_every_image_of_a_folder_is_a_sample_with_its_caption(tmp_path: Path) ->
         put(folder, name, text)
     values = config(folder, tmp_path / "out", teachers=RED)
     assert plan(values).source_notes == [f"source: 2 other files not read, such as {folder}/b.txt"]
+    assert (expected_bytes(plan(values))["samples"] or 0) > sum(len(picture(number)) for number in range(len(NAMED)))
     made = rows(reinforce_here(values))
     assert [row["key"] for row in made] == [*NAMED.values()]
     assert [row["image"] for row in made] == [*map(picture, range(len(NAMED)))]
