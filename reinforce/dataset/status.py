@@ -47,22 +47,20 @@ def read_status(url: str) -> dict[str, Any]:
     damaged = find_damaged(store, listings, fingerprints)
     found = check_completeness(store, {SAMPLES: listings[SAMPLES]}, [committed, *listings.values()])
     layers, quarantine = {}, {}
-    samples = _Samples()
-    unreadable: list[DamagedFile] = []
+    refused = _Quarantine(store)
     for name, listing in without_files(listings, damaged).items():
         layers[name] = {**manifest["layers"][name], "shards": len(listing), "bytes": listing.total_bytes}
     for name in (*names, *of_labels):
         files = quarantined[f"quarantine/{name}"]
         if files:
-            part = files.first(_QUARANTINE_FILES)
-            quarantine[name] = {"files": len(files), **_quarantine(store, name, part, unreadable, samples)}
+            quarantine[name] = {"files": len(files), **refused.read(name, files.first(_QUARANTINE_FILES))}
     return {
         "url": store.url,
         "samples": layers[SAMPLES]["shards"],
         "layers": layers,
         "quarantine": quarantine,
-        "quarantined": samples.counts(),
-        "damaged": [*damaged, *sorted(unreadable)],
+        "quarantined": refused.counts(),
+        "damaged": [*damaged, *sorted(refused.damaged)],
         "lost": found.describe_missing(),
         "notes": code_lines(manifest),
         "last_run": next((one for run in list_runs(store) if (one := read_summary(store, run)) is not None), None),
@@ -70,19 +68,32 @@ def read_status(url: str) -> dict[str, Any]:
     }
 
 
-class _Samples:
-    """Quarantined samples, each with the first layer that has it."""
+class _Quarantine:
+    """Reads the quarantine of layers. A sample counts in the first layer that has it; ``damaged`` are damaged files."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.damaged: list[DamagedFile] = []
         self._layers: dict[tuple[str, str | None], str] = {}  # by shard and key
         self._own: dict[str, Counter[str]] = {}
         self._following: Counter[str] = Counter()
 
-    def add(self, layer: str, shard: str, key: str | None, reason: str) -> None:
-        if self._layers.setdefault((shard, key), layer) == layer:
-            self._own.setdefault(layer, Counter())[reason] += 1
-        else:
-            self._following[layer] += 1
+    def read(self, layer: str, files: Listing) -> dict[str, Any]:
+        """Counts and first examples by reason, of some files of a layer."""
+        reasons: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        for shard, rows in self._store.quarantined_rows(layer, files, self.damaged):
+            for row in rows:
+                reason = f"{row['reason']}" + (" (shard)" if row["key"] is None else "")
+                reasons[reason] += 1
+                if self._layers.setdefault((shard, row["key"]), layer) == layer:
+                    self._own.setdefault(layer, Counter())[reason] += 1
+                else:
+                    self._following[layer] += 1
+                if reason not in examples:
+                    parts = [shard, row["key"], row["detail"]]
+                    examples[reason] = ": ".join(" ".join(part.split()) for part in parts if part)
+        return {"reasons": dict(reasons.most_common()), "examples": examples}
 
     def counts(self) -> dict[str, Any]:
         return {
@@ -91,24 +102,6 @@ class _Samples:
             "following": self._following.total(),
             "following_layers": len(self._following),
         }
-
-
-def _quarantine(
-    store: Store, layer: str, files: Listing, damaged: list[DamagedFile], samples: _Samples
-) -> dict[str, Any]:
-    """Counts and first examples by reason, of the quarantine of a layer; ``damaged`` receives damaged files, and
-    ``samples`` the rows."""
-    reasons: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    for shard, rows in store.quarantined_rows(layer, files, damaged):
-        for row in rows:
-            reason = f"{row['reason']}" + (" (shard)" if row["key"] is None else "")
-            reasons[reason] += 1
-            samples.add(layer, shard, row["key"], reason)
-            if reason not in examples:
-                parts = [shard, row["key"], row["detail"]]
-                examples[reason] = ": ".join(" ".join(part.split()) for part in parts if part)
-    return {"reasons": dict(reasons.most_common()), "examples": examples}
 
 
 def quarantine_lines(status: dict[str, Any], with_examples: bool) -> list[str]:
