@@ -24,51 +24,44 @@ from teachers.runtime.determinism import eager
 from teachers.spec import Precision
 
 _TERA = 1e12
-#: TFLOP/s in bf16 and fp16 with sums in fp32, in TF32, and in fp32, by words that torch's name of the card contains.
-#: None where the card has no such unit. The first row that matches is used.
-_CARDS: tuple[tuple[tuple[str, ...], float | None, float | None, float], ...] = (
-    (("GB200",), 2500, 1250, 80),
-    (("B200",), 2250, 1100, 75),
-    (("GH200",), 989, 494.5, 67),
-    (("H200", "NVL"), 835.5, 417.5, 60),
-    (("H200",), 989, 494.5, 67),
-    (("H100", "PCIe"), 756, 378, 51),
-    (("H100", "NVL"), 835.5, 417.5, 60),
-    (("H100",), 989, 494.5, 67),
-    (("H800",), 989, 494.5, 67),
-    (("A100",), 312, 156, 19.5),
-    (("A800",), 312, 156, 19.5),
-    (("A30",), 165, 82, 10.3),
-    (("A40",), 149.7, 74.8, 37.4),
-    (("A10G",), 70, 35, 31.5),
-    (("A10",), 125, 62.5, 31.2),
-    (("RTX A6000",), 154.8, 77.4, 38.7),
-    (("RTX 6000 Ada",), 364.2, 182.1, 91.1),
-    (("L40S",), 362, 183, 91.6),
-    (("L40",), 181, 90.5, 90.5),
-    (("L4",), 121, 60, 30.3),
-    (("RTX 5090",), 209.5, 104.8, 104.8),
-    (("RTX 4090",), 165.2, 82.6, 82.6),
-    (("RTX 3090",), 71, 35.6, 35.6),
-    (("V100", "PCIE"), 112, None, 14),
-    (("V100",), 125, None, 15.7),
-    (("T4",), 65, None, 8.1),
+#: TFLOP/s in bf16 and fp16 with sums in fp32, in TF32, and in fp32, by words that torch's name of the card contains, or
+#: others behind a slash. None where the card has no such unit. The first row that matches is used.
+_CARDS: tuple[tuple[str, float | None, float | None, float], ...] = (
+    ("GB200", 2500, 1250, 80),
+    ("B200", 2250, 1100, 75),
+    ("H200 NVL/H100 NVL", 835.5, 417.5, 60),
+    ("H100 PCIe", 756, 378, 51),
+    ("GH200/H200/H100/H800", 989, 494.5, 67),
+    ("A100/A800", 312, 156, 19.5),
+    ("A30", 165, 82, 10.3),
+    ("A40", 149.7, 74.8, 37.4),
+    ("A10G", 70, 35, 31.5),
+    ("A10", 125, 62.5, 31.2),
+    ("RTX A6000", 154.8, 77.4, 38.7),
+    ("RTX 6000 Ada", 364.2, 182.1, 91.1),
+    ("L40S", 362, 183, 91.6),
+    ("L40", 181, 90.5, 90.5),
+    ("L4", 121, 60, 30.3),
+    ("RTX 5090", 209.5, 104.8, 104.8),
+    ("RTX 4090", 165.2, 82.6, 82.6),
+    ("RTX 3090", 71, 35.6, 35.6),
+    ("V100 PCIE", 112, None, 14),
+    ("V100", 125, None, 15.7),
+    ("T4", 65, None, 8.1),
 )
-
-
 _WITHOUT_BF16 = ("V100", "T4")
 #: Cards whose products in fp8 are twice as fast as in bf16.
-_WITH_FP8 = ("GB200", "B200", "GH200", "H200", "H100", "H800", "RTX 6000 Ada", "L40S", "L40", "L4")
+_WITH_FP8 = ("GB200", "B200", "GH200", "H200", "H100", "RTX 6000 Ada", "L40S", "L40", "L4")
 
 
 def peak_flops(card: str, precision: Precision) -> float | None:
     """FLOP/s that a card, by torch's name of it, can reach at most in a precision; None if that is not known."""
     words = card.upper().replace("-", " ").split()
-    for parts, half, tf32, fp32 in _CARDS:
-        if all(word in words for part in parts for word in part.upper().split()):
-            if precision == "bf16" and parts[0] in _WITHOUT_BF16:
+    for names, half, tf32, fp32 in _CARDS:
+        if any({*name.upper().split()} <= {*words} for name in names.split("/")):
+            if precision == "bf16" and names.startswith(_WITHOUT_BF16):
                 return None
-            fp8 = 2 * half if half and parts[0] in _WITH_FP8 else None
+            fp8 = 2 * half if half and names.startswith(_WITH_FP8) else None
             rate = {"fp32": fp32, "tf32": tf32, "bf16": half, "fp16": half, "fp8": fp8}[precision]
             return None if rate is None else rate * _TERA
     return None

@@ -168,16 +168,8 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("{root}/hole", {}, "1 of 7 class folders in"),
     ("{root}/loose", {}, "1 image directly in"),
     ("{root}/nothing.tar", {"classes": NAMES}, "no image in"),
-    (
-        "{root}/folder",
-        {"classes": "{root}/short.txt"},
-        "classes has 2 names for 6 folders: give one name for each",
-    ),
-    (
-        "{root}/a.tar",
-        {"classes": "{root}/short.txt"},
-        "4 labels without a class among 2, such as 2: add classes",
-    ),
+    ("{root}/folder", {"classes": "{root}/short.txt"}, "classes has 2 names for 6 folders: give one name for each"),
+    ("{root}/a.tar", {"classes": "{root}/short.txt"}, "4 labels without a class among 2, such as 2: add classes"),
     ("{root}/minus.tar", {"classes": NAMES}, "1 label without a class among 6, such as -1"),
     ("{root}/a.tar", {"classes": NAMES[1:], "label": "json:class"}, "1 label without a class among 5, such as 'blue'"),
     ("{root}/a.tar", {}, "labels at cls are numbers, such as 0: give `classes`"),

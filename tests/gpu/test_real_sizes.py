@@ -34,10 +34,7 @@ from tests.helpers.real_sizes import Operations, PeakMemory, build_without_memor
 from tests.helpers.students import batch_for, built, student_folder
 
 # GFLOPs of an image and of a text, in docs/model_profile.csv of open_clip.
-PROFILES = {
-    "ViT-L-14-quickgelu": (224, 768, 162.03, 13.30),
-    "ViT-SO400M-14-SigLIP": (224, 1152, 220.35, 13.19),
-}
+PROFILES = {"ViT-L-14-quickgelu": (224, 768, 162.03, 13.30), "ViT-SO400M-14-SigLIP": (224, 1152, 220.35, 13.19)}
 IMAGES, CAPTIONS, LENGTH = 128, 5, 75
 TEACHERS, KINDS = ("dfn2b", "dfn2b-s39b"), ("image", "caption", "synthetic")
 SAMPLES = 256  # so many that gradients, which are counted among the activations, are few beside them

@@ -230,11 +230,7 @@ def test_a_class_of_the_user_gives_its_own_patches() -> None:
     [
         (ColorTeacher(CPU), -1, r"ColorTeacher has no patches: add a method `encode_patches\(pixels\)"),
         (TextOnly(CPU), -1, "TextOnly has no patches, since it encodes no images"),
-        (
-            OneVector(CPU),
-            -1,
-            r"OneVector gives no patches .*: \[1, rows, columns, dim\] is needed, got \[1, 3\]",
-        ),
+        (OneVector(CPU), -1, r"OneVector gives no patches .*: \[1, rows, columns, dim\] is needed, got \[1, 3\]"),
         (Cells(CPU), 2, "Cells gives its own patches, of no stages: remove stage 2"),
     ],
 )
