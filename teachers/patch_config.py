@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
@@ -11,18 +11,14 @@ _PICKED = 16  # patches of an image
 _Side = Annotated[int, Field(ge=1, le=1024)]
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 class Patches(BaseModel):
     """Patch features of a teacher that are stored for each augmented image."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    grid: Annotated[_Side | tuple[_Side, _Side], BeforeValidator(_as_tuple)] = Field(
-        description="patches on a side, or [rows, columns], as the model has them"
-    )
+    grid: Annotated[
+        _Side | tuple[_Side, _Side], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+    ] = Field(description="patches on a side, or [rows, columns], as the model has them")
     codec: str = Field("float16", description="how patch vectors are stored: float16, pca128, pq96, rq32 and others")
     sample: int = Field(
         32_768, ge=1, description="patch vectors of the first shards to which statistics and codebooks are fitted"

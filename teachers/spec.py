@@ -110,11 +110,6 @@ class ModelSpec(BaseModel):
         return "fp32" if self.precision == "auto" else self.precision
 
     @property
-    def autocast_precision(self) -> Literal["auto"] | Precision:
-        """``precision`` of all that fp8 does not replace."""
-        return "bf16" if self.precision == "fp8" else self.precision
-
-    @property
     def name(self) -> str:
         """``model``, in families that need it."""
         assert self.model is not None
@@ -140,7 +135,8 @@ class ModelSpec(BaseModel):
         """
         module, _, function = self.loader.partition(":")
         runtime = importlib.import_module("teachers.runtime.accelerator")
-        accelerator = runtime.Accelerator(device, self.autocast_precision)
+        precision = "bf16" if self.precision == "fp8" else self.precision  # of all that fp8 does not replace
+        accelerator = runtime.Accelerator(device, precision)
         return getattr(importlib.import_module(module), function)(self, accelerator)
 
     def finer(self) -> ModelSpec:

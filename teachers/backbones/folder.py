@@ -69,16 +69,13 @@ class ExportedClass(ImageEncoder):
             raise ValueError(f"{folder} has a network of class {config.get(CLASS)}, not of {name}")
         weights = Path(folder, WEIGHTS)
         network, _ = build_class(name, config.get("options", {}), config.get("without"), weights)
-        size = config["image"].pop("size")
-        image = ImageSpec(**_tuples(config["image"]), size=size if isinstance(size, int) else tuple(size))
+        stated = config["image"].items()
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in stated}
+        image = ImageSpec(**fields)
         self.dim = width_of(network, image, name)
         accelerator = Accelerator(str(device))
         self.model = accelerator.prepare(ImageModel(network))
         super().__init__(self.model, image, accelerator, self.model.encode_image)
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def load_network(spec: TeacherSpec) -> tuple[ImageModel, ImageSpec]:

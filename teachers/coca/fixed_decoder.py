@@ -158,8 +158,9 @@ class FixedCocaDecoder:
         self.steps.run(kind, size, step)
 
     def _launch(self, step: Step) -> None:
-        shape = (step_name(step), self._rows, self._images, self._attended())
-        self.steps.run("step", shape, partial(_compiling, step) if self._compiled else step)
+        name: str = getattr(step, "func", step).__name__
+        shape = name, self._rows, self._images, self._attended()
+        self.steps.run("step", shape, many_shapes()(step) if self._compiled else step)
         self._filled += 1
 
     def step(self, tokens: Tensor, position: Tensor) -> Tensor:
@@ -291,15 +292,6 @@ class FixedCocaDecoder:
     @property
     def capacity(self) -> int:
         return len(self.cache)
-
-
-def step_name(step: Step) -> str:
-    return getattr(step, "func", step).__name__
-
-
-def _compiling(step: Step) -> None:
-    with many_shapes():
-        step()
 
 
 def newest_of(

@@ -85,7 +85,9 @@ class Taken:
 
     def identity(self, name: str, join: str) -> dict[str, Any]:
         """The part of the labels that the fingerprints of a model's layers cover; empty if nothing is taken."""
-        layers = {layer: str(entry["fingerprint"]) for layer, entry in self.layers.items() if _model_of(layer) == name}
+        layers = {
+            layer: str(entry["fingerprint"]) for layer, entry in self.layers.items() if layer.split("/")[1] == name
+        }
         return {"labels": {"join": join, "layers": layers}} if layers else {}
 
 
@@ -149,7 +151,3 @@ class LabelCaptionerSpec(Published, CaptionerSpec):
 
     def describe(self) -> ModelInfo:
         return self.info
-
-
-def _model_of(layer: str) -> str:
-    return layer.split("/")[1]

@@ -50,7 +50,8 @@ class Accelerator:
         if device.type == "mps" and not torch.backends.mps.is_available():
             raise ValueError(f"device {name!r} is not available: torch sees no GPU of Apple")
         self.device = device
-        has_bf16 = device.type == "cuda" and _has_bf16(device)
+        native = device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0))
+        has_bf16 = bool(native)  # in the device itself; torch can emulate it, slowly
         if precision == "auto":
             precision = "bf16" if has_bf16 else "fp32"
         if precision == "bf16" and device.type == "cuda" and not has_bf16:
@@ -221,11 +222,6 @@ def device_of_float64(device: torch.device, what: str) -> torch.device:
 @cache
 def _log_once(text: str) -> None:
     _LOG.warning(text)
-
-
-def _has_bf16(device: torch.device) -> bool:
-    """Whether a CUDA device computes in bf16 itself; torch can emulate it, slowly."""
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:

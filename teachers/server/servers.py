@@ -65,8 +65,9 @@ class Servers:
             while True:
                 now = time.monotonic()
                 if self._down_since is not None and now - self._down_since > self._wait:
+                    addresses = ", ".join(one.address for one in self._servers)
                     raise ServerUnavailable(
-                        f"no server has answered for {now - self._down_since:.0f} s ({self._addresses()}); `wait` "
+                        f"no server has answered for {now - self._down_since:.0f} s ({addresses}); `wait` "
                         f"allows {self._wait:g}. Start the server and run the same command again."
                     )
                 ready = [one for one in self._servers if one.free_from <= now and not (one.failures and one.in_flight)]
@@ -105,6 +106,3 @@ class Servers:
                     *(self._name, server.address, reason, now - self._down_since, self._wait),
                 )
             self._changed.notify_all()
-
-    def _addresses(self) -> str:
-        return ", ".join(one.address for one in self._servers)
