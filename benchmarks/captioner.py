@@ -41,7 +41,7 @@ from reinforce.settings import parse
 from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import make_adamw
 from reinforce.training.step import backpropagate
-from teachers.open_clip.tokenizer import Tokenizer
+from teachers.open_clip.text import Tokenizer
 from teachers.preprocessing.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator
 

@@ -54,7 +54,7 @@ from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.feed import StudentFeed
 from reinforce.training.order import GroupChunk
-from teachers.open_clip.tokenizer import Tokenizer
+from teachers.open_clip.text import Tokenizer
 from teachers.protocols import ImageSpec
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"

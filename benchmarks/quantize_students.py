@@ -35,7 +35,7 @@ from reinforce.training.loop import run_rank
 from reinforce.training.saving import Checkpoints
 from reinforce.training.stop import StopSignal
 from teachers.open_clip.teacher import image_spec, load_model
-from teachers.open_clip.tokenizer import Tokenizer
+from teachers.open_clip.text import Tokenizer
 from teachers.spec import ModelSpec
 
 BUILD = Path("build/quantize")

@@ -29,7 +29,7 @@ from reinforce.training.record.log import read_rows
 from reinforce.training.record.results import Results
 from reinforce.training.record.trackers import check_trackers
 from reinforce.training.saving import FOLDER as CHECKPOINTS
-from teachers.open_clip.tokenizer import Tokenizer
+from teachers.open_clip.text import Tokenizer
 from teachers.runtime.accelerator import Accelerator
 
 #: Keys that may change when a fine-tuning resumes: how fast it reads.

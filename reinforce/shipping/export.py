@@ -34,7 +34,7 @@ from reinforce.storage import Storage
 from reinforce.terminal import format_bytes
 from teachers.backbones.folder import load_network
 from teachers.open_clip.teacher import image_spec, load_model, model_name
-from teachers.open_clip.tokenizer import Tokenizer
+from teachers.open_clip.text import Tokenizer
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec, TeacherSpec

@@ -31,7 +31,7 @@ from reinforce.shipping.targets.base import ExportOptions, size_of, step, step_s
 from reinforce.shipping.towers import Tower, count_parameters, reparameterize, split_towers
 from reinforce.terminal import Screen
 from teachers.open_clip.teacher import image_spec, model_name, random_model
-from teachers.open_clip.tokenizer import Tokenizer
+from teachers.open_clip.text import Tokenizer
 from teachers.preprocessing.pixels import to_pixels
 from teachers.runtime.flops import counted_flops
 from teachers.spec import ModelSpec

@@ -19,7 +19,7 @@ from ftfy.chardata import CONTROL_CHARS, HTML_ENTITIES, LIGATURES, WIDTH_MAP
 from open_clip.tokenizer import HFTokenizer, get_clean_fn
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from teachers.open_clip.tokenizer import Tokenizer as Reference
+from teachers.open_clip.text import Tokenizer as Reference
 
 #: Texts whose tokens are compared with open_clip's before a tokenizer is exported.
 PROBES = (

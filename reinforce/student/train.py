@@ -20,7 +20,7 @@ from reinforce.training.record.results import Results
 from reinforce.training.record.trackers import check_trackers
 from teachers.open_clip.catalog import DEFAULT_PREPROCESS
 from teachers.open_clip.family import stated_preprocess
-from teachers.open_clip.tokenizer import Tokenizer
+from teachers.open_clip.text import Tokenizer
 from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec
 

@@ -244,3 +244,24 @@ def _encode_trimmed(tower: Any, tokens: torch.Tensor) -> torch.Tensor:
         return x
     result: torch.Tensor = projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
     return result
+
+
+class Tokenizer:
+    """The tokenizer of an open_clip model by the model's name. Special tokens within texts are plain text.
+
+    It is loaded at the first call in each process, so it pickles small. ``context`` replaces the context of the model.
+    """
+
+    def __init__(self, model: str, context: int | None = None) -> None:
+        self.model, self.context = model, context
+        self._tokenizer: Any = None
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """B texts -> int64 [B, context length]."""
+        if self._tokenizer is None:
+            self._tokenizer = disable_special_tokens(open_clip.get_tokenizer(self.model, self.context))
+        tokens: torch.Tensor = self._tokenizer(list(texts))
+        return tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_tokenizer": None}

@@ -20,10 +20,9 @@ from teachers.protocols import Captioner
 from teachers.runtime.accelerator import Accelerator
 from teachers.runtime.memory import GIB, cache_bytes
 from teachers.spec import CaptionerSpec
-from teachers.transformers import catalog
 from teachers.transformers.cached_decoder import merge_end_tokens
 from teachers.transformers.captioning_models import CaptioningModel, Chat, EncoderDecoder, Git
-from teachers.transformers.family import TransformersCaptionerSpec
+from teachers.transformers.family import CHAT_MODELS, TransformersCaptionerSpec, is_local_folder, read_config
 from teachers.transformers.teacher import image_spec
 
 #: Limits on captions decoded in parallel and on the bytes of their caches on a CPU, independent of the batch size.
@@ -107,7 +106,7 @@ def load(spec: TransformersCaptionerSpec, accelerator: Accelerator) -> Captioner
     Raises ValueError for a model that cannot caption or lacks weights; OSError for a model that does not exist.
     """
     config, model = load_network(spec, transformers.AutoModelForImageTextToText)
-    if config["model_type"] in catalog.CHAT_MODELS:
+    if config["model_type"] in CHAT_MODELS:
         chat = Chat(spec, accelerator, model)
         return TransformersCaptioner(spec, accelerator, chat, chat.tokenizer)
     processor = transformers.AutoImageProcessor.from_pretrained(spec.model, trust_remote_code=False)
@@ -119,8 +118,8 @@ def load(spec: TransformersCaptionerSpec, accelerator: Accelerator) -> Captioner
 
 def load_network(spec: TransformersCaptionerSpec, auto: Any) -> tuple[dict[str, Any], Any]:
     """The config and the network of a spec, by an ``AutoModel``; raises as ``load``."""
-    if catalog.is_local_folder(spec.name):
-        catalog.read_config(spec.name)  # has better error messages for folders than transformers
+    if is_local_folder(spec.name):
+        read_config(spec.name)  # has better error messages for folders than transformers
     config = transformers.AutoConfig.from_pretrained(spec.name, trust_remote_code=False).to_dict()
     spec.check_config(config)
     model, report = auto.from_pretrained(spec.model, trust_remote_code=False, output_loading_info=True)

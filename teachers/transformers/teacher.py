@@ -18,8 +18,7 @@ from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec, Teacher
 from teachers.runtime.accelerator import Accelerator
 from teachers.tokens import PROBE_TEXTS, special_token_escaper, trimming_is_exact
-from teachers.transformers import catalog
-from teachers.transformers.family import TransformersTeacherSpec
+from teachers.transformers.family import SIGLIP, TransformersTeacherSpec, is_local_folder, modalities, read_config
 
 _log = logging.getLogger(__name__)
 _RESAMPLING: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
@@ -30,11 +29,11 @@ def load(spec: TransformersTeacherSpec, accelerator: Accelerator) -> Teacher:
 
     Raises ValueError for a model that cannot be a teacher or lacks weights; OSError for a model that does not exist.
     """
-    if catalog.is_local_folder(spec.name):
-        catalog.read_config(spec.name)  # has better error messages for folders than transformers
+    if is_local_folder(spec.name):
+        read_config(spec.name)  # has better error messages for folders than transformers
     with _own_code(spec):
         config = transformers.AutoConfig.from_pretrained(spec.name, trust_remote_code=spec.trust_remote_code)
-        images, texts = catalog.modalities(config.to_dict())
+        images, texts = modalities(config.to_dict())
         if images and texts:
             return TransformersTeacher(spec, accelerator)
         return cast(Teacher, ImageTeacher(spec, accelerator) if images else TextTeacher(spec, accelerator))
@@ -74,7 +73,7 @@ class TransformersTeacher(ImageEncoder):
         image = image_spec(processor, square_size(processor, spec.image_size))
         super().__init__(model, image, accelerator, self._image_features, self._inputs)
         self._patch: int | None = processor["patch_size"] if _takes_patches(processor) else None
-        siglip = model.config.model_type in catalog.SIGLIP
+        siglip = model.config.model_type in SIGLIP
         positions = model.config.text_config.max_position_embeddings
         self._tokenize = _Tokenizer(spec, positions, masked=not siglip)
         if siglip and spec.lowercase is None:

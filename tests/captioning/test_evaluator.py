@@ -22,7 +22,7 @@ from reinforce.images.policy import decode
 from reinforce.input_config import Limits
 from reinforce.inspection.texts import bleu
 from teachers.coca.captioner import CocaCaptioner
-from teachers.open_clip.tokenizer import Tokenizer
+from teachers.open_clip.text import Tokenizer
 from teachers.preprocessing.fit import fit
 from teachers.preprocessing.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator

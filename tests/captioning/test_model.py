@@ -21,7 +21,7 @@ from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch
 from teachers.coca.captioner import CocaCaptioner, set_context
 from teachers.open_clip.building import write_open_clip
-from teachers.open_clip.tokenizer import Tokenizer
+from teachers.open_clip.text import Tokenizer
 from teachers.preprocessing.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.captioning import TEXTS, captioner_config, make_batch, make_captioner, task_losses

@@ -28,7 +28,7 @@ from reinforce.images.policy import decode
 from reinforce.input_config import Limits
 from reinforce.training.record import log
 from reinforce.training.task import Begun, Feed, Task
-from teachers.open_clip.tokenizer import Tokenizer
+from teachers.open_clip.text import Tokenizer
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.captioning import captioned, captioner_config, equal, take, write_shards
 from tests.helpers.data import picture, write_tar

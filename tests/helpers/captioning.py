@@ -17,7 +17,7 @@ from reinforce.captioning.task import CaptioningTask
 from reinforce.settings import parse
 from reinforce.training.order import GroupChunk
 from reinforce.training.task import Batch, Feed
-from teachers.open_clip.tokenizer import Tokenizer
+from teachers.open_clip.text import Tokenizer
 from tests.helpers.data import picture, write_tar
 from tests.helpers.models.tiny_coca import END, IMAGE_SIZE, coca_model
 

@@ -18,7 +18,7 @@ from open_clip.tokenizer import HFTokenizer
 from tokenizers import Tokenizer
 
 from reinforce.shipping import tokens
-from teachers.open_clip.tokenizer import Tokenizer as Reference
+from teachers.open_clip.text import Tokenizer as Reference
 from tests.helpers.students import student_folder
 
 NAME = "MobileCLIP2-S0"

@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from teachers.open_clip.tokenizer import Tokenizer
+from teachers.open_clip.text import Tokenizer
 from tests.helpers import shipping as models
 from tests.helpers.commands import Printed
 from tests.helpers.models.tiny_models import open_clip_config, save_open_clip, seeded

@@ -22,8 +22,7 @@ from open_clip.tokenizer import get_clean_fn
 from teachers.open_clip import catalog
 from teachers.open_clip.building import write_open_clip
 from teachers.open_clip.teacher import OpenClipTeacher, image_spec
-from teachers.open_clip.text import TextEncoder, clean_text, disable_special_tokens
-from teachers.open_clip.tokenizer import Tokenizer
+from teachers.open_clip.text import TextEncoder, Tokenizer, clean_text, disable_special_tokens
 from teachers.protocols import ImageSpec
 from teachers.registry import teacher_spec
 from teachers.runtime.accelerator import Accelerator

@@ -18,7 +18,7 @@ from teachers.protocols import ImageSpec
 from teachers.registry import load_model
 from teachers.runtime.accelerator import Accelerator
 from teachers.transformers import captioner as transformers_captioner
-from teachers.transformers import catalog
+from teachers.transformers import family
 from teachers.transformers.cached_decoder import merge_end_tokens
 from teachers.transformers.captioner import load
 from teachers.transformers.captioning_models import Git, chat_image_spec, end_tokens_of
@@ -127,7 +127,7 @@ def test_nan_logits_and_missing_weights_are_rejected_at_loading(captioner_folder
 
 
 def test_all_supported_model_types_are_tested() -> None:
-    assert set(KINDS) == {*catalog.IMAGE_TO_TEXT, *catalog.CHAT_MODELS}
+    assert set(KINDS) == {*family.IMAGE_TO_TEXT, *family.CHAT_MODELS}
 
 
 @pytest.mark.parametrize("kind", ["blip", "git"])

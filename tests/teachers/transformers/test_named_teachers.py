@@ -61,7 +61,7 @@ def test_a_hub_model_without_texts_is_known_by_its_config(tmp_path: Path, monkey
     config = parse_config({"source": "x.tar", "output": "out", "teachers": teachers})
     alone = parse_config({"source": "x.tar", "output": "out", "teachers": teachers, "input": {"captions": "none"}})
     with monkeypatch.context() as before:
-        before.setattr("teachers.transformers.catalog.read_config", lambda _: None)
+        before.setattr("teachers.transformers.family.read_config", lambda _: None)
         before.setattr("teachers.transformers.family.TransformersTeacherSpec.check_tokenizer", lambda _: None)
         layers, of_images = (build_layers(one, describe_models(one)).values() for one in (config, alone))
     models = load_models(config, layers)

@@ -25,7 +25,7 @@ from transformers import (
 
 from teachers.registry import describe_model, load_model, teacher_spec
 from teachers.runtime.accelerator import Accelerator
-from teachers.transformers import catalog
+from teachers.transformers import family
 from teachers.transformers.teacher import ImageTeacher, TextTeacher, TransformersTeacher, image_spec, load
 from tests.helpers.models import tiny_models
 
@@ -196,7 +196,7 @@ def test_a_folder_loads_as_described_wherever_it_is(root: Path, tmp_path: Path, 
 def test_content_files_are_weights_and_settings(root: Path, tmp_path: Path) -> None:
     CLIPModel.from_pretrained(root / "clip").save_pretrained(tmp_path / "clip", max_shard_size="100KB")
     (tmp_path / "clip" / "README.md").write_text("about")
-    names = [path.name for path in catalog.content_files(tmp_path / "clip")]
+    names = [path.name for path in family.content_files(tmp_path / "clip")]
     assert names[0] == "model.safetensors.index.json"
     assert sum(name.endswith(".safetensors") for name in names) > 1
     assert "config.json" in names
@@ -205,9 +205,9 @@ def test_content_files_are_weights_and_settings(root: Path, tmp_path: Path) -> N
 
 def test_absent_and_incomplete_folders_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert catalog.read_config("models/absent") is None, "may be a model of the hub"
+    assert family.read_config("models/absent") is None, "may be a model of the hub"
     (tmp_path / "models").mkdir()
-    assert catalog.read_config("absent") is None
+    assert family.read_config("absent") is None
     for model, message in (
         ("models/absent", "folder models/absent does not exist"),
         ("local-dir:absent", "local-dir:absent"),
@@ -215,12 +215,12 @@ def test_absent_and_incomplete_folders_are_rejected(tmp_path: Path, monkeypatch:
         (str(tmp_path), r"config\.json does not exist: use a folder written by save_pretrained"),
     ):
         with pytest.raises((FileNotFoundError, ValueError), match=message):
-            catalog.read_config(model)
+            family.read_config(model)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="has no `model_type`"):
-        catalog.read_config(str(tmp_path))
+        family.read_config(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"has no weights: expected model\.safetensors"):
-        catalog.content_files(tmp_path)
+        family.content_files(tmp_path)
 
 
 _OWN_CODE = """

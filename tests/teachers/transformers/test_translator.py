@@ -20,7 +20,7 @@ from teachers.protocols import NoCaptions
 from teachers.registry import captioner_spec, describe_model, load_model
 from teachers.runtime.accelerator import Accelerator
 from teachers.spec import CaptionerSpec
-from teachers.transformers import catalog, translator
+from teachers.transformers import family, translator
 from tests.helpers.models import tiny_captioners
 from tests.helpers.models.tiny_captioners import TRANSLATORS
 from tests.helpers.stand_in_cuda import stand_in_cuda
@@ -92,7 +92,7 @@ def test_translations_on_cuda_are_those_of_the_cpu(captioner_folder: Folder) -> 
 
 
 def test_all_supported_model_types_are_tested() -> None:
-    assert set(TRANSLATORS) == {*catalog.TRANSLATORS}
+    assert set(TRANSLATORS) == {*family.TRANSLATORS}
 
 
 def test_languages_and_prompts_choose_the_translation(captioner_folder: Folder, tmp_path: Path) -> None:
