@@ -6,8 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from reinforce_docs.offline import find_any_word, make_offline, outside_requests
-from reinforce_docs.redirects import write_redirects
+from reinforce_docs.offline import find_any_word, make_offline, outside_requests, write_redirects
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The built site: its search, and no requests to other hosts.
+"""The built site: its search, no requests to other hosts, and addresses of pages that earlier versions had.
 
 What a browser would fetch is found, and the one script is replaced.
 
@@ -8,6 +8,7 @@ script for that from a CDN; the site has a copy of it, ``iframe-worker.js``.
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -31,6 +32,37 @@ _FETCHED = re.compile(
     r"""|<link\b(?=[^>]*\brel=["']?(?:stylesheet|preload|preconnect|icon))[^>]*\bhref=["']?(https?:)?//[^"'\s>]+"""
     r"""|@import\s+(?:url\()?["']?(https?:)?//\S+|url\(["']?(https?:)?//[^)]+"""
 )
+#: Name of a former page in docs/ -> the page there, with the anchor of a section where it has become one.
+REDIRECTS = {
+    "citing": "README#how-to-cite",
+    "cookbook": "runs#recipes",
+    "devices": "shipping",
+    "glossary": "file-formats#words",
+    "guide-data-engineer": "README#where-to-begin",
+    "guide-migrating": "comparison",
+    "guide-ml-engineer": "README#where-to-begin",
+    "guide-researcher": "README#where-to-begin",
+    "how-it-works": "runs",
+    "inspect": "reading#a-report",
+    "latency": "shipping#latency",
+    "monitoring": "clusters#metrics",
+    "named-teachers": "teachers#models-by-name",
+    "published-sets": "labels#published-sets",
+    "raygen": "comparison#from-raygen",
+    "reference/exit-statuses": "command-line#errors",
+    "reference/reasons": "bad-data#reasons",
+    "reproduce": "recipes#reproduce-the-published-numbers",
+    "scores": "choosing#scores",
+    "sources": "data#source",
+    "sql": "reading#sql-and-frames",
+    "temperature-tuning": "loss#temperature-tuning",
+    "transfer": "ablations#what-a-student-learns-from-stored-embeddings",
+}
+_PAGE = """<!doctype html>
+<meta charset="utf-8"><title>Moved</title>
+<meta http-equiv="refresh" content="0; url={target}"><link rel="canonical" href="{target}">
+<p>This page has moved: <a href="{target}">{target}</a></p>
+"""
 
 
 def make_offline(site: Path) -> None:
@@ -62,3 +94,15 @@ def outside_requests(site: Path) -> list[str]:
         for path in files
         for found in _FETCHED.finditer(path.read_text(encoding="utf-8"))
     ]
+
+
+def write_redirects(site: Path) -> None:
+    """Write the former pages into a built site."""
+    for old, new in REDIRECTS.items():
+        page, anchor, section = new.partition("#")
+        # The site generator makes the index of a folder of its README.
+        name = "index" if page == "README" else page
+        target = html.escape("../" * old.count("/") + f"{name}.html{anchor}{section}")
+        path = site / "docs" / f"{old}.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_PAGE.format(target=target), encoding="utf-8")

@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from reinforce_docs.offline import find_any_word, make_offline, outside_requests
+from reinforce_docs.offline import REDIRECTS, find_any_word, make_offline, outside_requests, write_redirects
 from reinforce_docs.pages import _LINK, ROOT, adapt, first_screen, source_pages, write_pages
-from reinforce_docs.redirects import REDIRECTS, write_redirects
 from tests.helpers.pages import anchors
 
 

@@ -6,10 +6,12 @@ import base64
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +26,13 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from reinforce import terminal
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from reinforce.input_config import Limits
 from reinforce.shipping import packages
 from reinforce.shipping.checks import compare, compare_on_sets
+from reinforce.shipping.targets import base
 from reinforce.shipping.targets import onnx as graph
 from reinforce.shipping.targets.base import ExportOptions
 from reinforce.shipping.towers import Tower, count_parameters, reparameterize
@@ -318,3 +322,21 @@ def test_example_resizes_as_the_model_expects(spec: ImageSpec, line: str) -> Non
     assert f"uint8 [N, {spec.height}, {spec.width}, 3]" in text
     assert "float32 [N, 16]" in text
     assert "int64 [N, 77]" in text
+
+
+def test_seconds_of_a_step_are_printed_while_its_converter_is_silent(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "_LOG_SECONDS", 0.05)
+    monkeypatch.setattr(base, "_REDRAW_SECONDS", 0.01)
+    with base.step_screen() as screen:
+        with base.step(screen, "image tower: conversion"), base.silenced():
+            print("of the converter, in Python")
+            os.write(1, b"of the converter, in C++")
+            time.sleep(0.4)
+        with pytest.raises(ValueError, match="no"), base.step(screen, "text tower: conversion"):
+            raise ValueError("no")
+    out, err = capfd.readouterr()
+    lines = [line for line in out.splitlines() if line != "text tower: conversion"]
+    assert len(lines) > 2, "the last one when it ended, others before"
+    assert (set(lines), err) == ({"image tower: conversion: 0:00:00"}, "")
