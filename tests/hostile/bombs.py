@@ -172,5 +172,8 @@ FORGED: dict[str, tuple[dict[str, Any], str]] = {
     "a policy that is null": ({"policies__image": None}, "does not record image policies"),
     "a layer of images without its dimension": ({"layers__embeddings/red/images": {"kind": "images"}}, "dataset.json"),
     "another name of a layer": ({"layers__../../x": {}}, "not a valid layer name"),
+    "a layer that leaves its folder": ({"layers__embeddings/../x": {}}, "not a valid layer name"),
+    "a layer with markup": ({"layers__[red]x": {}}, "not a valid layer name"),
+    "a layer with an escape sequence": ({"layers__\x1b[2J": {}}, "not a valid layer name"),
     "other dimensions than the files": ({"layers__embeddings/red/images__dim": 9}, "shapes in dataset.json"),
 }

@@ -81,9 +81,10 @@ def test_batches_from_s3_equal_those_from_disk_and_a_row_group_takes_few_request
     groups = [GroupChunk(group, 0, rows) for group, rows in enumerate(dataset.groups[:, 2].tolist())]
     examples = [row for chunk in groups for row in dataset.load(chunk, 0).rows]
     assert (len(groups), len(examples)) == (5, 32)
-    layers = 8
-    # Per layer, one for the footer and one for its columns; from the tar, one for all images of the group.
-    assert asked[images] == len(groups) * layers * 2
+    files = len(groups) * 8  # layers
+    # Per layer, one for the footer and one for its columns, if the first one does not have them; from the tar, one for
+    # all images of the group.
+    assert files <= asked[images] <= 2 * files
     assert asked["source"] == (len(groups) if images == "reference" else 0)
 
 
