@@ -145,7 +145,7 @@ def _quantiles(values: np.ndarray) -> list[str]:
 
 def area_chart(rows: Rows) -> Chart | None:
     """The similarity of the true caption to a crop, by the crop's share of the image."""
-    areas = _joined(rows.areas)
+    areas = rows.joined(rows.areas)
     lines: dict[int, np.ndarray] = {}
     table = []
     for number, teacher in enumerate(rows.teachers):
@@ -181,7 +181,7 @@ def area_chart(rows: Rows) -> Chart | None:
 
 def operation_chart(rows: Rows) -> Chart | None:
     """How each operation changes the similarity of a crop to the true caption."""
-    bits = _joined(rows.operations)
+    bits = rows.joined(rows.operations).astype(np.int32)
     used = [(name, (bits & (1 << n)) > 0) for n, name in enumerate(known_operations())]
     used = [(name, has) for name, has in used if has.sum() >= _FEW]
     teachers = [
@@ -284,9 +284,3 @@ def entropy_chart(rows: Rows) -> Chart | None:
         table,
         draw,
     )
-
-
-def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Arrays [R, K] of row groups one below the other, with as many columns as all have."""
-    count = min((part.shape[1] for part in parts), default=0)
-    return np.concatenate([part[:, :count] for part in parts]) if parts else np.empty((0, 0))

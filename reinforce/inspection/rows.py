@@ -168,18 +168,20 @@ class Rows:
 
     def image_vectors(self, teacher: str) -> np.ndarray:
         """The mean vectors of a teacher's augmentations [R, D], NaN where there is none."""
-        return self._joined(self.images.get(teacher)).astype(np.float32)
+        return self.joined(self.images.get(teacher)).astype(np.float32)
 
     def similarities(self, teacher: str, texts: str) -> np.ndarray:
         """Similarity of each caption [R, N], NaN where there is none; [R, 0] if the teacher has no vectors of both."""
-        return self._joined(self.texts.get((teacher, texts)))
+        return self.joined(self.texts.get((teacher, texts)))
 
     def crop_similarities(self, teacher: str) -> np.ndarray:
         """Similarity of the first true caption to each augmentation [R, K]; [R, 0] as above."""
-        return self._joined(self.crops.get(teacher))
+        return self.joined(self.crops.get(teacher))
 
-    def _joined(self, parts: list[np.ndarray] | None) -> np.ndarray:
-        return np.concatenate(parts) if parts else np.empty((len(self), 0), np.float32)
+    def joined(self, parts: list[np.ndarray] | None) -> np.ndarray:
+        """Arrays [n, K] of row groups one below the other [R, K], with as many columns as all have; [R, 0] of none."""
+        count = min((part.shape[1] for part in parts or ()), default=0)
+        return np.concatenate([part[:, :count] for part in parts]) if parts else np.empty((len(self), 0), np.float32)
 
     def scores(self) -> dict[tuple[str, str], np.ndarray]:
         """Each score of all rows [R], NaN where there is none, by layer and name."""
