@@ -95,13 +95,8 @@ def test_pages_open_from_disk_and_from_a_server_with_names_for_screen_readers(re
         for root in (f"file://{report}", url):
             for name in PAGES:
                 watched.page.goto(f"{root}/{name}", wait_until="networkidle")
-                assert watched.page.locator("h1").inner_text() in (
-                    "Summary",
-                    "Gallery",
-                    "Contents",
-                    "Captions",
-                    "Plots",
-                )
+                heading = "Summary" if name == "index.html" else name.removesuffix(".html").capitalize()
+                assert watched.page.locator("h1").inner_text() == heading
                 if root != url:
                     check_names(watched.page)
     assert len(watched.requests) > 20
@@ -142,11 +137,8 @@ def test_search_and_tabs_choose_samples(report: Path, watched: Watched) -> None:
     everything = page.locator("main").inner_text()
     assert "قطة سوداء" in everything
     assert "thing 3 of shard 1" not in everything
-    page.fill("#query", "THING 00100007")
-    page.wait_for_function("!document.querySelector('#status').textContent.includes('loaded')")
-    titles = [*shown(page), *page.locator("#found-list b").all_inner_texts()]
-    assert titles == ["00100007"]
     page.fill("#query", "no caption has these words")
+    page.wait_for_function("!document.querySelector('#status').textContent.includes('loaded')")
     assert page.locator("#nothing").is_visible()
     page.fill("#query", "")
     choose(page, "key")
@@ -167,7 +159,7 @@ def test_search_and_tabs_choose_samples(report: Path, watched: Watched) -> None:
 def test_words_are_searched_in_all_tabs_and_samples_sorted_and_filtered(report: Path, watched: Watched) -> None:
     page = watched.page
     page.goto(f"file://{report}/gallery.html#tab=quarantine")
-    page.fill("#query", "thing shard 1")
+    page.fill("#query", "THING shard 1")
     page.wait_for_function("!document.querySelector('#status').textContent.includes('loaded')")
     titles = [*shown(page), *page.locator("#found-list b").all_inner_texts()]
     assert sorted(titles) == [f"001{number:05d}" for number in range(30)], "of every tab, and without a picture"
