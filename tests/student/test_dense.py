@@ -14,13 +14,15 @@ import torch
 import reinforce
 from reinforce import settings
 from reinforce.dataset.codecs.codebooks import Place, load
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.errors import UserError
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.config import StudentConfig
 from reinforce.student.loss_config import DenseLoss, Loss
 from reinforce.student.model import build_student
 from reinforce.student.task import StudentTask
-from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
+from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo, stored_models
 from reinforce.student.terms import dense
 from reinforce.student.terms.base import MAP, Models
 from reinforce.student.terms.registry import Terms, make_terms
@@ -268,3 +270,8 @@ def test_datasets_of_which_one_has_patches_train_together_without_the_term(tmp_p
     message = r"the datasets have different patches: .* has dino, .* has none\. Name the teachers"
     with pytest.raises(UserError, match=message):
         StudentTask(stored(tmp_path, [grids, other], {"lambda": 0.0, "dense": 1.0}, data))
+    manifest = read_manifest(Store(grids))
+    altered = {**manifest["layers"]["patches/dino"], "codebook": {"digest": "0" * 32, "sample": 400}}
+    manifests = {"a": manifest, "b": {**manifest, "layers": {**manifest["layers"], "patches/dino": altered}}}
+    with pytest.raises(UserError, match=r"dino has patches with another codebook in b than in a\. Copy the codebooks"):
+        stored_models(stored(tmp_path, grids, {}).data, manifests, "patches")
