@@ -56,9 +56,7 @@ def test_figures_are_those_of_the_stored_captions_and_vectors(tmp_path: Path) ->
             summary = report["similarity"][teacher][what]
             assert summary["mean"] == pytest.approx(np.mean(cosines), abs=2e-3)  # float16 changes the norms a little
             assert summary["captions"] == len(cosines) / 2
-    assert report["similarity"]["images-only"] == report["similarity"]["texts-only"] == {}, (
-        "these encode only images or only texts"
-    )
+    assert report["similarity"]["images-only"] == report["similarity"]["texts-only"] == {}, "they encode one side"
     page = (tmp_path / "report" / "captions.html").read_text()
     for shown in (
         f"{report['texts']['namer']['self_bleu']:.3f}",

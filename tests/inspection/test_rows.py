@@ -42,9 +42,8 @@ def test_rows_have_the_similarities_and_crops_of_their_samples(labelled: str, ro
         for k, augmentation in enumerate(sample.augmentations):
             crop = augmentation.crop
             assert areas[number, k] == pytest.approx(crop.width * crop.height / sample.width / sample.height)
-            assert {name for n, name in enumerate(known_operations()) if bits[number, k] >> n & 1} == {
-                op.name for op in augmentation.ops or ()
-            }
+            found = {name for n, name in enumerate(known_operations()) if bits[number, k] >> n & 1}
+            assert found == {op.name for op in augmentation.ops or ()}
 
 
 def test_tabs_are_ordered_by_what_they_show_of_a_seeded_selection(labelled: str, rows: Rows, tmp_path: Path) -> None:

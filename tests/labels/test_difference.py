@@ -154,9 +154,7 @@ def test_equal_images_of_which_nothing_is_stated_are_matched_by_digest(
     assert "in A, without uid, SHA-256 and URL: 1 sample; only the digest joins these" in out
 
 
-def test_sides_whose_identities_have_nothing_in_common_are_named_and_not_called_different(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_sides_without_common_identities_are_not_different(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     first, second = unstated(tmp_path, 1), unstated(tmp_path, 2, uids={number: f"uid{number}" for number in range(8)})
     export_labels(str(second), str(tmp_path / "uids"), identities=["uid"], use_ray=False)
     code, out, _ = run_command(capfd, "diff", str(first), str(tmp_path / "uids"), "--no-ray")

@@ -240,9 +240,8 @@ def test_reference_images_without_vectors_are_counted_and_refused_unless_accepte
     evaluation = with_teacher(tmp_path / "evaluation.tar", tmp_path / "evaluation")
     with pytest.raises(UserError) as raised:
         make_view(plain, rule(evaluation))
-    assert f"rule 1 decontaminate: samples with the images that have no vector would be kept: {evaluation} has 2 " in (
-        str(raised.value)
-    )
+    reason = "samples with the images that have no vector would be kept"
+    assert str(raised.value).startswith(f"rule 1 decontaminate: {reason}: {evaluation} has 2 ")
     assert str(raised.value).endswith("accept this by `without_vectors: 2`.")
     with pytest.raises(UserError, match="without_vectors: 2"):
         make_view(plain, rule(evaluation, without_vectors=1))

@@ -95,9 +95,7 @@ def test_nan_is_no_value_of_a_number(url: str) -> None:
 
 @pytest.mark.parametrize("top", [7, 0.25, 1.0, 1000])
 @pytest.mark.parametrize("within", [None, "length(captions.namer[1]) % 3"])
-def test_keep_takes_the_samples_with_the_largest_values_of_all_or_of_each_group(
-    url: str, top: float, within: str | None
-) -> None:
+def test_keep_takes_samples_with_the_largest_values_of_all_or_each_group(url: str, top: float, within: str) -> None:
     view = make_view(url, {"keep": {"top": top, "by": "scores.match.caption_mean", "within": within}})
     groups: dict[int, list[tuple[float, str]]] = {}
     for sample in reinforce.open(url):

@@ -45,9 +45,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_resumed_run_and_a_training_need_few_requests_for_each_shard() -> None:
     resumed = {figure.name: figure.value for figure in measure_resume(QUICK)}
     assert resumed["listing requests"] == 8 * 3 + 8, "a thousand shards of a layer each, and the quarantine"
-    assert resumed["reading requests, 15 of them for quarantined shards"] <= 15 + 2 * 8 + 2, (
-        "an index and a file of a layer, and dataset.json"
-    )
+    # An index and a file of a layer, and dataset.json.
+    assert resumed["reading requests, 15 of them for quarantined shards"] <= 15 + 2 * 8 + 2
     started = {figure.name: figure.value for figure in measure_start(QUICK)}
     assert started["listing requests"] == 8 * 3
     assert started["reading requests"] <= 16 * 8 * 3 + 2 * 8 + 2, "16 shards are opened in each layer"
