@@ -42,7 +42,7 @@ def notebook_table(
 
 
 def render_markdown(template: str, **values: Any) -> str:
-    """Fill in a Markdown template, whose values are not escaped; ends with a line end."""
+    """Fill in a template of Markdown or YAML, whose values are not escaped; ends with a line end."""
     return _environment().get_template(template).render(values) + "\n"
 
 
@@ -50,7 +50,7 @@ def render_markdown(template: str, **values: Any) -> str:
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
-        autoescape=select_autoescape(disabled_extensions=("md",), default=True),
+        autoescape=select_autoescape(disabled_extensions=("md", "yaml"), default=True),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
