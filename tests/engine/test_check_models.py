@@ -104,21 +104,6 @@ def test_a_model_that_fails_does_not_hide_the_others() -> None:
     assert "tests/helpers/models/__init__.py:" in leaks
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "expected"),
-    [
-        ("ColorTeacher", {"dim": 12}, [("ColorTeacher", "images", 12, 64), ("ColorTeacher", "texts", 12, 64)]),
-        ("ImageOnly", {}, [("ImageOnly", "images", 5, 64)]),
-        ("SeedCaptioner", {}, [("SeedCaptioner", "captions", None, 64)]),
-        ("SeedCaptioner", {"captions": 4}, [("SeedCaptioner", "captions", None, 64)]),
-    ],
-)
-def test_a_class_is_checked_by_its_methods(name: str, options: dict[str, Any], expected: list[Any]) -> None:
-    report = check_class(f"{MODELS}:{name}", options)
-    assert report.errors == []
-    assert sides(report) == expected
-
-
 def test_classes_of_scores_are_checked_where_their_inputs_can_be_made_up(tmp_path: Path) -> None:
     ours = "tests.helpers.models.scorers"
     assert sides(check_class(f"{ours}:Colors", {})) == [("Colors", "samples", None, 64)]

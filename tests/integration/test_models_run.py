@@ -80,13 +80,8 @@ def scraping(folder: Path) -> Iterator[Prometheus]:
     (folder / "prometheus.yml").write_text(
         json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": [scrape]})
     )
-    command = [
-        BINARY,
-        f"--config.file={folder}/prometheus.yml",
-        f"--storage.tsdb.path={folder}/data",
-        f"--web.listen-address=127.0.0.1:{port}",
-        "--log.level=error",
-    ]
+    command = [BINARY, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+    command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"]
     with subprocess.Popen(command) as process:
         try:
             prometheus = Prometheus(f"http://127.0.0.1:{port}")
@@ -100,18 +95,15 @@ def scraping(folder: Path) -> Iterator[Prometheus]:
 def wait_for_reports(arrived: Callable[[], bool] = lambda: True) -> None:
     """Wait until what was recorded is scraped, twice, since rates need two values; ``arrived`` may need longer."""
     time.sleep(REPORT_SECONDS)
-    deadline = time.monotonic() + 600
-    while not arrived() and time.monotonic() < deadline:
-        time.sleep(0.5)
+    wait_for(arrived)
     time.sleep(2.0)
 
 
 def wait_until_unchanged(totals: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Wait until no totals of earlier runs arrive any more, for four reports -> the totals."""
     wait_for_reports()
-    deadline = time.monotonic() + 600
     before, since = totals(), time.monotonic()
-    while time.monotonic() - since < 4 * REPORT_SECONDS and time.monotonic() < deadline:
+    while time.monotonic() - since < 4 * REPORT_SECONDS:
         time.sleep(0.5)
         if (now := totals()) != before:
             before, since = now, time.monotonic()

@@ -13,13 +13,12 @@ import pytest
 import yaml
 
 import reinforce
-from reinforce.cli import main
 from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.validate.validate import validate
 from reinforce.engine.driver.driver import Driver
-from tests.helpers.commands import printed_by
+from tests.helpers.commands import exit_status, printed_by
 from tests.helpers.data import config_of, events_of, members_of, tree, write_tar
 from tests.helpers.reinforced import fresh_dataset
 
@@ -97,11 +96,8 @@ def test_a_run_reports_damaged_files_replaced_sources_and_repeated_keys_and_the_
 
 def run(folder: Path, config: dict[str, Any]) -> int:
     """Run the command; return its exit status."""
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    with pytest.raises(SystemExit) as ended:
-        main(["run", str(path)])
-    return int(ended.value.code or 0)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return exit_status("run", f"{folder}/config.yaml")
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -137,9 +133,8 @@ def test_a_finished_run_with_too_many_quarantined_shards_and_without_fast_paths(
     lines = capfd.readouterr().out.splitlines()
     assert f"  {reason}, for example {example}" in lines[-3:]
     assert reason == "shard_missing"
-    with pytest.raises(SystemExit) as ended:
-        main(["init", source, f"{tmp_path}/config.yaml", "--run"])
-    assert ended.value.code == 1, "it continues the run of a config that exists, also when nothing is left to do"
+    again = exit_status("init", source, f"{tmp_path}/config.yaml", "--run")
+    assert again == 1, "it continues the run of a config that exists, also when nothing is left to do"
 
 
 @pytest.mark.usefixtures("ray_here")

@@ -6,11 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
 from reinforce.config import load_config, parse_config
-from reinforce.dataset.files.store import Store
 from reinforce.engine.plan.check_output import overlaps
 from reinforce.engine.run import run
 from reinforce.errors import UserError
@@ -133,14 +131,6 @@ def test_a_run_refuses_before_it_writes_and_a_dataset_that_is_there_goes_on(cwd:
     same = reinforce_here({**values, "source": "data/0.tar", "output": "data/out"})
     with pytest.raises(UserError, match="is the same as source"):
         run({**values, "source": same, "output": same})
-
-
-def test_a_run_in_an_object_store_refuses_before_it_writes() -> None:
-    store = Store("memory://check-output/photos/out")
-    fsspec.filesystem("memory").pipe("/check-output/photos/x.png", picture(1))
-    with pytest.raises(UserError, match="is inside source"):
-        run(config_of("memory://check-output/photos", store.url))
-    assert fsspec.filesystem("memory").find("/check-output") == ["/check-output/photos/x.png"]
 
 
 def test_the_configs_that_come_with_the_program_write_apart_from_their_sources() -> None:

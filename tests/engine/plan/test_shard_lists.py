@@ -114,20 +114,6 @@ def test_rows_that_are_added_form_new_shards_and_finished_ones_keep_theirs(tmp_p
     assert validate(url).findings == []
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-def test_parts_have_the_samples_of_the_whole_file(tmp_path: Path, kind: str) -> None:
-    name = WRITERS[kind](tmp_path, 11)
-    whole, divided = (make_plan(parse_config(config(tmp_path, name, rows))) for rows in (None, 2))
-    found = [item for shard in whole.pending for item in read_samples(shard.source, whole.config.input)]
-    parts = [item for shard in divided.pending for item in read_samples(shard.source, divided.config.input)]
-    assert len(divided.pending) == (4 if kind == "parquet" else 6)
-    assert [item.image for item in parts if isinstance(item, RawSample)] == [
-        item.image for item in found if isinstance(item, RawSample)
-    ]
-    assert len(parts) == 11
-    assert [item.key[-8:] for item in parts] == [item.key[-8:] for item in found]  # type: ignore[index]
-
-
 def test_a_part_is_read_without_the_rest_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(lines, "_CHUNK_BYTES", 1000)
