@@ -239,30 +239,25 @@ class _Tasks(MapWorkers):
         import ray
 
         super().__init__()
+        self._ray: Any = ray
         self._task = ray.remote(num_cpus=1, max_retries=0)(_call)
         self._function: tuple[Any, Any] = (None, None)  # and Ray's copy of it
 
     def limit(self) -> int:
-        import ray
-
-        return max(1, round(_PER_CORE * ray.cluster_resources().get("CPU", 1)))
+        return max(1, round(_PER_CORE * self._ray.cluster_resources().get("CPU", 1)))
 
     def _start(self, function: Callable[[Any], Any]) -> list[Any]:
         return []  # the task that is running
 
     def _call(self, worker: list[Any], function: Callable[[T], R], item: T) -> Future[R]:
-        import ray
-
         if self._function[0] is not function:
-            self._function = function, ray.put(function)
+            self._function = function, self._ray.put(function)
         worker[:] = [self._task.remote(self._function[1], item)]
         return _future_of(*worker)
 
     def _end(self) -> None:
-        import ray
-
         for running in [*self._busy.values()]:
-            ray.cancel(*running, force=True)
+            self._ray.cancel(*running, force=True)
 
 
 def _call(function: Callable[[T], R], item: T) -> R:
@@ -279,6 +274,7 @@ class Actors(MapWorkers):
         import ray
 
         super().__init__(count)
+        self._ray: Any = ray
         self._actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_MapActor)
 
     def _start(self, function: Callable[[Any], Any]) -> Any:
@@ -291,11 +287,9 @@ class Actors(MapWorkers):
         self._idle.clear()  # Ray ends them, and has a place for an actor that waits for one with its item
 
     def _end(self) -> None:
-        import ray
-
         self._release_idle()
         for actor in [*self._busy.values()]:
-            ray.kill(actor)
+            self._ray.kill(actor)
 
 
 class _MapActor:

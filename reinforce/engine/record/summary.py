@@ -37,6 +37,11 @@ _REMEDIES = {
     Reason.SHARD_MISSING.value: "Check `source`.",
     Reason.SHARD_UNREADABLE.value: "Check the permissions of the source.",
 }
+#: What happens to shards of a dataset that ``source`` does not name, and how to remove one.
+_ABSENT = {
+    "finished": "stay in the dataset and are read; to remove one, delete its files NAME.parquet in all layers",
+    "quarantined": "are not retried; to forget one, delete its file quarantine/LAYER/NAME.parquet",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,18 +321,11 @@ def source_lines(counts: Mapping[str, int]) -> list[str]:
 
 def not_in_source_lines(counts: Mapping[str, Any]) -> list[str]:
     """Lines about shards of a dataset that ``source`` does not name; ``counts`` are the fields of ``NotInSource``."""
-    lines = []
-    if count := counts.get("finished"):
-        lines.append(
-            f"not in `source`: {plural(count, 'finished shard')}, such as {counts['first_finished']}. Such shards stay "
-            "in the dataset and are read; to remove one, delete its files NAME.parquet in all layers"
-        )
-    if count := counts.get("quarantined"):
-        lines.append(
-            f"not in `source`: {plural(count, 'quarantined shard')}, such as {counts['first_quarantined']}. Such "
-            "shards are not retried; to forget one, delete its file quarantine/LAYER/NAME.parquet"
-        )
-    return lines
+    return [
+        f"not in `source`: {plural(count, f'{what} shard')}, such as {counts[f'first_{what}']}. Such shards {advice}"
+        for what, advice in _ABSENT.items()
+        if (count := counts.get(what))
+    ]
 
 
 def _verdict(plan: Plan, quarantined: int) -> Ending:
