@@ -108,21 +108,3 @@ def test_a_server_that_never_answers_ends_the_run_and_quarantines_nothing(tmp_pa
     with pytest.raises(UserError, match=r"captions/vlm: no server has answered for .*run the same command again"):
         reinforce_here(config(tmp_path, "out", f"http://127.0.0.1:{free_port()}", wait=0.1))
     assert quarantine(str(tmp_path / "out")) == {}
-
-
-def test_captions_are_translated_by_a_captioner_that_is_added_later(tmp_path: Path) -> None:
-    write_tar(tmp_path / "source" / "0.tar", [*members_of(0, 5)[:-2], members_of(0, 5)[-1]])  # the last has no caption
-
-    def translate(_: Any, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        (part,) = request["messages"][0]["content"]
-        return 200, completion(part["text"].replace("thing", "Ding"))
-
-    with chat_server(translate) as url:
-        added = config(tmp_path, "out", url, prompt="{caption}", sees="caption", captions=1)
-        dataset = reinforce_here({**added, "captioners": {}})
-        assert reinforce_here(added) == dataset
-    found = captions(dataset)
-    assert [*found.values()][:4] == [[f"Ding {n} of shard 0"] for n in range(4)]
-    assert found["00000004"] is None
-    [row] = pq.read_table(next(Path(dataset, "quarantine/captions/vlm").glob("*.parquet"))).to_pylist()
-    assert (row["key"], row["reason"], row["detail"]) == ("00000004", "no_text", "vlm: the sample has no true caption")

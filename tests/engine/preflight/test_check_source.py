@@ -293,23 +293,6 @@ def test_the_first_sample_of_a_table_is_shown_and_what_is_not_there_is_one_error
     assert sum(map(len, IMAGES)) < sizes["samples"] < 3 * sum(map(len, IMAGES))  # type: ignore[operator]
 
 
-def test_the_format_is_recognised_by_names_then_by_content(tmp_path: Path) -> None:
-    path = write_huggingface(tmp_path / "00000.parquet", IMAGES, {"text": CAPTIONS})
-    (tmp_path / "00000_stats.json").write_text("{}")
-    sample, [note, _] = probe(config(tmp_path, f"{tmp_path}/0*"))
-    assert sample is not None
-    assert note == (
-        f"source: 1 of 2 files are not parquet files by their names and will be quarantined, such as {tmp_path}/"
-        "00000_stats.json, a JSON file; write a pattern that ends in .parquet"
-    )
-    (tmp_path / "part").write_bytes(Path(path).read_bytes())
-    assert make_plan(parse_config(config(tmp_path, f"{tmp_path}/part"))).pending[0].format == "parquet"
-    write_tar(tmp_path / "00000.tar", [("a.png", IMAGES[0])])
-    assert {shard.format for shard in make_plan(parse_config(config(tmp_path, f"{tmp_path}/0*"))).pending} == {"tar"}
-    with pytest.raises(UserError, match="tar: a tar by its name, not a jsonl file"):
-        probe(config(tmp_path, f"{tmp_path}/00000.tar", input={"format": "jsonl"}))
-
-
 def test_a_table_of_paths_stores_references_that_are_read_again_and_one_of_images_cannot(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(IMAGES[0])
     listed = ["a.png", f"{tmp_path}/a.png", "none.png"]
@@ -326,13 +309,3 @@ def test_a_table_of_paths_stores_references_that_are_read_again_and_one_of_image
     path = write_huggingface(tmp_path / "x.parquet", IMAGES, {})
     with pytest.raises(UserError, match=r"^source: images: reference needs .*x\.parquet is a parquet file; set"):
         make_plan(parse_config(config(tmp_path, path, images="reference")))
-
-
-def test_a_quarantined_table_is_named_in_the_quarantine(tmp_path: Path) -> None:
-    write_huggingface(tmp_path / "0.parquet", IMAGES, {"text": CAPTIONS})
-    (tmp_path / "1.parquet").write_bytes(b"PAR1" + bytes(50))
-    output = reinforce_here(config(tmp_path, f"{tmp_path}/?.parquet"))
-    store = Store(output)
-    [shard] = store.shards("quarantine/samples")
-    assert store.quarantined("samples", shard)[0]["reason"] == "shard_unreadable"
-    assert len(store.shards("samples")) == 1
