@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
@@ -117,13 +116,6 @@ def test_a_shard_that_cannot_be_read_is_tried_on_another_node_once() -> None:
 
 
 # -- workers that die or hang
-
-
-def test_every_shard_in_flight_in_a_worker_that_dies_or_hangs_is_a_suspect_and_never_quarantined_for_that() -> None:
-    rng, failures = random.Random(0), policy(attempts=1000, solo_attempts=1)
-    for _ in range(500):
-        shards = (A, B) if rng.random() < 0.5 else (B, A)
-        assert die(failures, *shards, hung=rng.random() < 0.5) == [RunAlone(shard) for shard in shards]
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,17 @@ def test_three_shards_in_a_row_that_fail_while_others_pass_elsewhere_are_the_wor
     assert "4 shards in a row failed there while shards passed elsewhere" in str(fail(faults, A, "4", now=3.0))
 
 
+@pytest.mark.parametrize("others", [[B], [A2, WorkerId(A.node, 10, A.host)]])
+def test_a_shard_that_fails_on_two_nodes_or_at_three_workers_is_itself_the_cause(
+    faults: Faults, others: list[WorkerId]
+) -> None:
+    for worker in (A, *others):
+        fail(faults, worker, "1")
+    faults.record_success("9", C, 2.0, 3)
+    assert fail(faults, A, "2", "3", now=3.0) is None
+    assert fail(faults, A, "4", now=1.0) is not None
+
+
 def test_a_node_whose_workers_are_replaced_twice_in_an_hour_gets_no_workers_for_a_while_and_longer_each_time(
     faults: Faults, notes: list[str]
 ) -> None:
@@ -96,16 +107,6 @@ def test_layers_that_pass_without_the_one_that_failed_prove_nothing_about_a_work
         fail(faults, A, shard)
         faults.forget_shard(shard)
         assert faults.record_success(shard, B, 2.0, 2) == []
-
-
-def test_shards_that_fail_in_a_row_and_everywhere_leave_their_nodes_in_use(faults: Faults) -> None:
-    for worker in (A, A2):
-        faults.record_success("9", B, 0.5, 3)
-        fail(faults, worker, "1", "2", "3", now=0.1)
-        faults.record_replacement(worker, 1.0)
-    for shard in "123":
-        fail(faults, B, shard)
-    assert faults.avoided(1.0) == frozenset()
 
 
 def test_a_node_where_models_cannot_be_loaded_is_avoided_while_other_nodes_finish_shards(
@@ -172,11 +173,6 @@ def test_a_full_temporary_folder_of_one_of_two_nodes_quarantines_nothing_and_the
     assert {worker.node for worker in run.replaced} == {"node 0"}
     assert len(run.replaced) <= 3
     assert "node node 0 gets no new workers" in run.policy.notes[0]
-
-
-def test_a_single_bad_worker_is_replaced_and_its_node_stays_in_use() -> None:
-    run = SimulatedRun(2, 2, 60, full_where(lambda shard, worker: worker.pid == 1)).run()
-    assert (run.quarantined, run.replaced, run.policy.notes) == ([], [WorkerId("node 0", 1)], [])
 
 
 @pytest.mark.parametrize(("nodes", "per_node"), [(3, 2), (1, 1)])
