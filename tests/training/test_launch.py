@@ -63,27 +63,20 @@ class CountingFeed(PairFeed):
         yield from super().batches(rank, ranks, batch, start)
 
 
-@pytest.mark.parametrize(
-    ("compute", "cpus", "threads"), [({}, 16, 13), ({"cpus": 2}, 2, 2)], ids=["by default", "as given"]
-)
 def test_a_training_uses_all_cores_unless_the_config_says_otherwise(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    compute: dict[str, int],
-    cpus: int,
-    threads: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("reinforce.training.distributed.ranks.available_cores", lambda: 16)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    before, feed = torch.get_num_threads(), CountingFeed(3)
-    launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=3, compute=compute))
-    assert (feed.threads, feed.asked) == (threads, (1, Begun()))
-    assert capsys.readouterr().out.startswith(
-        f"1 rank x {cpus} CPUs, 3 loaders, device cpu\nread in six streams\ntwo towers\n"
-    )
-    assert torch.get_num_threads() == before
-    launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=4, compute=compute))
+    before = torch.get_num_threads()
+    for compute, cpus, threads in (({}, 16, 13), ({"cpus": 2}, 2, 2)):
+        feed, output = CountingFeed(3), tmp_path / str(cpus)
+        launch(lambda _, feed=feed: (TowersTask(), feed), job(output, steps=3, compute=compute))
+        assert (feed.threads, feed.asked) == (threads, (1, Begun()))
+        shown = f"1 rank x {cpus} CPUs, 3 loaders, device cpu\nread in six streams\ntwo towers\n"
+        assert capsys.readouterr().out.startswith(shown)
+        assert torch.get_num_threads() == before
+    launch(lambda _: (TowersTask(), feed), job(output, steps=4, compute=compute))
     assert feed.asked == (1, Begun(3, 6, row_processes=3)), "what the checkpoint records"
 
 
