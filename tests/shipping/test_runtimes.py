@@ -19,7 +19,7 @@ from reinforce.shipping.tokens import PROBES
 from reinforce.shipping.towers import reparameterize, split_towers
 from teachers.open_clip.teacher import image_spec
 from tests.helpers import shipping as models
-from tests.helpers.commands import Command
+from tests.helpers.commands import Command, Printed
 from tests.helpers.data import picture
 
 ENDINGS = {"litert": "tflite", "executorch": "pte"}
@@ -57,13 +57,14 @@ def test_exported_towers_agree_with_torch_and_the_readme_runs(target: str, comma
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "weights"), [("litert", "int8"), ("executorch", "dynamic-int8")])
-def test_int8_is_refused_below_the_least_cosine(target: str, weights: str, command: Command, tmp_path: Path) -> None:
+def test_int8_is_refused_below_the_least_cosine(
+    target: str, weights: str, printed: Printed, refused: Printed, tmp_path: Path
+) -> None:
     need(target)
     words = ["export", target, models.fastvit(tmp_path / "model"), str(tmp_path / "int8"), "--weights", weights]
-    status, _, err = command(*words, "--min-cosine", "1")
-    assert (status, "less than --min-cosine 1" in err, (tmp_path / "int8").exists()) == (2, True, False)
-    # Random weights, whose rounding depends on the processor.
-    assert command(*words, "--min-cosine", "0.95")[0] == 0
+    assert "less than --min-cosine 1" in refused(*words, "--min-cosine", "1")
+    assert not (tmp_path / "int8").exists()
+    printed(*words, "--min-cosine", "0.95")  # random weights, whose rounding depends on the processor
     towers = json.loads((tmp_path / "int8" / "export.json").read_text())["towers"]
     assert all(0.95 <= tower["cosine"]["min"] < 1 for tower in towers.values())
     if target == "litert":  # XNNPACK's quantizer leaves the embedding of tokens, most of this text tower, in fp32
@@ -71,11 +72,10 @@ def test_int8_is_refused_below_the_least_cosine(target: str, weights: str, comma
 
 
 @pytest.mark.slow
-def test_int8_of_a_resnet_runs_although_biases_of_its_pooling_are_computed(command: Command, tmp_path: Path) -> None:
+def test_int8_of_a_resnet_runs_although_biases_of_its_pooling_are_computed(printed: Printed, tmp_path: Path) -> None:
     need("executorch")
     model, folder = models.resnet(tmp_path / "model"), tmp_path / "int8"
-    status, _, err = command("export", "executorch", model, str(folder), "--weights", "dynamic-int8")
-    assert status == 0, err
+    printed("export", "executorch", model, str(folder), "--weights", "dynamic-int8")
     assert json.loads((folder / "export.json").read_text())["towers"]["image"]["cosine"]["min"] >= 0.99
 
 
@@ -99,15 +99,13 @@ def test_all_installed_runtimes_are_measured_side_by_side(command: Command, tmp_
     if not runtimes:
         pytest.skip("; ".join(missing))
     model, file = models.vit(tmp_path / "model"), tmp_path / "latency.json"
-    status, out, err = command(
-        "latency", model, "--threads", "1", "--rounds", "2", "--json", str(file), "--runtime", "all"
-    )
+    words = ["latency", model, "--threads", "1", "--rounds", "2", "--json", str(file), "--runtime", "all"]
+    status, out, err = command(*words)
     assert (status, err.count("left out: ")) == (0, len(missing))
     measured = json.loads(file.read_text())
     (about,) = measured["models"].values()
-    assert {name for runtime in runtimes.values() for name in TARGETS[runtime.target].packages} <= measured[
-        "versions"
-    ].keys()
+    packages = {name for runtime in runtimes.values() for name in TARGETS[runtime.target].packages}
+    assert packages <= measured["versions"].keys()
     if {"onnxruntime", "openvino"} <= runtimes.keys():
         assert about["bytes"]["openvino"] == about["bytes"]["onnxruntime"]
         assert "conversion for openvino" not in out, "it runs the files of ONNX"
