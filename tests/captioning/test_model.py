@@ -43,9 +43,8 @@ def test_parameters_that_the_loss_does_not_use_are_not_trained(tmp_path: Path) -
 
 
 def test_frozen_towers_are_not_trained_and_stay_in_eval_mode(tmp_path: Path) -> None:
-    model = make_captioner(
-        tmp_path, captioner={"model": f"local-dir:{tmp_path}/model", "freeze": ["image", "text"]}
-    ).train()
+    frozen = {"model": f"local-dir:{tmp_path}/model", "freeze": ["image", "text"]}
+    model = make_captioner(tmp_path, captioner=frozen).train()
     assert not model.coca.visual.training
     assert not model.coca.text.training
     assert model.coca.text_decoder.training
@@ -156,11 +155,9 @@ def test_another_context_keeps_the_features_and_predictions_of_captions_that_fit
 ) -> None:
     """The words keep their positions, and the class token its own; interpolation would move all of them."""
     plain = make_captioner(tmp_path).eval()
-    other = make_captioner(
-        tmp_path,
-        captioner={"model": f"local-dir:{tmp_path}/model", "context": context},
-        evaluate={"generate": {"min_length": 0, "max_length": 8}},
-    ).eval()
+    resized_model = {"model": f"local-dir:{tmp_path}/model", "context": context}
+    short = {"generate": {"min_length": 0, "max_length": 8}}
+    other = make_captioner(tmp_path, captioner=resized_model, evaluate=short).eval()
     tokens = Tokenizer("coca_ViT-B-32")(["fog", "two dogs"])
     resized = Tokenizer("coca_ViT-B-32", context - 1)(["fog", "two dogs"])
     assert resized.shape == (2, context - 1)

@@ -66,13 +66,8 @@ def test_an_unchanged_student_is_at_its_anchors_which_are_added_to_the_loss_of_a
 
 
 def test_the_teacher_of_an_anchor_is_read_beside_the_ensemble_and_is_not_in_it(anchored: Any) -> None:
-    with_anchor, batch = first_batch(
-        anchored(
-            {**BOTH, "similarities": 1.0},
-            loss={"lambda": 0.5, "logit_scales": {"vit": 9.0}},
-            data={"teachers": ["red"]},
-        )
-    )
+    loss, data = {"lambda": 0.5, "logit_scales": {"vit": 9.0}}, {"teachers": ["red"]}
+    with_anchor, batch = first_batch(anchored({**BOTH, "similarities": 1.0}, loss=loss, data=data))
     assert batch["targets"].keys() == {"red", "vit"}
     plain, of_plain = first_batch(anchored(None, loss={"lambda": 0.5}, data={"teachers": ["red"]}))
     losses, others = numbers_of(with_anchor, batch), numbers_of(plain, of_plain)

@@ -165,10 +165,7 @@ def test_a_training_that_began_before_statistics_were_kept_goes_on_and_may_not_c
         return load_file(Path(trained.output) / trained.export / "open_clip_model.safetensors")
 
     moved, kept = train("moved", 4, batch_norm="train"), train("kept", 2)
-    assert (
-        f"student.batch_norm: keep: {norms} batch normalisations of the pretrained student use"
-        in capsys.readouterr().out
-    )
+    assert f"batch_norm: keep: {norms} batch normalisations of the pretrained student" in capsys.readouterr().out
     start = load_file(tmp_path / "student" / "open_clip_model.safetensors")
     statistics = [name for name in start if "running" in name]
     assert all(torch.equal(kept[name], start[name]) for name in statistics)
@@ -182,9 +179,7 @@ def test_a_training_that_began_before_statistics_were_kept_goes_on_and_may_not_c
     checkpoints.save(replace(progress, fixed_config=fixed), tensors)  # as earlier versions wrote it
     capsys.readouterr()
     again = train("old", 4)
-    assert (
-        f"batch_norm: train: the statistics of {norms} batch normalisations move, as since" in capsys.readouterr().out
-    )
+    assert f"batch_norm: train: the statistics of {norms} batch normalisations move" in capsys.readouterr().out
     assert all(torch.equal(again[name], value) for name, value in moved.items())
     assert curve(tmp_path / "old") == curve(tmp_path / "moved")
     for output, changed, message in (("old", "keep", "'train' before, 'keep'"), ("kept", "train", "'keep' before, 't")):

@@ -146,9 +146,8 @@ def test_half_precision_features_are_multiplied_in_float32() -> None:
     features = {what: value.half() for what, value in vectors("student").items()}
     scale = torch.tensor(100.0)
     half = contrastive_losses(Objective(0.0), features, scale, None, {})
-    full = contrastive_losses(
-        Objective(0.0), {what: value.double() for what, value in features.items()}, scale, None, {}
-    )
+    exact = {what: value.double() for what, value in features.items()}
+    full = contrastive_losses(Objective(0.0), exact, scale, None, {})
     for name, value in half.items():
         assert value.item() == pytest.approx(full[name].item(), abs=1e-5)
 

@@ -317,9 +317,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path: Path, 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(
-            UserError, match=rf"^{tmp_path}.* cannot be written: .*File too large.*; make room in .*\.$"
-        ):
+        line = rf"^{tmp_path}.* cannot be written: .*File too large.*; make room in .*\.$"
+        with pytest.raises(UserError, match=line):
             run(made, task=Large())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -125,9 +125,8 @@ def test_values_are_rounded_to_255_of_a_channel_and_256_of_a_row_that_include_ze
 @pytest.mark.parametrize("part", ["visual.trunk.stem.1", "text.transformer.resblocks.0"])
 def test_a_compiled_part_is_compiled_once_more_when_it_begins_to_round(tmp_path: Path, part: str) -> None:
     module = built(student_folder(tmp_path, "mobileclip")).clip.get_submodule(part)
-    inputs = torch.randn(
-        (2, 16, 16, 16) if "visual" in part else (2, 16, 32), generator=torch.Generator().manual_seed(0)
-    )
+    shape = (2, 16, 16, 16) if "visual" in part else (2, 16, 32)
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     counter = CompileCounterWithBackend("eager")
     module.compile(backend=counter)
     module(inputs)
