@@ -63,6 +63,11 @@ def test_a_header_has_the_size_and_is_refused_by_the_limits_without_decoding():
 # --- pixels
 
 
+def test_lossless_formats_keep_their_pixels():
+    for format in ("PNG", "BMP", "TIFF", "PPM"):
+        assert decode(encode(noise(), format), LIMITS).tobytes() == noise().tobytes()
+
+
 def test_transparent_pixels_and_palette_colours_are_composited_over_white():
     rgba = Image.new("RGBA", (3, 1))
     rgba.putdata([(0, 255, 0, 0), (255, 0, 0, 255), (0, 0, 0, 51)])
@@ -177,9 +182,12 @@ def test_conversion_in_strips_equals_conversion_at_once(monkeypatch):
 # --- refusals
 
 
-def test_exotic_formats_and_what_is_above_the_limits_are_refused():
+def test_exotic_formats_truncated_images_and_what_is_above_the_limits_are_refused():
     for format in ("ICO", "TGA", "PCX", "SGI", "ICNS"):
         assert refusal(encode(Image.new("RGB", (32, 32)), format)) is Reason.IMAGE_FORMAT
+    for data in (encode(noise(), format) for format in FORMATS):
+        for keep in (len(data) // 2, len(data) * 9 // 10):
+            assert refusal(data[:keep]) is Reason.IMAGE_BROKEN
     limits = Limits(pixels=10_000, aspect=10)
     assert decode(encode(Image.new("RGB", (100, 100))), limits).size == (100, 100)
     assert refusal(encode(Image.new("RGB", (101, 100))), limits) is Reason.IMAGE_PIXELS

@@ -118,6 +118,21 @@ def test_at_most_a_hundred_damages_are_reported():
     assert "the rest is not read" in rows[-1].detail
 
 
+def test_long_names_of_ustar_any_records_of_pax_and_sizes_of_base_256_are_read():
+    long = "/".join(["a" * 60] * 3)
+    data = tar_bytes([(f"{long}.jpg", b"abc")], tarfile.USTAR_FORMAT)
+    assert outcomes(read(data, limits=Limits())) == [(long, "abc")]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "=\n ="}) as tar:
+        info = tarfile.TarInfo("short.jpg")
+        info.size, info.pax_headers = 3, {"path": "ü.jpg", "comment": "7 a=b\n"}
+        tar.addfile(info, io.BytesIO(b"abc"))
+    assert outcomes(read(buffer.getvalue())) == [("ü", "abc")]
+    packed = bytearray(tar_bytes([("a.jpg", b"abc")]))
+    packed[124:136] = b"\x80" + (3).to_bytes(11, "big")
+    assert outcomes(read(checked(packed))) == [("a", "abc")]
+
+
 def test_a_size_beyond_the_end_of_a_compressed_tar_is_damage():
     data = bytearray(TAR)
     data[ENDS[0] + 124 : ENDS[0] + 136] = b"\x80" + (2**33).to_bytes(11, "big")

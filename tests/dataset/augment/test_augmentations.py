@@ -97,6 +97,12 @@ def test_the_golden_record_is_sampled_in_any_process_and_depends_on_seed_key_and
         assert sample_augmentation(POLICY, *change, 640, 427).crop != GOLDEN.crop
 
 
+def test_operations_are_applied_with_their_probability():
+    policy = Augmentations(rand_augment=RandAugmentPolicy(probability=0.3))
+    applied = sum(sample_augmentation(policy, 0, str(i), 0, 64, 64).ops is not None for i in range(2000))
+    assert abs(applied / 2000 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 2000)
+
+
 def torchvision_magnitudes(size: int) -> dict[str, tuple[list[float], bool]]:
     space = RandAugment()._augmentation_space(31, (size, size))
     return {
