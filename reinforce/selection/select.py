@@ -278,7 +278,8 @@ class _Selection:
         self.log(f"rule {rule.label}: comparing samples in each part ({buckets.count:,})")
         list(self.compute(found.stage("duplicates"), found.compare, found.records.ranges(len(self.chunks))))
         assert self.codes is not None
-        enter = partial(found.enter, self.codes, after := found.stage("duplicates-codes"))
+        after = found.stage("duplicates-codes")
+        enter = partial(found.enter, self.codes, after)
         chunks = [*zip(self.chunks, found.worse.ranges(buckets.count), strict=True)]
         list(self.compute(found.stage("duplicates-entered"), enter, chunks))
         self.codes = after

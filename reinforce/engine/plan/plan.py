@@ -249,7 +249,8 @@ def _stored_layers(
     for layer, rows in has.items():
         for shard in names.filter(pa.array(rows)).to_pylist():
             kept = stored.setdefault(shard, [])
-            kept += [layer] if layer not in replaced.get(shard, ()) else []
+            if layer not in replaced.get(shard, ()):
+                kept.append(layer)
     sources = read_records(store).sources if stored else {}
     states = {shard: sources[shard].state if shard in sources else None for shard in stored}
     return {shard: (tuple(layers), states[shard]) for shard, layers in stored.items()}

@@ -12,7 +12,7 @@ from typing import Any
 
 from reinforce.input_config import DEFAULT, Input, Limits
 from reinforce.source.file_types import foreign_name, is_image_name
-from reinforce.source.samples import Item, ReadBudget, refusing_absent, unique_keys
+from reinforce.source.samples import Item, ReadBudget, unique_keys
 from reinforce.source.urls import Info, filesystem
 from reinforce.source.whole_reads import read_whole
 
@@ -175,8 +175,7 @@ class SourceFormat:
 
     def count(self, url: str, limits: Limits) -> int | None:
         """Number of samples of a file, or None if it cannot be read. Raises the errors of the storage."""
-        items = self.read(Shard(url, format=self.name), Input(limits=limits), images=False)
-        keys = {item.key for item in refusing_absent(url, items)}
+        keys = {item.key for item in self.read(Shard(url, format=self.name), Input(limits=limits), images=False)}
         return len(keys - {None}) or None
 
     # Of tables.
