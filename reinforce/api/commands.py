@@ -85,8 +85,8 @@ def plan_config(
     from reinforce.dataset.files.store import Store
     from reinforce.dataset.manifest.class_code import check_classes
     from reinforce.engine.plan.check_output import check_output
-    from reinforce.engine.plan.moved_sources import check_copies
     from reinforce.engine.plan.plan import make_plan
+    from reinforce.engine.plan.source_changes import check_copies
     from reinforce.engine.preflight.check_machines import machines_of_plan
     from reinforce.engine.preflight.check_source import check_source
     from reinforce.engine.preflight.estimate_bytes import source_statistics

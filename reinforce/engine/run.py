@@ -25,9 +25,9 @@ from reinforce.dataset.manifest.manifest import (
 from reinforce.dataset.runs.shard_records import SourceRecord, read_records
 from reinforce.engine.codebooks import check_codebooks, fit_codebooks
 from reinforce.engine.plan.check_output import check_output
-from reinforce.engine.plan.moved_sources import changes_note, check_copies, finished_note
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.plan.recipe import version_notes
+from reinforce.engine.plan.source_changes import changes_note, check_copies, finished_note
 from reinforce.engine.plan.source_shards import write_lists
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.engine.preflight.estimate_bytes import expected_samples

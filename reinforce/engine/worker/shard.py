@@ -29,7 +29,7 @@ from reinforce.engine.inference.session import Session, device_report
 from reinforce.engine.messages.pulse import WRITING, LeaseWatch
 from reinforce.engine.messages.results import LayerFailure, ShardResult
 from reinforce.engine.messages.task import PendingShard
-from reinforce.engine.plan.moved_sources import describe_replaced, referenced_source_change
+from reinforce.engine.plan.source_changes import describe_replaced, referenced_source_change
 from reinforce.engine.worker.producers.base import RowGroup
 from reinforce.engine.worker.producers.registry import make_producers
 from reinforce.engine.worker.refusals import Refusals

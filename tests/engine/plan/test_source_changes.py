@@ -18,8 +18,8 @@ from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.manifest import DIGEST_KEY, update_manifest
 from reinforce.dataset.runs.shard_records import RecordWriter, SourceRecord
 from reinforce.engine.messages.results import LayerFailure, ShardResult
-from reinforce.engine.plan.moved_sources import changes_note, find_copies, finished_note, referenced_source_change
 from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.plan.source_changes import changes_note, find_copies, finished_note, referenced_source_change
 from reinforce.engine.run import run
 from reinforce.errors import UserError
 from reinforce.source.identity import read_state
