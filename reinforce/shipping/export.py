@@ -28,7 +28,8 @@ from reinforce.shipping import tokens
 from reinforce.shipping.checks import HELD_OUT, Agreement, compare, compare_on_sets
 from reinforce.shipping.golden import GOLDEN, check_golden, write_golden
 from reinforce.shipping.packages import TARGETS, load_target
-from reinforce.shipping.targets.base import BOTH, IMAGE, ExportOptions, Run, Target, size_of, step, step_screen
+from reinforce.shipping.steps import step, step_screen
+from reinforce.shipping.targets.base import BOTH, IMAGE, ExportOptions, Run, Target, size_of
 from reinforce.shipping.towers import Tower, reparameterize, split_towers
 from reinforce.storage import Storage
 from reinforce.terminal import format_bytes

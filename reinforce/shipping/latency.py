@@ -27,7 +27,8 @@ from reinforce.processes.cores import available_cores, describe_share
 from reinforce.shipping.machine import describe_machine
 from reinforce.shipping.packages import TARGETS, TORCH, Runtime, load_target
 from reinforce.shipping.report import LatencyReport
-from reinforce.shipping.targets.base import ExportOptions, size_of, step, step_screen
+from reinforce.shipping.steps import step, step_screen
+from reinforce.shipping.targets.base import ExportOptions, size_of
 from reinforce.shipping.towers import Tower, count_parameters, reparameterize, split_towers
 from reinforce.terminal import Screen
 from teachers.open_clip.teacher import image_spec, model_name, random_model

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from teachers.fast_paths.frozen import FrozenAttention, FrozenLinear
-from teachers.runtime.determinism import eager
+from teachers.runtime.eager import eager
 
 _LARGEST = 448.0  # of e4m3
 _MULTIPLE = 16  # sides of the matrices that PyTorch multiplies in fp8

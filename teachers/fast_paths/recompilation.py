@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from teachers.fast_paths.usage import fast_path
-from teachers.runtime.determinism import is_eager, must_be_deterministic
+from teachers.runtime.determinism import must_be_deterministic
+from teachers.runtime.eager import is_eager
 from teachers.runtime.memory import is_out_of_memory
 
 #: Blocks of all towers of a process that have one class share the graphs of its ``forward``: two towers with eight

@@ -1,4 +1,4 @@
-"""Deterministic CUDA: torch's flags and the environment, set in one place before CUDA starts; no compiled code.
+"""Deterministic CUDA: torch's flags and the environment, set in one place before CUDA starts.
 
 A process calls ``set_flags`` before it loads a model. What is then settled on CUDA:
 
@@ -26,7 +26,6 @@ import torch
 
 _LOG = logging.getLogger(__name__)
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-_eager: ContextVar[bool] = ContextVar("eager", default=False)
 _required: ContextVar[bool] = ContextVar("required", default=False)
 _NO_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")
 #: cuDNN has no algorithm that is left by data type, memory layout, workspace and determinism. torch 2.4 to 2.13 add GET
@@ -134,27 +133,6 @@ def unique_indices() -> Iterator[None]:
 def must_be_deterministic() -> bool:
     """Whether results must be equal each time, also inside of ``unique_indices``, which lifts torch's flag."""
     return _required.get() or _mode()[0]
-
-
-@contextlib.contextmanager
-def eager() -> Iterator[None]:
-    """Context without compiled code.
-
-    A mode that sees operations, such as torch's counter of them, would not see those of compiled code. And torch never
-    again runs compiled code of a function that was called inside of such a mode.
-    """
-    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
-    token = _eager.set(True)
-    try:
-        with contextlib.nullcontext() if set_stance is None else set_stance("force_eager"):
-            yield
-    finally:
-        _eager.reset(token)
-
-
-def is_eager() -> bool:
-    """Whether this thread is inside of ``eager``."""
-    return _eager.get()
 
 
 def operation_without_kernel(error: BaseException) -> str | None:

@@ -20,7 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from teachers.runtime.determinism import eager
+from teachers.runtime.eager import eager
 from teachers.spec import Precision
 
 _TERA = 1e12

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from reinforce.captioning.evaluator import CaptionerEvaluator, cider
+from reinforce.captioning.evaluator import CaptionerEvaluator
 from reinforce.captioning.held_out import HeldOut
+from reinforce.captioning.metrics import cider
 from reinforce.captioning.model import CaptionerModel
 from reinforce.captioning.streams import load_streams
 from reinforce.errors import UserError

@@ -30,9 +30,8 @@ from reinforce import terminal
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from reinforce.input_config import Limits
-from reinforce.shipping import packages
+from reinforce.shipping import packages, steps
 from reinforce.shipping.checks import compare, compare_on_sets
-from reinforce.shipping.targets import base
 from reinforce.shipping.targets import onnx as graph
 from reinforce.shipping.targets.base import ExportOptions
 from reinforce.shipping.towers import Tower, count_parameters, reparameterize
@@ -328,13 +327,13 @@ def test_seconds_of_a_step_are_printed_while_its_converter_is_silent(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(terminal, "_LOG_SECONDS", 0.05)
-    monkeypatch.setattr(base, "_REDRAW_SECONDS", 0.01)
-    with base.step_screen() as screen:
-        with base.step(screen, "image tower: conversion"), base.silenced():
+    monkeypatch.setattr(steps, "_REDRAW_SECONDS", 0.01)
+    with steps.step_screen() as screen:
+        with steps.step(screen, "image tower: conversion"), steps.silenced():
             print("of the converter, in Python")
             os.write(1, b"of the converter, in C++")
             time.sleep(0.4)
-        with pytest.raises(ValueError, match="no"), base.step(screen, "text tower: conversion"):
+        with pytest.raises(ValueError, match="no"), steps.step(screen, "text tower: conversion"):
             raise ValueError("no")
     out, err = capfd.readouterr()
     lines = [line for line in out.splitlines() if line != "text tower: conversion"]

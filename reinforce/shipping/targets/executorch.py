@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from reinforce.shipping.targets.base import ExportOptions, Run, Target, row_by_row, silenced
+from reinforce.shipping.steps import silenced
+from reinforce.shipping.targets.base import ExportOptions, Run, Target, row_by_row
 from reinforce.shipping.towers import Tower
 
 

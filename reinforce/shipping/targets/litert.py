@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from reinforce.shipping.targets.base import ExportOptions, Run, Target, row_by_row, silenced
+from reinforce.shipping.steps import silenced
+from reinforce.shipping.targets.base import ExportOptions, Run, Target, row_by_row
 from reinforce.shipping.towers import Tower
 
 #: `--weights` -> recipe of ai-edge-quantizer.

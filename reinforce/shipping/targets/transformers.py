@@ -13,7 +13,8 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from reinforce.markup import render_markdown
-from reinforce.shipping.targets.base import ExportOptions, Run, Target, silenced
+from reinforce.shipping.steps import silenced
+from reinforce.shipping.targets.base import ExportOptions, Run, Target
 from reinforce.shipping.targets.hugging_face import convert
 from reinforce.shipping.tokens import PROBES
 from reinforce.shipping.towers import Tower
