@@ -108,8 +108,10 @@ class PairSource:
         Refused samples are counted in ``refused`` by reason. Without ``images``, samples may lack theirs. Raises
         UserError for a shard that cannot be read completely.
         """
-        texts = find_format(shard.format).read(shard, self.spec, images=False)
-        items: Iterator[Item] = read_samples(shard, self.spec) if images else texts
+        if images:
+            items: Iterator[Item] = read_samples(shard, self.spec)
+        else:
+            items = find_format(shard.format).read(shard, self.spec, images=False)
         for item in raise_on_damage(items, shard.file, self.where):
             if isinstance(item, Refusal):
                 if self.is_dataset and item.reason is Reason.IMAGE_PLACE:

@@ -255,7 +255,7 @@ MUTABLE_KEYS = (
 
 
 #: A key, and its name in checkpoints, which is that of earlier versions.
-_RECORDED = ("optimizer.grad_clip_norm", "optimizer.clip")
+_KEY, _RECORDED = "optimizer.grad_clip_norm", "optimizer.clip"
 
 
 def fixed_config(config: BaseModel, mutable: Iterable[str]) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def fixed_config(config: BaseModel, mutable: Iterable[str]) -> dict[str, Any]:
     """
     prefixes = tuple(f"{key}." for key in mutable)
     values = flatten(redact_values(config.model_dump(mode="json", by_alias=True)))
-    return {key.replace(*_RECORDED): value for key, value in values if not f"{key}.".startswith(prefixes)}
+    return {key.replace(_KEY, _RECORDED): value for key, value in values if not f"{key}.".startswith(prefixes)}
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -275,7 +275,7 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         return "not set" if value is None else repr(value)
 
     return [
-        f"{key.replace(*_RECORDED[::-1])}: {shown(before.get(key))} before, {shown(now.get(key))} now"
+        f"{key.replace(_RECORDED, _KEY)}: {shown(before.get(key))} before, {shown(now.get(key))} now"
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]

@@ -312,7 +312,7 @@ def _file_name(step: int) -> str:
 
 def _encode_header(progress: Progress) -> str:
     """Without what older checkpoints do not have, where it has the value that they mean."""
-    _, _, _, _, *later = fields(progress)
+    later = fields(progress)[4:]  # all but the step, the config, the seconds and the skipped steps
     header = {
         "version": _VERSION,
         "step": progress.step,

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import reinforce
 from reinforce.captioning import finetune as finetuning
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.finetune import build, finetune
@@ -36,6 +37,7 @@ from tests.helpers.models.tiny_coca import END, coca_model
 from tests.helpers.ranks import served_store, start_ranks, under_torchrun
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.trainings import before_batches, curve
+from tests.helpers.views import make_view
 
 SIZE = 16
 tokenize = Tokenizer("coca_ViT-B-32")
@@ -112,7 +114,7 @@ def test_predicted_tokens_end_with_the_first_end_token() -> None:
     assert lengths[4] == 75  # truncated to the context, with the end token last
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "folder", "dataset"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "folder", "dataset", "view"])
 def test_sources_of_every_format_are_streamed(folder: Path, tmp_path: Path, kind: str) -> None:
     images = {f"{i:03d}": picture(i) for i in range(24)}
     data: dict[str, Any] = {"captions": ["txt"]}
@@ -130,9 +132,14 @@ def test_sources_of_every_format_are_streamed(folder: Path, tmp_path: Path, kind
         lines = [json.dumps({"key": key, "file_name": f"images/{key}.png", "text": f"thing {key}"}) for key in images]
         (tmp_path / "0.jsonl").write_text("\n".join(lines))
         data |= {"source": f"{tmp_path}/0.jsonl", "captions": ["text", "txt"], "images_from": str(tmp_path)}
-    if kind == "dataset":
+    if kind in ("dataset", "view"):
         run = {"source": f"{tmp_path}/images", "output": f"{tmp_path}/dataset", "augmentations": {"size": 8}}
         data["source"] = reinforce_here(run)
+    if kind == "view":
+        make_view(tmp_path / "dataset", {"sample": 9})
+        data["view"] = "some"
+        images = {sample.key: b"" for sample in reinforce.open(f"{tmp_path}/dataset", [], [], view="some")}
+        assert len(images) == 9
     config = streams_config(tmp_path, held_out={"source": f"{folder}/shards/*.tar"}, **data)
     feed = feed_of(config)
     batches = take(feed, feed.samples, batch=1)

@@ -289,6 +289,7 @@ DAMAGE: dict[str, tuple[dict[str, str | None] | tuple[Any, ...], str]] = {
         (6, RED, (0, 1)),
         "has the label 6 in its .cls member; want the index of one of the 6 classes",
     ),
+    "a negative label": ((-1, RED, (0, 1)), "has the label -1"),
     "a label that is a name": (("red", RED, (0, 1)), "has the label 'red' in its .cls member; want the index"),
     "no metadata": ((0, RED, None), "whole numbers region, country in its .npy member; it has none"),
     "metadata of another shape": ((0, RED, (1, 2, 3)), "its shape is (3,), its values are [1, 2, 3]"),

@@ -120,9 +120,11 @@ def make_terms(loss: Loss, models: Models) -> Terms:
     terms: list[Term] = []
     for name, module in MODULES.items():
         try:
-            terms += filter(None, [module.make(loss, others)])
+            term = module.make(loss, others)
         except ValueError as error:
             raise UserError(f"loss.{name}: {error}") from error
+        if term is not None:
+            terms.append(term)
     _check_learns(loss, models, terms)
     notes = [] if loss.reads_ensemble or loss.anchors else ["lambda 0: no teacher is used"]
     uses: dict[tuple[str, str], list[str]] = {("teachers", name): [] for name in models.teachers}
