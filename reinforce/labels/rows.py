@@ -25,11 +25,12 @@ from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layers import REINFORCEMENTS, SAMPLES, TRUE_CAPTION, Layer, captions_layer, inputs_of
 from reinforce.dataset.vectors import tensor_rows
+from reinforce.labels.crops import LabelCrops, parse_records
 from reinforce.labels.identities import DIGEST, KEY, Identity, columns_of_identities, stated
 from reinforce.labels.index import IdentityIndex, cached_index, read_fingerprint
 from reinforce.labels.interface import BROKEN, LabelReader, LabelSet, RowLabels, Wanted, describe_counts
 from reinforce.labels.joining import IndexedRows, Joined, Joining, RowOf, Why
-from reinforce.labels.members import LabelCrops, LabelValue, MemberReader, Unreadable, checked_norms, parse_records
+from reinforce.labels.members import LabelValue, MemberReader, Unreadable, checked_norms
 from reinforce.labels.tars import TarLabels
 from reinforce.labels.unread import LabelFiles
 from reinforce.source.captions import clean_text
