@@ -173,13 +173,11 @@ def _by_key(items: Sequence[Quarantined]) -> dict[tuple[str, str], list[Quaranti
 
 def _nearest(rows: Rows, order: Sequence[int]) -> list[tuple[Place, list[tuple[str, list[tuple[str, Place]]]]]]:
     """Samples, each with the nearest ones and their cosines by teacher."""
-    return [
-        (
-            rows.places[row],
-            [(name, [(f"{cosine:.3f}", rows.places[one]) for one, cosine in of]) for name, of in found.items()],
-        )
-        for row, found in (contents.find_neighbours(rows, order) if rows.image_teachers else ())
-    ]
+    found = []
+    for row, by_teacher in contents.find_neighbours(rows, order) if rows.image_teachers else ():
+        lines = [(name, [(f"{cosine:.3f}", rows.places[one]) for one, cosine in of]) for name, of in by_teacher.items()]
+        found.append((rows.places[row], lines))
+    return found
 
 
 def _summary(data: Dataset, overview: Overview, problems: Sequence[str]) -> dict[str, Any]:

@@ -268,6 +268,7 @@ class _Selection:
         return search
 
     def _find_duplicates(self, rule: BoundRule, dim: int) -> None:
+        """Compute all parts of each stage, whose results are read where they are needed."""
         buckets = Buckets(int(self.groups[:, 2].sum()), dim)
         found = Duplicates(self.parts, self.inputs, rule, buckets, tuple(chunk.first for chunk in self.chunks))
         if dim:
