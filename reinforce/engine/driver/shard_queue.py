@@ -86,14 +86,15 @@ class ShardQueue:
             else:
                 self._ready.append(shard)
         self._paused = {worker: until for worker, until in self._paused.items() if until > now}
-        slots = [slot for slot in slots if not slot.leaving and not (self._paused and slot.id in self._paused)]
+        staying = [slot for slot in slots if not slot.leaving]
+        slots = [slot for slot in staying if not (self._paused and slot.id in self._paused)]
         idle = [slot for slot in slots if slot.free == SHARDS_IN_FLIGHT] if self._suspects else []
         while self._suspects and idle:
             shard, tried = self._suspects.popleft()
             slot = max(idle, key=lambda slot: _distance(slot, tried))
             idle.remove(slot)
             lease(slot, shard, alone=True)
-        self._drain(slots)
+        self._drain(staying)
         if self._retries:
             self._hand_out_retries(slots, lease, failing)
         for _ in range(SHARDS_IN_FLIGHT if self._ready else 0):
@@ -129,7 +130,7 @@ class ShardQueue:
             return
         draining = sum(slot.draining for slot in slots)
         for slot in slots:
-            busy = slot.free < SHARDS_IN_FLIGHT and not slot.alone
+            busy = slot.free < SHARDS_IN_FLIGHT and not slot.alone and slot.id not in self._paused
             if draining < len(self._suspects) and not slot.draining and busy:
                 slot.draining, draining = True, draining + 1
             elif slot.draining and not self._suspects:

@@ -49,7 +49,7 @@ def test_a_worker_gets_as_many_leases_as_recycle_allows_and_a_shard_that_it_had_
     pool = pool_of(monkeypatch, [slot := started()], recycle=3)
     for lease in range(3):
         assert slot.free > 0
-        pool.lease(slot, SHARD)
+        pool.lease(slot, SHARD, alone=lease == 0)
         if lease == 0:
             assert pool.end_lease(next(iter(slot.leases))).quarantined == SHARD.layers
     assert (slot.free, slot.exhausted, len(slot.leases)) == (0, True, 2)
@@ -151,8 +151,8 @@ def lease(slot: Slot, leased: PendingShard, alone: bool = False) -> None:
 
 
 def hand_out(queue: ShardQueue, *slots: Slot, now: float = 0.0) -> list[str]:
-    """Hand out shards -> the names of the shards that each worker has."""
-    queue.hand_out(slots, lease, now)
+    """Hand out shards as the driver does -> the names of the shards that each worker has."""
+    queue.hand_out(slots if queue.needs_all_slots else [slot for slot in slots if slot.free], lease, now)
     return ["".join(leased.name for leased in slot.leases.values()) for slot in slots]
 
 
@@ -186,7 +186,7 @@ def test_a_suspect_runs_alone_in_an_idle_worker() -> None:
 
 
 def test_a_busy_worker_is_drained_for_each_suspect_until_it_runs_it_alone_or_another_worker_takes_it() -> None:
-    queue, slots = ShardQueue(SHARDS), [started(), started()]
+    queue, slots = ShardQueue(SHARDS), [started(), started(pid=2)]
     hand_out(queue, *slots)
     queue.put_back(RunAlone(shard("s")))
     end(slots[0], "a")
@@ -198,11 +198,13 @@ def test_a_busy_worker_is_drained_for_each_suspect_until_it_runs_it_alone_or_ano
     end(slots[0], "s")
     assert hand_out(queue, *slots) == ["fg", "de"]
     queue.put_back(RunAlone(shard("t")))
+    queue.pause(slots[0].id, 5.0)
     hand_out(queue, *slots)
-    assert slots[0].draining
-    slots.append(started())
+    assert [slot.draining for slot in slots] == [False, True], "a worker that is paused is not drained"
+    queue.pause(slots[1].id, 5.0)
+    slots.append(started(pid=3))
     assert hand_out(queue, *slots)[2] == "t"
-    assert not slots[0].draining
+    assert not slots[1].draining, "its pause does not keep it draining"
 
 
 def test_a_retry_waits_for_another_node_else_goes_to_another_worker_and_to_the_same_if_there_is_no_other() -> None:
