@@ -31,10 +31,10 @@ def test_few_workers_are_asked_every_five_seconds_and_many_in_turns_within_a_qua
 def test_no_more_requests_are_under_way_than_allowed_and_slow_ones_keep_nobody_from_being_asked() -> None:
     polls: Polls[int] = Polls()
     for worker in range(5_000):
-        polls.add(worker, 0.0)
-    assert len(polls.due(5.0, 300.0)) == MAX_IN_FLIGHT
-    assert polls.due(5.5, 300.0) == []
-    assert len(polls.due(36.0, 300.0)) == MAX_IN_FLIGHT, "none of the first has answered, and others are asked"
+        polls.add(worker, 100.0)
+    assert len(polls.due(105.0, 300.0)) == MAX_IN_FLIGHT
+    assert polls.due(105.5, 300.0) == []
+    assert len(polls.due(136.0, 300.0)) == MAX_IN_FLIGHT, "none of the first has answered, and others are asked"
 
 
 def test_a_worker_is_asked_again_only_after_its_answer_and_time_in_which_the_driver_was_stopped_is_no_silence() -> None:
@@ -44,6 +44,7 @@ def test_a_worker_is_asked_again_only_after_its_answer_and_time_in_which_the_dri
     assert [polls.unanswered(now) for now in (6.0, 5000.0, 5001.0)] == [[("a", 1.0)], [("a", 0.0)], [("a", 1.0)]]
     assert polls.due(5050.0, 300.0) == []
     polls.answered("a")
+    assert polls.due(5054.0, 300.0) == [], "each turn is five seconds after the last"
     assert polls.due(5060.0, 300.0) == ["a"]
     polls.remove("a")
     assert polls.due(5070.0, 300.0) == []
@@ -153,7 +154,7 @@ def test_a_lease_that_waits_never_hangs_and_one_that_makes_no_progress_does_whil
 def test_the_message_names_shard_layer_batch_and_limit_or_the_image_in_work() -> None:
     limits = StallLimits(Failures())
     limits.record({LAYER: 2.0})
-    assert find_hang(pulse(LAYER, 312.0, "16 rows, keys 'k16' to 'k31'"), {"a"}, limits).reason == (
+    assert find_hang(pulse(LAYER, 312.0, "16 rows, keys 'k16' to 'k31'", "k9"), {"a"}, limits).reason == (
         "a has made no progress for 312 s in layer embeddings/red/images (16 rows, keys 'k16' to 'k31') (limit: 300 s, "
         "because the slowest such step so far took 2 s; failures.stall_seconds sets another limit)"
     )

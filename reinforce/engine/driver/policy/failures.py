@@ -269,7 +269,7 @@ class FailurePolicy:
         self.consecutive_failures[worker] += 1
         return Retry(shard, now + pause_seconds(1), 1)
 
-    def load_raised(self, error: Exception, now: float = 0.0) -> None:
+    def load_raised(self, error: Exception, now: float) -> None:
         """Record that a worker could not load its models. Raises UserError unless shards pass on other nodes."""
         if not isinstance(error, LoadFailure):
             raise UserError(f"a worker could not load its models: {type(error).__name__}: {error}")

@@ -72,7 +72,8 @@ class Faults:
         if len({place.node for place in places}) >= _OWN_NODES or len(places) >= _OWN_WORKERS:
             for place in places:
                 self._row.get(place, {}).pop(shard, None)
-        elsewhere = any(passed > min(row.values(), default=now) and other != worker for passed, other in self._passes)
+        # A success of the worker itself empties its row.
+        elsewhere = any(passed > min(row.values(), default=now) for passed, _ in self._passes)
         if len(row) >= IN_A_ROW and elsewhere:
             what = f"{len(row)} shards in a row failed there while shards passed elsewhere"
             return self._replacement(worker, what, now, workers)
@@ -102,8 +103,8 @@ class Faults:
         self._failed_starts += 1
         if self._failed_starts > MAX_FAILED_STARTS or not any(other.node != worker.node for _, other in self._passes):
             return False
-        self._avoid(worker.node, AVOID_SECONDS * 2.0 ** (self._failed_starts - 1), now)
-        self._notes.append(_avoidance(worker, AVOID_SECONDS, "models cannot be loaded there", error))
+        seconds = self._avoid(worker.node, AVOID_SECONDS * 2.0 ** (self._failed_starts - 1), now)
+        self._notes.append(_avoidance(worker, seconds, "models cannot be loaded there", error))
         return True
 
     def record_death(self, shards: tuple[str, ...], worker: WorkerId, error: str) -> None:

@@ -34,8 +34,9 @@ LAYERS = {
 }
 A = PendingShard("a", "s3://bucket/a.tar", tuple(LAYERS))
 B = PendingShard("b", "s3://bucket/b.tar", tuple(LAYERS))
-WORKER = WorkerId("node", 1)
+WORKER, OTHER, THIRD = WorkerId("node", 1), WorkerId("other", 2), WorkerId("other", 3)
 RAISED = ShardFailure("ValueError: odd", False)
+MODEL = LayerFailure("captions/c", "device-side assert")
 
 
 def policy(shards: int = 1000, quarantined_before: int = 0, **settings: Any) -> FailurePolicy:
@@ -98,6 +99,39 @@ def test_the_layers_that_remain_have_all_their_attempts_again() -> None:
     assert die(failures, decision.rest, alone=True) == [RunAlone(decision.rest)]
 
 
+def test_layers_that_pass_without_the_one_that_failed_prove_nothing_about_a_worker() -> None:
+    failures = policy(attempts=1)
+    for shard in (A, B):
+        failures.worker_failed(WORKER, shard.name, MODEL, "odd", 0.0, 2)
+        rest = failures.lease_raised(shard, MODEL, 0.0).rest
+        assert failures.lease_returned(rest.name, OTHER, False, 1.0, 2, rest.layers) == []
+
+
+def test_the_last_attempt_of_a_shard_that_failed_at_a_replaced_worker_runs_alone_and_its_failure_replaces_one() -> None:
+    failures = policy(attempts=3)
+    assert failures.worker_failed(WORKER, "a", MODEL, "odd", 0.0, 3) is None
+    failures.worker_replaced(WORKER, 0.0)
+    assert isinstance(failures.lease_raised(A, MODEL, 0.0), Retry)
+    assert failures.worker_failed(OTHER, "a", MODEL, "odd", 0.0, 3) is None
+    assert failures.lease_raised(A, MODEL, 0.0) == RunAlone(A, 2)
+    reason = "a failed there for the last time and may have broken it: odd"
+    assert failures.worker_failed(THIRD, "a", MODEL, "odd", 0.0, 3) == ReplaceWorker(THIRD, reason)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_failures_at_a_replaced_worker_are_no_attempts_once_its_shards_have_passed_elsewhere(before: bool) -> None:
+    failures = policy(attempts=2)
+    for shard in "abc":
+        failures.worker_failed(WORKER, shard, RAISED, "odd", 0.0, 2)
+    failures.lease_raised(A, RAISED, 0.0)
+    if before:
+        failures.worker_replaced(WORKER, 1.0)
+    replaced = [failures.lease_returned(shard, OTHER, False, 2.0, 2) for shard in "bc"]
+    if not before:
+        failures.worker_replaced(replaced[1][0].worker, 3.0)
+    assert isinstance(failures.lease_raised(A, RAISED, 4.0), Retry)
+
+
 def test_an_error_that_the_user_must_fix_stops_the_run_at_once_and_a_workers_storage_error_costs_an_attempt() -> None:
     for error in (UserError("fingerprint differs"), StorageError("bucket is unreachable")):
         with pytest.raises(type(error), match=str(error)):
@@ -130,6 +164,10 @@ def test_a_shard_that_ends_its_worker_alone_again_is_quarantined(hung: bool, rea
     assert die(failures, A, alone=True, hung=hung) == [RunAlone(A)]
     assert die(failures, B, alone=True, hung=hung) == [RunAlone(B)], "each shard has its own count"
     assert die(failures, A, alone=True, hung=hung) == [Quarantine(A, "samples", reason, detail, None, 2)]
+    for _ in range(2):
+        die(failures, B, hung=hung)
+        failures.lease_returned("b", OTHER, False, 1.0, 2)
+    assert failures.faults.avoided(1.0) == {"node"}, "its workers died of what passed on another node"
 
 
 def test_a_shard_beside_one_that_hung_is_leased_again_and_is_a_suspect_the_second_time() -> None:
@@ -162,11 +200,12 @@ def test_a_lost_or_drained_node_counts_against_no_shard(drained: bool) -> None:
     failures = policy(solo_attempts=1)
     if drained:
         failures.drains.update({"node": 0}, 0.0)
-    for _ in range(20):
-        failures.worker_died(EndedWorker(WORKER, (A,), alone=True), "unreachable", 0.0, process_dead=True)
+    for number in range(20):
+        failures.worker_died(EndedWorker(WORKER, (A,), alone=True), "unreachable", 0.0, True, memory=number % 2 == 0)
         [verdict] = failures.judge_deaths(0.0, lambda: {"node"} if drained else set())
         assert verdict.node_lost
         assert verdict.decisions == (Requeue(A),)
+    failures.memory.check(1)
 
 
 def test_shards_of_an_unreachable_worker_wait_until_its_node_is_lost_or_the_deadline() -> None:
@@ -201,6 +240,18 @@ def test_a_worker_is_replaced_after_three_failures_in_a_row_not_counting_storage
     reason = "3 leases in a row have failed at it; the last error: odd"
     assert decisions[-1] == ReplaceWorker(WORKER, reason)
     assert failures.consecutive_failures[WORKER] == 5
+    failures.forget_worker(WORKER)  # it has succeeded
+    assert failures.worker_failed(WORKER, "x", errors[0], "odd", 0.0, workers=1) is None
+
+
+def test_a_model_that_fails_at_more_than_three_workers_replaces_no_further_worker_until_it_passes_somewhere() -> None:
+    failures = policy()
+
+    for pid, replaced in enumerate((True, True, True, False, False, True)):
+        if pid == 5:
+            failures.lease_returned("a", OTHER, False, 1.0, 9, ("captions/c",))
+        found = [failures.worker_failed(WorkerId("x", pid), f"{n}", MODEL, "odd", 0.0, 9) for n in range(3)]
+        assert isinstance(found[-1], ReplaceWorker) == replaced
 
 
 def test_a_worker_at_which_leases_fail_in_a_row_is_paused_where_there_are_others_until_it_succeeds() -> None:
@@ -221,25 +272,27 @@ def test_a_worker_at_which_leases_fail_in_a_row_is_paused_where_there_are_others
 def test_models_that_one_node_cannot_load_do_not_stop_a_run_whose_other_nodes_finish_shards() -> None:
     failures, error = policy(), LoadFailure(("bad", 1, "host"), "no space left", True)
     with pytest.raises(UserError, match=r"^no space left$"):
-        failures.load_raised(error)
+        failures.load_raised(error, 0.0)
     failures.lease_returned("a", WorkerId("good", 2), False, 0.0, 2)
-    failures.load_raised(error)
+    for _ in range(20):  # not in a row
+        failures.load_raised(error, 0.0)
+        failures.load_passed()
     for other in (LoadFailure(("good", 2, "host"), "KeyError: 'x'", False), KeyError("x")):
         with pytest.raises(UserError, match=r"^a worker could not load its models: KeyError: 'x'$"):
-            failures.load_raised(other)
+            failures.load_raised(other, 0.0)
 
 
 @pytest.mark.parametrize(("workers", "most"), [(1, 3), (8, 16)])
 def test_workers_that_die_in_a_row_while_they_load_stop_the_run_unless_one_runs(workers: int, most: int) -> None:
     failures = policy()
-    for _ in range(3):
-        for _ in range(most - 1):
-            failures.load_died("killed", False, 0, workers)
-        failures.load_passed()
-    for _ in range(20):
-        failures.load_died("its node has died", True, 0, workers)
     for _ in range(most):
         failures.load_died("killed", False, 1, workers)
+    for _ in range(3):
+        failures.load_passed()
+        for _ in range(most - 1):
+            failures.load_died("killed", False, 0, workers)
+    for _ in range(20):
+        failures.load_died("its node has died", True, 0, workers)
     with pytest.raises(UserError, match=r"workers die while they load their models \(killed\). Check the memory"):
         failures.load_died("killed\nstack", False, 0, workers)
 

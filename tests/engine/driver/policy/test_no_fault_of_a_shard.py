@@ -166,14 +166,17 @@ def test_a_missing_file_is_believed_after_the_attempts_and_a_refused_one_when_an
         assert isinstance(decision, Retry)
         assert decision.attempt == count
         assert isinstance(failures.lease_raised(other, EXPIRED, 10.0), Retry)
+    assert failures.outages.held_until > 10.0, "two shards fail and none passes"
     detail = "The specified key does not exist."
     assert failures.lease_raised(one, NO_SUCH_KEY, 11.0) == Quarantine(
         one, "samples", Reason.SHARD_MISSING, detail, None, 3
     )
+    assert isinstance(failures.lease_raised(one, NO_SUCH_KEY, 11.0), Retry), "the layers that remain start anew"
     assert isinstance(failures.lease_raised(other, EXPIRED, 12.0), Retry), "the token may have expired"
     failures.lease_returned("third", WORKER, False, 13.0, 1, ("samples",))
     decision = failures.lease_raised(other, EXPIRED, 14.0)
     assert decision.reason == Reason.SHARD_UNREADABLE
+    assert failures.outages.held_until == 13.0, "one shard that fails after a success holds back no other"
 
 
 def test_a_storage_error_is_neither_an_attempt_nor_the_workers_fault() -> None:
@@ -182,6 +185,8 @@ def test_a_storage_error_is_neither_an_attempt_nor_the_workers_fault() -> None:
         assert isinstance(failures.lease_raised(one, SLOW_DOWN, float(number)), Retry)
         assert failures.worker_failed(WORKER, str(number), SLOW_DOWN, "odd", float(number), 1) is None
     assert failures.lease_raised(one, SLOW_DOWN, 100.0) == LeaveShard(one, 21)
+    failures.lease_returned("one", WORKER, False, 150.0, 1)
+    assert isinstance(failures.lease_raised(one, SLOW_DOWN, 200.0), Retry), "it has passed since"
     failures = policy_of(outage_seconds=0)
     found = [failures.lease_raised(one, SLOW_DOWN, 0.0) for _ in range(2)]
     assert (type(found[0]), found[1]) == (Retry, LeaveShard(one, 2)), "each shard is tried again once"
