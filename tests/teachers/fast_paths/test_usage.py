@@ -84,6 +84,9 @@ def test_what_was_counted_between_two_snapshots_leaves_out_paths_without_news() 
         Usage("a.b", "compile", used=3, plain=1), Usage("a.b", "graphs", asked=True, reason="no memory"),
     )  # fmt: skip
     assert total([*before, *growth(before, snapshot())]) == snapshot()
+    assert total([Usage("vit", "compile"), Usage("vit", "compile", asked=True)]) == (
+        Usage("vit", "compile", asked=True),
+    )
 
 
 def test_lines_show_calls_by_model_and_problems_name_the_fix() -> None:
