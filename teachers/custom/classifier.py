@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from teachers.custom.family import ClassSpec, hash_of_code
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelInfo, ModelSpec
-from teachers.timm import family as timm
+from teachers.timm.family import check_source, hosts_of, model_identity
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ class ClassifierSpec(ModelSpec):
         elif self.precision == "fp8":
             raise ValueError("`precision: fp8` is for image towers of teachers: set bf16 or auto")
         else:
-            timm.check_source(self.name)
+            check_source(self.name)
         return self
 
     @property
@@ -110,7 +110,7 @@ class ClassifierSpec(ModelSpec):
             classes = getattr(cls, "classes", None)
             dim = classes if isinstance(classes, int) else None
             return ModelInfo(dim, True, False, self._class.identity(cls), hash_of_code(cls))
-        return ModelInfo(dim=None, images=True, texts=False, identity=timm.model_identity(self))
+        return ModelInfo(dim=None, images=True, texts=False, identity=model_identity(self))
 
     def load(self, name: str, device: str) -> Any:
         """The classifier with its number of classes as ``dim``."""
@@ -133,7 +133,7 @@ class ClassifierSpec(ModelSpec):
         return {"dim": model.dim, "names": [str(name) for name in names]}
 
     def hosts(self) -> Iterator[str]:
-        return timm.hosts_of(self) if self.class_ is None else iter(())
+        return hosts_of(self) if self.class_ is None else iter(())
 
 
 class _Timm:
