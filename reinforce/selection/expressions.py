@@ -45,14 +45,19 @@ _MAX_DEPTH = 8  # of macros in macros
 
 
 def connect() -> DuckDBPyConnection:
-    """A database in memory, of one thread, that reads no files. Raises UserError."""
+    """A database in memory, of one thread, that reads no files. Raises UserError.
+
+    It starts no threads: a forked process, such as a worker of a DataLoader, closes the databases of its
+    parent's other threads, and crashes where it has to join threads, which do not exist in it.
+    """
     require("select", "reinforce select", "duckdb")
     import duckdb
 
     config: dict[str, Any] = {"threads": 1, "enable_external_access": "false", "allow_community_extensions": "false"}
     database = duckdb.connect(":memory:", config=config)
-    with contextlib.suppress(duckdb.Error):  # earlier versions have no other syntax of lambdas than this one
-        database.execute("SET lambda_syntax = 'ENABLE_SINGLE_ARROW'")
+    for setting in ("lambda_syntax = 'ENABLE_SINGLE_ARROW'", "async_threads = 0"):
+        with contextlib.suppress(duckdb.Error):  # earlier versions have this syntax alone, and no such threads
+            database.execute(f"SET {setting}")
     return database
 
 

@@ -7,6 +7,7 @@ the results, so that no later pass evaluates them again.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -132,6 +133,9 @@ class Pass(Generic[_T]):
 def _readers(threads: int) -> ThreadPoolExecutor:
     """Threads that outlive a chunk: the database of each takes as much CPU to open as thousands of rows."""
     return ThreadPoolExecutor(threads)
+
+
+os.register_at_fork(after_in_child=_readers.cache_clear)  # which lacks the threads
 
 
 def _database() -> Any:

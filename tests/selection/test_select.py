@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -283,6 +284,15 @@ def test_show_and_rows_find_the_samples_of_a_view_alone(url: str) -> None:
     assert [sample.key for sample in data.rows(data.shards[0], 0, [0, 1])] == some[:2]
     with pytest.raises(KeyError, match="has no sample '00000000'"):
         data.show("00000000")
+
+
+def test_a_process_that_is_forked_after_a_selection_lives_and_selects(url: str) -> None:
+    make_view(url, "width > 0")
+    child = multiprocessing.get_context("fork").Process(target=make_view, args=(url, "scores.sizes.words > 1"))
+    child.start()
+    child.join(60)
+    child.kill()  # in case it waits for threads that it lacks
+    assert child.exitcode == 0
 
 
 def test_the_command_says_what_each_rule_took(url: str, tmp_path: Path, command: Command) -> None:
