@@ -203,6 +203,12 @@ def test_the_end_of_a_file_and_keys_that_are_read_again_are_requested_once_and_a
         assert file.read_row_group(1, ["key"])["key"].to_pylist() == keys[2000:]
     starts = [file.metadata.row_group(group).column(0).data_page_offset for group in (0, 1)]
     assert [start for start, _ in ranges] == [size - 2**16, *starts], "of the file system alone"
+    ranges.clear()
+    pq.write_table(table("a", "b"), path)
+    size = path.stat().st_size
+    small = LayerFile(RangeFile(LocalFileSystem(), str(path), size), size)
+    assert small.read_row_group(0, ["key"])["key"].to_pylist() == ["a", "b"]
+    assert ranges == [(0, size)], "the end is all of it"
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="Illegal seek"):
         RangeFile(None, str(tmp_path / "pipe"), 200).read(9)
