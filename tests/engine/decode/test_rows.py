@@ -286,6 +286,8 @@ def test_one_replaced_picture_of_a_tar_costs_its_row_also_at_the_beginning(tmp_p
     write_tar(tmp_path / "0.tar", [(f"{number}.bmp", image) for number, image in enumerate(images)])
     reinforce_here(made)
     assert [row is None for row in layer_of(tmp_path, "embeddings/blue/images")] == [True] + [False] * 5
+    with pytest.raises(UserError, match=r"1 of 6 images that were read are not those that were in .*0\.tar when"):
+        list(reinforce.open(str(tmp_path / "out"), images_from=str(tmp_path)))
 
 
 def test_a_source_that_is_replaced_or_gone_as_a_whole_gives_no_layer_of_nulls(tmp_path: Path) -> None:
