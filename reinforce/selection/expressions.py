@@ -136,7 +136,8 @@ def _known(manifest: Mapping[str, Any]) -> str:
         for folder, (layer_name, _) in _FOLDERS.items():
             own = name.removeprefix(layer_name(""))
             if own != name:
-                names += [f"{folder}.{own}.{score}" for score in layer.names] or [f"{folder}.{own}"]
+                column = f"{folder}.{own}" if own.isidentifier() else f'{folder}."{own}"'
+                names += [f"{column}.{score}" for score in layer.names] or [column]
     return ", ".join(names)
 
 

@@ -192,6 +192,13 @@ def test_without_scores_a_column_that_is_missing_names_the_key_that_adds_them(ur
         check("agreement > 0.3", manifest, "rules.0.where", "boolean")
 
 
+def test_columns_of_names_with_dashes_are_shown_as_sql_takes_them(url: str) -> None:
+    manifest = read_manifest(Store(url))
+    manifest = {**manifest, "layers": {"scores/match-b": manifest["layers"]["scores/match"]}}
+    with pytest.raises(UserError, match=r'no column scores\.match\..* scores\."match-b"\.caption_mean,'):
+        check("scores.match-b.caption_mean > 0", manifest, "rules.0.where", "boolean")
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"where": "scores.match.caption_mean >"}, "rules.0.where: 'scores.match.caption_mean >' is not an expression"),
     ({"where": "1 < 2"}, "names no column. It may name key, caption, metadata, width, height, captions.namer, scores"),

@@ -126,6 +126,8 @@ def test_a_codebook_that_is_lost_or_altered_by_one_bit_is_refused_by_name(stored
         more = {**config(stored.parent, copied), "source": [f"{stored.parent}/source/*.tar", f"{tmp_path}/more/9.tar"]}
         with pytest.raises(UserError, match=message):
             reinforce_here(more, 64)
+        inspect(str(copied), str(tmp_path / "report"))
+        assert message in (tmp_path / "report" / "index.html").read_text()
     assert sum(1 for _ in reinforce.open(str(copied), teachers=["float16", "rq3"])) == 300
 
 
