@@ -44,7 +44,8 @@ def fit(layer: Layer, values: Floats, target: Store, seed: int) -> str:
     if len(values) < least:
         raise UserError(
             f"{key}: {layer.dtype} is fitted to {least:,} vectors at least, and the sample of {layer.name} has "
-            f"{len(values):,}. Increase the sample or the source, or choose a codec without a codebook, such as int8."
+            f"{len(values):,}. Increase the sample or the source, or choose a codec that needs fewer, such as "
+            f"{'int8' if layer.kind.vectors else 'float16'}."
         )
     try:
         codec.dim(values.shape[1])

@@ -97,7 +97,12 @@ def _open_clip(visual: Any, pixels: torch.Tensor, stage: int, intermediates_only
         normalize_intermediates=getattr(visual, "attn_pool", None) is None,
         intermediates_only=intermediates_only,
     )
-    return {**found, "image_intermediates": [found["image_intermediates"][stage]]} if resnet else found
+    if not resnet:
+        return found
+    maps = found["image_intermediates"]
+    if not -len(maps) <= stage < len(maps):
+        raise ValueError(f"feature index {stage} is out of range (0 to {len(maps) - 1})")
+    return {**found, "image_intermediates": [maps[stage]]}
 
 
 class _TransformersMap:

@@ -154,6 +154,7 @@ def test_models_without_patches_are_refused(tmp_path: Path, dataset: str) -> Non
     plain = Models({"vit": TeacherInfo(8, frozenset([IMAGES, TEXTS]), 70.0, "")})
     for loss, message in (
         ({"dense": 1.0}, r"loss\.dense needs layers patches/TEACHER, and the datasets have none"),
+        ({"dense": 1.0, "targets": "online", "teachers": {"blind": BLIND}}, r"none of `loss\.teachers` has patches"),
         ({"dense": {"weight": 1.0, "teachers": ["vit"]}}, r"teacher vit has no patches; those with patches are: none"),
         ({"dense": {"weight": 1.0, "cosine": 0, "smooth_l1": 0}}, "`cosine` and `smooth_l1` are both 0"),
     ):

@@ -107,6 +107,8 @@ def make(loss: Loss, models: Models) -> Dense | None:
         raise UserError(
             f"loss.dense: teacher {missing[0]} has no patches; those with patches are: {', '.join(grids) or 'none'}."
         )
+    if not wanted and loss.targets == "online":
+        raise UserError("loss.dense: none of `loss.teachers` has patches; name one that has, such as DINOv2.")
     if not wanted:
         raise UserError(
             "loss.dense needs layers patches/TEACHER, and the datasets have none. Set `patches` of a teacher in the "
