@@ -176,7 +176,7 @@ def read_stored(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]
     texts, images = data.captions != "none", data.images != "none"
 
     def entries(section: str, names: Sequence[str] | None) -> Mapping[str, Any]:
-        return stored_models(data, manifests, section)
+        return stored_models(data, manifests, section, names)
 
     return Models(known, texts, images, entries, vectors=vectors)
 

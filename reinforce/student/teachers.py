@@ -103,14 +103,17 @@ def _known_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in identity.items() if key not in ("precision", "preprocess")}
 
 
-def stored_models(data: Data, manifests: Mapping[str, Mapping[str, Any]], section: str) -> dict[str, Any]:
+def stored_models(
+    data: Data, manifests: Mapping[str, Mapping[str, Any]], section: str, only: Sequence[str] | None = None
+) -> dict[str, Any]:
     """The models that have targets under the name ``section``: by name, the entry of their layer in dataset.json.
 
-    Raises UserError for one that ``data`` names and a dataset lacks, and for one that differs between the datasets.
+    Raises UserError for one that ``data`` names and a dataset lacks, for one that differs between the datasets, and for
+    one that is unfinished, with ``only`` one of these.
     """
     owner, found = owner_of(section), {}
     for url, manifest in manifests.items():
-        found[url] = _entries(section, owner, getattr(data, owner), url, manifest)
+        found[url] = _entries(section, owner, getattr(data, owner), only, url, manifest)
     first = _agreed(section, found)
     url, what = next(iter(found)), "" if section == owner else f"{section} with "
     for other_url, other in found.items():
@@ -175,13 +178,18 @@ def _agreed(section: str, found: Mapping[str, T]) -> T:
 
 
 def _entries(
-    section: str, owner: str, names: Sequence[str] | None, url: str, manifest: Mapping[str, Any]
+    section: str,
+    owner: str,
+    names: Sequence[str] | None,
+    only: Sequence[str] | None,
+    url: str,
+    manifest: Mapping[str, Any],
 ) -> dict[str, Any]:
     layers = {model_of(layer): layer for layer in manifest["layers"] if kind_of(layer).target_section == section}
     models = select_names(url, owner, names, manifest)
     found = {name: manifest["layers"][layers[name]] for name in models if name in layers}
     for name, entry in found.items():
-        if entry["dim"] is None:
+        if entry["dim"] is None and name in (only or found):
             raise _unfinished(url, layers[name])
     return found
 

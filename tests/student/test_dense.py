@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,8 @@ def test_datasets_of_which_one_has_patches_train_together_without_the_term(tmp_p
     manifests = {"a": manifest, "b": {**manifest, "layers": {**manifest["layers"], "patches/dino": altered}}}
     with pytest.raises(UserError, match=r"dino has patches with another codebook in b than in a\. Copy the codebooks"):
         stored_models(stored(tmp_path, grids, {}).data, manifests, "patches")
+    unfinished = {**manifest, "layers": {**manifest["layers"], "patches/broken": {**altered, "dim": None}}}
+    named = partial(stored_models, stored(tmp_path, grids, {}).data, {"a": unfinished}, "patches")
+    assert {"dino", "broken"} <= {*named(["dino"])}
+    with pytest.raises(UserError, match=r"no dimension of patches/broken\. Finish the run"):
+        named()
