@@ -80,7 +80,10 @@ def read_samples(
 
 
 class KeptGroups:
-    """Row groups as tables by layer: those that were used last, up to ``_KEPT_BYTES``. A copy by pickle is empty."""
+    """Row groups as tables by layer: those that were used last, up to ``_KEPT_BYTES``. A copy by pickle is empty.
+
+    One that could not be read is not kept, so it is read again.
+    """
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -98,7 +101,10 @@ class KeptGroups:
             try:
                 group.set_result(read())
             except BaseException as error:
-                group.set_exception(error)
+                with self._lock:
+                    del self._groups[key]
+                group.set_exception(error)  # for those that wait
+                raise
             self._drop_oldest()
         return group.result()
 
@@ -106,7 +112,7 @@ class KeptGroups:
         left = _KEPT_BYTES
         with self._lock:
             for key, group in reversed([*self._groups.items()]):
-                if group.done() and group.exception() is None:
+                if group.done():
                     left -= sum(table.nbytes for table in group.result().values())
                     if left < 0:
                         del self._groups[key]
