@@ -203,7 +203,10 @@ def _entries(storage: Storage, path: str) -> Iterator[tuple[str, int]]:
         with os.scandir(path) as files:
             for file in files:
                 if _FILE_NAME.fullmatch(file.name) and file.is_file():
-                    found = file.stat()
+                    try:
+                        found = file.stat()
+                    except FileNotFoundError:  # another process has removed it meanwhile
+                        continue
                     yield file.name[: -len(_ENDING)], _number({"size": found.st_size, "mtime": found.st_mtime_ns})
         return
     for name, number in _whole_listing(storage.fs, path):

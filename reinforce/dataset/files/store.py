@@ -127,13 +127,16 @@ class Store(Storage):
     ) -> Iterator[tuple[str, list[dict[str, str | None]]]]:
         """``quarantined`` of some listed quarantine files, of which small ones are read many at a time.
 
-        ``damaged`` receives those that are damaged, which then have no rows.
+        ``damaged`` receives those that are damaged, which then have no rows. Nor have those that a run has removed
+        since they were listed.
         """
         large = {shard for shard, size in files.items() if size > _READ_AHEAD_BYTES}
 
         def read_any(shard: str) -> list[dict[str, str | None]]:
             try:
                 return self.quarantined(layer, shard)
+            except FileNotFoundError:
+                return []
             except DamagedQuarantine as error:
                 if damaged is None:
                     raise
@@ -204,7 +207,7 @@ class Store(Storage):
             with naming_refused((layer, shard)):
                 file = None
                 if size is not None and not self.local:
-                    with contextlib.suppress(RefusedFile):  # it may have been replaced since it was listed
+                    with contextlib.suppress(RefusedFile, OSError):  # it may have been replaced since it was listed
                         file = self.layer_end(layer, shard, size)
                 if file is None:
                     opened = _memory_map(path) if self.local else open_whole(self.fs, path, **options)

@@ -64,7 +64,8 @@ def test_a_committed_file_is_listed_and_records_its_origin_and_an_error_while_wr
         assert store.shards("captions/c") == {}, "no file before the commit"
         writer.commit()
     assert store.shards("captions/c") == {"shard-1": writer.bytes}
-    with store.open_layer("captions/c", "shard-1", "f00d") as file:
+    larger = writer.bytes + 9  # than the one that has replaced it since it was listed
+    with store.open_layer("captions/c", "shard-1", "f00d", size=larger) as file:
         assert file.num_row_groups == 2
         assert file.read()["key"].to_pylist() == ["a", "b", "c"]
         assert parse_footer(file.metadata) == {
@@ -72,6 +73,26 @@ def test_a_committed_file_is_listed_and_records_its_origin_and_an_error_while_wr
         }  # fmt: skip
     with store.fs.open(store.layer_path("captions/c", "shard-1")) as file:
         assert pq.read_schema(file).field("key").metadata[b"description"]
+
+
+def test_the_content_of_a_local_file_reaches_the_disk_before_its_name_and_then_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut leaves no torn file."""
+    seen: list[int | str] = []
+    replace, store = os.replace, Store(str(tmp_path))
+
+    def publish(source: str, target: str) -> None:
+        seen.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda number: seen.append(os.fstat(number).st_size))
+    monkeypatch.setattr(os, "replace", publish)
+    store.write_bytes(b"data", "a")
+    with store.writer(LAYER, schemas.captions_schema(), "s", "u") as writer:
+        writer.write(table("a"))
+        writer.commit()
+    assert (seen[:2], seen[3:5], len(seen)) == ([4, "a"], [writer.bytes, "s.parquet"], 6)
 
 
 def column_bytes(store: Store, layer: Layer, written: pa.Table) -> dict[str, float]:
@@ -173,10 +194,13 @@ def test_a_row_group_with_fewer_rows_in_the_footer_than_values_is_refused(tmp_pa
 def test_quarantine_rows_are_read_back_and_a_file_of_a_newer_schema_is_an_error(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.quarantine("samples", "s", [("k", Reason.IMAGE_BROKEN, "cut"), (None, Reason.SHARD_DAMAGED, "at byte 7")])
-    assert store.quarantined("samples", "s") == [
+    rows = [
         {"key": "k", "reason": "image_broken", "detail": "cut"},
         {"key": None, "reason": "shard_damaged", "detail": "at byte 7"},
     ]
+    assert store.quarantined("samples", "s") == rows
+    listed = Listing.of([("removed", 9), ("s", 9)])
+    assert [*store.quarantined_rows("samples", listed)] == [("removed", []), ("s", rows)], "by a run meanwhile"
     newer = table("a").replace_schema_metadata({"reinforce.schema_version": str(schemas.SCHEMA_VERSION + 1)})
     store.write_table(newer, "captions/c", "s.parquet")
     with pytest.raises(UserError, match="newer version"), store.open_layer("captions/c", "s"):
@@ -305,6 +329,10 @@ def test_local_files_that_are_no_layer_files_are_not_listed_and_listings_of_othe
         assert list(store.shards("samples").items()) == [("a", 3), ("b", 3)]
     assert dropped == [memory.path("samples")]
     assert len(local.shards("captions/c")) == 0
+    found = [*os.scandir(tmp_path / "samples")]
+    (tmp_path / "samples/a.parquet").unlink()
+    monkeypatch.setattr(os, "scandir", lambda _: contextlib.nullcontext(found))
+    assert local.shards("samples") == {"b": 3}, "another process removes one while they are listed"
 
 
 def test_a_listing_is_a_mapping_and_answers_for_many_names() -> None:
