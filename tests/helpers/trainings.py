@@ -134,9 +134,16 @@ def before_batches(feed: F, act: Callable[[int, int, Batch], object]) -> F:
     return feed
 
 
-def stopping(feed: F, stop: StopSignal, at: int) -> F:
-    """The feed, which requests the training to stop after step ``at``, while the step is computed."""
-    return before_batches(feed, lambda rank, step, batch: step == at and stop.request(signal.SIGTERM))
+def stopping(feed: F, stop: StopSignal, at: int, ends: bool = False) -> F:
+    """The feed, which requests the training to stop after step ``at``, while the step is computed, and may end."""
+
+    def act(rank: int, step: int, batch: Batch) -> None:
+        if step == at:
+            stop.request(signal.SIGTERM)
+            if ends:
+                raise RuntimeError("Ctrl-C also ended the loader processes")
+
+    return before_batches(feed, act)
 
 
 def slow(accelerator: Accelerator, seconds: float) -> tuple[TowersTask, PairFeed]:
@@ -181,11 +188,11 @@ def run(
     return run_rank(lambda _: (task, feed or PairFeed()), job, ranks, stop or StopSignal()), task
 
 
-def stopped_after(step: int, job: Job, **options: Any) -> None:
+def stopped_after(step: int, job: Job, ends: bool = False, **options: Any) -> None:
     """Train until a signal after a step stops it."""
     stop = StopSignal()
     with pytest.raises(Stopped) as raised:
-        run(job, stopping(PairFeed(), stop, step), stop, **options)
+        run(job, stopping(PairFeed(), stop, step, ends), stop, **options)
     assert raised.value.status == 128 + signal.SIGTERM
 
 

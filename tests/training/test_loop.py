@@ -53,7 +53,7 @@ def test_a_stopped_training_resumes_bit_for_bit(
     run(job(tmp_path / "whole", evaluate_every=4, **changes), **options)
     parted = job(tmp_path / "parted", evaluate_every=4, **changes)
     stopped_after(3, parted, **options)
-    stopped_after(8, parted, **options)
+    stopped_after(8, parted, ends=True, **options)
     feed = PairFeed()
     results, _ = run(parted, feed, **options)
     assert feed.seen[0] == 8, "the feed resumes at the next step"
