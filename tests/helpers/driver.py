@@ -38,9 +38,8 @@ def pool_of(monkeypatch: pytest.MonkeyPatch, slots: list[Slot], **workers: Any) 
     """A pool with ``slots``, whose new workers are of ``Actor``."""
     monkeypatch.setattr("reinforce.engine.driver.worker_pool.ray.put", lambda value: value)
     monkeypatch.setattr("reinforce.engine.driver.worker_pool.ray.kill", lambda actor: None)
-    monkeypatch.setattr(
-        "reinforce.engine.driver.worker_pool.as_actor", lambda _: SimpleNamespace(remote=lambda *_: Actor())
-    )
+    actors = SimpleNamespace(remote=lambda *_: Actor(), options=lambda **_: actors)
+    monkeypatch.setattr("reinforce.engine.driver.worker_pool.as_actor", lambda _: actors)
     pool = WorkerPool(parse_config({"source": "a.tar", "output": "/tmp/out", "workers": workers}), {}, frozenset())
     pool.slots = slots
     for slot in slots:

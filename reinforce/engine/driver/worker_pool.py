@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from reinforce.cluster import call_on_nodes, live_nodes, live_resources
+from reinforce.cluster import call_on_nodes, live_resources
 from reinforce.config import Config, Workers
 from reinforce.dataset.layers import Layer
 from reinforce.engine.driver.policy.no_fault import MemoryUse
@@ -105,7 +105,7 @@ class WorkerPool:
         self.leases: dict[Any, Slot] = {}
         self._indexes: list[int] = []  # a heap of free indexes
         self._to_avoid: frozenset[str] = frozenset()
-        self._avoided: frozenset[str] = frozenset()  # the same, or empty if there are no other nodes
+        self._avoided: frozenset[str] = frozenset()  # the same, or empty if no other node can hold a worker
         self._drained: frozenset[str] = frozenset()  # Ray places no workers on them
         self.samples = 0  # by the workers' last pulses
         self.busy = 0.0  # accelerator-seconds, also of workers that are no longer in the pool
@@ -115,7 +115,7 @@ class WorkerPool:
         self.free: dict[Slot, None] = {}  # those of them that can take a lease
         self.leaving: dict[Slot, None] = {}  # workers on nodes that Ray drains
         self._capacity = 0
-        self._capacity_checked = -_CAPACITY_SECONDS
+        self._capacity_checked = self._avoid_checked = -_CAPACITY_SECONDS
 
     def grow(self, size: int) -> None:
         """Ask for actors until ``size`` (at most ``workers.max``) exist or are pending."""
@@ -129,11 +129,17 @@ class WorkerPool:
             self.loading[slot.actor.load.remote()] = slot
 
     def avoid(self, nodes: frozenset[str]) -> None:
-        """Place no new workers on ``nodes``, unless there are no others. Replaces workers that have not started."""
-        if nodes == self._to_avoid:
+        """Place no new workers on ``nodes``, unless no other can hold one. Replaces workers that have not started.
+
+        Other nodes may join or end, so they are counted every few seconds.
+        """
+        now = time.monotonic()
+        if nodes == self._to_avoid and (not nodes or now - self._avoid_checked <= _CAPACITY_SECONDS):
             return
-        self._to_avoid = nodes
-        nodes = nodes if nodes and live_nodes() - nodes else frozenset()
+        self._to_avoid, self._avoid_checked = nodes, now
+        nodes = nodes if nodes and self._count_places(nodes) else frozenset()
+        if nodes == self._avoided:
+            return
         self._avoided, self._capacity_checked = nodes, -_CAPACITY_SECONDS
         for slot in [slot for slot in self.slots if slot.info is None and slot.avoids != nodes]:
             self.remove(slot)
@@ -243,16 +249,16 @@ class WorkerPool:
         """Number of workers that the cluster's nodes can hold, updated every few seconds."""
         if time.monotonic() - self._capacity_checked > _CAPACITY_SECONDS:
             self._capacity_checked = time.monotonic()
-            self._capacity = self._count_places()
+            self._capacity = self._count_places(self._avoided)
         return self._capacity
 
-    def _count_places(self) -> int:
+    def _count_places(self, avoided: frozenset[str]) -> int:
         workers = self._config.workers
-        return capacity(live_resources(self._avoided | self._drained), workers.cores, workers.gpus or 0)
+        return capacity(live_resources(avoided | self._drained), workers.cores, workers.gpus or 0)
 
     def resource_error(self) -> str | None:
         """A message if no node of the cluster can hold a worker, else None."""
-        if self._count_places():
+        if self._count_places(self._avoided):
             return None
         workers = self._config.workers
         nodes = live_resources()

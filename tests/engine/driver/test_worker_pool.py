@@ -75,15 +75,26 @@ def test_the_pool_shrinks_by_workers_that_have_not_started_and_then_by_those_tha
         assert pool.slots == [*pool.free] == left
 
 
-def test_no_worker_is_placed_on_an_avoided_node_unless_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_worker_is_placed_on_an_avoided_node_unless_no_other_can_hold_one_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     running, loading = started(), Slot(Actor())
-    pool = pool_of(monkeypatch, [running, loading])
-    monkeypatch.setattr("reinforce.engine.driver.worker_pool.live_nodes", lambda: frozenset({"x"}))
+    pool = pool_of(monkeypatch, [running, loading], max=2, cpus=1)
+    now, cpus = [time.monotonic()], {"x": 4.0, "y": 0.0}
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        "reinforce.cluster.ray.nodes",
+        lambda: [{"NodeID": name, "Alive": True, "Resources": {"CPU": count}} for name, count in cpus.items()],
+    )
     pool.avoid(frozenset({"x"}))
-    assert pool.slots == [running, loading], "it is the only node"
-    monkeypatch.setattr("reinforce.engine.driver.worker_pool.live_nodes", lambda: frozenset({"x", "y"}))
-    pool.avoid(frozenset({"x", "z"}))
-    assert pool.slots == [running], "what has not started may be on the node"
+    assert pool.slots == [running, loading], "no worker fits on the other one"
+    for cpus["y"] in (4.0, 0.0):
+        now[0] += 6
+        pool.avoid(frozenset({"x"}))
+        assert pool.slots == [running], "what has not started may be on the node, or waits for one that has ended"
+        pool.grow(2)
+        assert pool.slots[-1].avoids == (frozenset({"x"}) if cpus["y"] else frozenset())
+        assert [*pool.loading.values()] == pool.slots[1:]
 
 
 def test_workers_on_a_drained_node_get_no_further_leases_and_others_are_started_in_their_place(
