@@ -7,13 +7,17 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import fsspec
 import pytest
 
 import reinforce
 from reinforce.dataset.files.store import MANIFEST, Store
+from reinforce.dataset.manifest.claims import Claims
+from reinforce.engine.driver import driver
 from reinforce.engine.driver.driver import Driver
+from reinforce.errors import StorageError
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import fresh_dataset
 
@@ -89,8 +93,12 @@ def test_layers_and_dataset_json_that_vanish_during_a_run_are_written_again(
 def test_what_earlier_runs_have_written_and_vanishes_is_written_again(
     shards: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Samples of a finished shard, and dataset.json with the layers of another config."""
-    config = config_of(shards(*[6] * SHARDS), tmp_path / "out")
+    """Samples of a finished shard, and dataset.json with the layers of another config.
+
+    The second pass has fewer shards than `workers.min`.
+    """
+    workers = {"batch": 16, "min": 2, "max": 2, "start_timeout": 30}
+    config = config_of(shards(*[6] * SHARDS), tmp_path / "out", workers=workers)
     red, blue = ({**config, "teachers": {name: config["teachers"][name]}} for name in ("red", "blue"))
     for output in (tmp_path / "whole", tmp_path / "out"):
         fresh_dataset({**red, "output": str(output)})
@@ -98,6 +106,16 @@ def test_what_earlier_runs_have_written_and_vanishes_is_written_again(
     lose_once(monkeypatch, lose_of_an_earlier_run)
     assert reinforce.run(blue).status == 0
     assert files(str(tmp_path / "out")) == whole
+
+
+def test_a_start_is_not_slow_where_the_storage_refuses_dataset_json(
+    shards: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, check = Mock(side_effect=[StorageError("refused."), None, None]), Driver._check_start
+    monkeypatch.setattr(driver, "_MANIFEST_SECONDS", 0.1)
+    monkeypatch.setattr(Claims, "publish", publish)
+    monkeypatch.setattr(Driver, "_check_start", lambda self, waited: check(self, waited + 1e6 * publish.called))
+    assert reinforce.run(config_of(shards(2), tmp_path / "out")).status == 0
 
 
 def test_a_run_whose_output_vanishes_each_time_ends_with_status_1(

@@ -80,6 +80,7 @@ class Driver(RunState):
         self.committed: dict[str, set[str]] = {}  # shards of which this run has written a file, by layer
         self.loaded: Mapping[tuple[str, str], Mapping[str, Any]] | None = None  # what the models of a worker report
         self.manifest_due = self.manifest_failed = 0.0
+        self.least = min(self.config.workers.min, len(plan.pending))  # workers; there are no more than shards
 
     def run(self) -> RunSummary:
         """Run the plan. Raises UserError, also after it has recorded how the run ended."""
@@ -202,21 +203,22 @@ class Driver(RunState):
 
     def _check_start(self, waited: float) -> None:
         """Log a slow start once. Raise UserError after ``workers.start_timeout``."""
+        if len(self.pool.started) >= self.least:  # dataset.json cannot be written
+            return
         if waited > _QUIET_START_SECONDS and not self.wait_logged:
             self.wait_logged = True
             self.log(self.pool.resource_error() or "waiting for workers to load their models ...")
-        workers = self.config.workers
-        if waited > workers.start_timeout:
+        if waited > self.config.workers.start_timeout:
             cause = self.pool.resource_error() or "see the workers' logs"
             raise UserError(
-                f"{len(self.pool.started)} of workers.min = {workers.min} workers have started in {waited:.0f} s "
+                f"{len(self.pool.started)} of {plural(self.least, 'worker')} (workers.min) started in {waited:.0f} s "
                 f"(workers.start_timeout): {cause}"
             )
 
     def _write_manifest(self) -> None:
-        """Write dataset.json once ``workers.min`` workers have started; while the storage fails, every few seconds."""
+        """Write dataset.json once the ``least`` workers have started; while the storage fails, every few seconds."""
         now = time.monotonic()
-        if self.loaded is None or len(self.pool.started) < self.config.workers.min or now < self.manifest_due:
+        if self.loaded is None or len(self.pool.started) < self.least or now < self.manifest_due:
             return
         try:
             self.claims.publish(self.loaded, self.needed)
