@@ -107,10 +107,21 @@ def rows_from_samples(
 def _read_samples(config: Config, shard: Shard) -> Iterator[RawSample | Refusal]:
     """The samples of a shard; with images by reference, only those whose images can be read again."""
     items = read_samples(shard, config.input)
+    if config.input.rows_per_shard is not None and shard.part is None and find_format(shard.format).is_table:
+        items = _undivided(items)
     if config.embeds_images or find_format(shard.format).has_offsets:
         return items
     roots = _image_roots(config, shard)
     return (item if isinstance(item, Refusal) else _referenced(item, roots, config) for item in items)
+
+
+def _undivided(items: Iterable[RawSample | Refusal]) -> Iterator[RawSample | Refusal]:
+    """Refuse a table that could not be read when its shards were formed. Its rows are those of the next run's parts."""
+    for item in items:
+        if isinstance(item, RawSample):
+            yield Refusal(None, Reason.SHARD_UNREADABLE, "it could not be divided into shards; the next run divides it")
+            return
+        yield item
 
 
 def _referenced(item: RawSample, roots: ImageRoots, config: Config) -> RawSample | Refusal:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -168,6 +169,18 @@ def test_a_file_that_cannot_be_read_is_one_shard(tmp_path: Path) -> None:
     plan = make_plan(parse_config(config(tmp_path, "rows.parquet")))
     [refusal] = read_samples(plan.pending[0].source, plan.config.input)
     assert refusal.reason.value == "shard_unreadable"  # type: ignore[union-attr]
+
+
+def test_rows_of_a_file_that_could_not_be_divided_once_are_stored_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config(tmp_path, write_jsonl(tmp_path, 4))
+    with monkeypatch.context() as patch:
+        patch.setattr("reinforce.engine.plan.source_shards.filesystem", Mock(side_effect=TimeoutError))
+        reinforce_here(made)
+    assert captions(reinforce_here(made)) == {"rows-000000": rows(0, 4)}
+    (tmp_path / "rows.jsonl").unlink()
+    assert make_plan(parse_config(made)).pending == []
 
 
 def test_a_large_table_that_is_one_shard_is_noted(tmp_path: Path) -> None:
