@@ -42,15 +42,18 @@ class Polls(Generic[_Worker]):
         """The workers to ask now; ``least`` is the smallest limit of a step."""
         interval = poll_interval(len(self._turns), least)
         free = MAX_IN_FLIGHT - sum(now - asked <= _SLOW_ANSWER_SECONDS for asked in self._asked.values())
+        turns: list[_Worker] = []
         due: list[_Worker] = []
-        for worker, at in [*self._turns.items()]:
+        for worker, at in self._turns.items():
             if at > now or len(due) >= free:
                 break
-            del self._turns[worker]  # its next turn is after those of the others
-            self._turns[worker] = now + interval
+            turns.append(worker)
             if worker not in self._asked:
                 self._asked[worker] = now
                 due.append(worker)
+        for worker in turns:
+            del self._turns[worker]  # its next turn is after those of the others
+            self._turns[worker] = now + interval
         return due
 
     def answered(self, worker: _Worker) -> None:
