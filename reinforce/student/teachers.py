@@ -113,7 +113,12 @@ def stored_models(
     """
     owner, found = owner_of(section), {}
     for url, manifest in manifests.items():
-        found[url] = _entries(section, owner, getattr(data, owner), only, url, manifest)
+        layers = {model_of(layer): layer for layer in manifest["layers"] if kind_of(layer).target_section == section}
+        models = select_names(url, owner, getattr(data, owner), manifest)
+        found[url] = {name: manifest["layers"][layers[name]] for name in models if name in layers}
+        for name in found[url] if only is None else only:
+            if name in found[url] and found[url][name]["dim"] is None:
+                raise _unfinished(url, layers[name])
     first = _agreed(section, found)
     url, what = next(iter(found)), "" if section == owner else f"{section} with "
     for other_url, other in found.items():
@@ -175,23 +180,6 @@ def _agreed(section: str, found: Mapping[str, T]) -> T:
                 f"{', '.join(other) or 'none'}. Name the {owner_of(section)} to use under data.{owner_of(section)}."
             )
     return first
-
-
-def _entries(
-    section: str,
-    owner: str,
-    names: Sequence[str] | None,
-    only: Sequence[str] | None,
-    url: str,
-    manifest: Mapping[str, Any],
-) -> dict[str, Any]:
-    layers = {model_of(layer): layer for layer in manifest["layers"] if kind_of(layer).target_section == section}
-    models = select_names(url, owner, names, manifest)
-    found = {name: manifest["layers"][layers[name]] for name in models if name in layers}
-    for name, entry in found.items():
-        if entry["dim"] is None and name in (only or found):
-            raise _unfinished(url, layers[name])
-    return found
 
 
 def _unfinished(url: str, what: str) -> UserError:
