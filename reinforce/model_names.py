@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import posixpath
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,10 +15,12 @@ from reinforce.errors import UserError
 from reinforce.source.urls import filesystem
 from teachers.backbones import spec as networks
 from teachers.open_clip import catalog
+from teachers.redact import redact
 from teachers.registry import FAMILIES, AnyTeacher, teacher_spec
 from teachers.spec import ModelSpec, TeacherSpec
 
 _CONFIG = "open_clip_config.json"
+HUB_URL = "hf://"
 
 
 @contextlib.contextmanager
@@ -89,6 +93,18 @@ def teacher_of(name: str) -> TeacherSpec | None:
 def short_name(name: str) -> str:
     """Remove the folders: ``runs/s0`` -> ``s0``, ``MobileCLIP2-S0,dfndr2b`` -> ``MobileCLIP2-S0-dfndr2b``."""
     return name.rstrip("/").rpartition("/")[2].rpartition(":")[2].replace(",", "-")
+
+
+def loading_call(address: str) -> str:
+    """The line of Python that loads a model with a text tower, from any working directory.
+
+    ``address`` is its folder or fsspec URI, that of its training run, or ``hf://ORG/NAME``.
+    """
+    if address.startswith(HUB_URL):
+        address = f"{catalog.HUB_PREFIX}{address.removeprefix(HUB_URL)}"
+    elif "://" not in address and not address.startswith(catalog.HUB_PREFIX):
+        address = os.path.abspath(os.path.expanduser(address.removeprefix(catalog.FOLDER_PREFIX)))
+    return f"reinforce.Student.load({json.dumps(redact(address), ensure_ascii=False)})"
 
 
 @contextlib.contextmanager

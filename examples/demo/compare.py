@@ -59,7 +59,7 @@ of three seeds are in docs/ablations.md."""
 _NEXT = """\
 Look at the dataset     open {out}/report/index.html
 See the table as bars   open {out}/summary.png
-Use the student         open_clip.create_model_and_transforms("local-dir:{students}/distilled/student")
+Use the student         reinforce.Student.load("{students}/distilled")
 Your own data           docs/data.md; step by step: docs/tutorial.md"""
 
 

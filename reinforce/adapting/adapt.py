@@ -32,7 +32,7 @@ from reinforce.engine.run import run
 from reinforce.errors import TooManyQuarantined, UserError
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.markup import notebook_table
-from reinforce.model_names import resolve_models
+from reinforce.model_names import loading_call, resolve_models
 from reinforce.selection.config import SelectConfig
 from reinforce.selection.select import select
 from reinforce.storage import Storage
@@ -87,7 +87,12 @@ class Adapted:
         return self.sweep.table()
 
     def lines(self) -> Sequence[str]:
-        return [*self.sweep.lines(), f"model: {self.model}", f"page: {self.page}"]
+        return [
+            *self.sweep.lines(),
+            f"model: {self.model}",
+            f"load it: {loading_call(self.model)}",
+            f"page: {self.page}",
+        ]
 
     def _repr_html_(self) -> str:
         facts = [("", redact(line)) for line in self.lines()]

@@ -51,7 +51,7 @@ class Mixer:
         self.student.clip.load_state_dict(mixed)
 
     def write(self, storage: Storage) -> None:
-        """Write ``student`` as a folder that open_clip loads as ``local-dir:``."""
+        """Write ``student`` as a folder that ``reinforce.Student.load`` loads."""
         with storage.temporary_folder() as folder:
             export(self.student, folder)
             storage.put_folder(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,7 +22,7 @@ from reinforce.cli.common import (
     print_lines,
     split_names,
 )
-from reinforce.cli.training import run_training, show_report
+from reinforce.cli.training import ShownReport, run_training, show_report
 from reinforce.errors import UserError
 from reinforce.processes.imports import no_garbage_collection
 
@@ -145,7 +145,7 @@ def interpolate(
     """
     from reinforce.adapting import interpolate as between
     from reinforce.adapting.mixtures import Mixtures
-    from reinforce.model_names import resolve_models
+    from reinforce.model_names import loading_call, resolve_models
 
     alphas = alpha or []
     if not sweep:
@@ -155,13 +155,13 @@ def interpolate(
             raise UserError("sets, --metric, --general and --json belong to --sweep, which is not given.")
         with resolve_models([first, second], pretrained) as specs:
             between.interpolate(specs, out, alphas[0] if alphas else 0.5)
-        typer.echo(f"wrote {out}")
+        print_lines([f"wrote {out}", f"load it: {loading_call(out)}"])
         return
     evaluation = _sets(config, zero_shot, retrieval, limit)
     rule = _rule(evaluation, metric, general, allow)
     with only_json(json_ == STDOUT) as print_json, resolve_models([first, second], pretrained) as specs:
         mixtures = Mixtures(specs, out, evaluation, device, precision)
-        show_report(between.sweep(mixtures, specs, out, rule, alphas or between.GRID, _log), json_, print_json)
+        _show(between.sweep(mixtures, specs, out, rule, alphas or between.GRID, _log), out, json_, print_json)
 
 
 def soup(
@@ -191,7 +191,16 @@ def soup(
     rule = _rule(evaluation, metric, None, 0)
     with only_json(json_ == STDOUT) as print_json, resolve_models(models, pretrained) as specs:
         mixtures = Mixtures(specs, out, evaluation, device, precision)
-        show_report(greedy_soup(mixtures, specs, rule, _log), json_, print_json)
+        _show(greedy_soup(mixtures, specs, rule, _log), out, json_, print_json)
+
+
+def _show(report: ShownReport, out: str, file: str | None, print_json: Callable[[Any], None]) -> None:
+    """Show the report of the model that is in ``out``, and how it is loaded."""
+    from reinforce.model_names import loading_call
+
+    show_report(report, file, print_json)
+    if file != STDOUT:
+        print_lines([f"load it: {loading_call(out)}"])
 
 
 def _sets(

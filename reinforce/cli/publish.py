@@ -35,7 +35,7 @@ def publish_model(
     private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a README.md that somebody else has written.")] = False,
 ) -> None:
-    """Write what open_clip loads as hf-hub:ORG/NAME, and a model card: sources, licences, evaluation, how to load it.
+    """Write a model for reinforce.Student.load and open_clip, and its card: sources, licences, evaluation, loading.
 
     Paths of this machine are left out. A repository gets all files in one commit, or none.
     """

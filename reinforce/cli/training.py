@@ -52,6 +52,7 @@ def train(
     One rank trains in this process, more ranks train on Ray Train. Under torchrun, the ranks are torchrun's.
     """
     from reinforce import settings
+    from reinforce.model_names import loading_call
     from reinforce.student.config import StudentConfig
 
     with only_json(as_json) as print_json:
@@ -61,8 +62,12 @@ def train(
             from reinforce.student.train import train as train_student
 
         results = run_training(lambda: train_student(checked, address=address))
-        if _is_first_rank():
-            print_json(results.as_json()) if as_json else typer.echo(results.summary())
+        if _is_first_rank() and as_json:
+            print_json(results.as_json())
+        elif _is_first_rank():
+            typer.echo(results.summary())
+            if not checked.student.images_alone:
+                typer.echo(f"load it: {loading_call(results.output)}")
 
 
 def finetune_captioner(

@@ -19,7 +19,8 @@ from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
 from reinforce.errors import UserError
-from reinforce.model_names import model_errors, resolve_models
+from reinforce.model_names import HUB_URL as PREFIX
+from reinforce.model_names import loading_call, model_errors, resolve_models
 from reinforce.publishing.card import MODEL_MARK, NAME, UNKNOWN
 from reinforce.publishing.model_card import build_model_card
 from reinforce.publishing.public import is_local_path
@@ -32,7 +33,6 @@ from teachers.open_clip.teacher import load_model
 from teachers.redact import redact
 from teachers.spec import ModelSpec, TeacherSpec
 
-PREFIX = "hf://"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 #: Files of tokenizers and of the config of a text tower; others stay behind.
 _COPIED = (
@@ -53,7 +53,7 @@ class PublishedModel:
         return [
             *self.notes,
             f"written: {self.url}: {plural(len(self.files), 'file')}, {format_bytes(sum(self.files.values()))}",
-            f"open_clip loads it as {address(self.url)}",
+            f"load it: {loading_call(self.url)}",
         ]
 
 
@@ -95,11 +95,6 @@ def publish_model(
     return PublishedModel(url, files, notes)
 
 
-def address(url: str) -> str:
-    """open_clip's name of a published model."""
-    return f"hf-hub:{url.removeprefix(PREFIX)}" if url.startswith(PREFIX) else f"{catalog.FOLDER_PREFIX}{url}"
-
-
 def _copy(model: str, folder: Path, name: str) -> dict[str, Any]:
     """Copy a model of open_clip without local paths -> its ``model_cfg``. ``name`` is where its text tower will be.
 
@@ -119,7 +114,7 @@ def _copy(model: str, folder: Path, name: str) -> dict[str, Any]:
     copied = {one: own / one for one in _COPIED if (own / one).is_file()}
     if (tower := catalog.text_folder(config)) is not None:
         copied[catalog.TEXT_CONFIG] = tower / catalog.TEXT_CONFIG
-        text["hf_model_name"] = name
+        text |= {**catalog.OWN_TEXT, "hf_model_name": name}
     if text.get("hf_tokenizer_name") and any(one.startswith(("tokenizer", "vocab", "spiece")) for one in copied):
         text["hf_tokenizer_name"] = name
     for one, path in copied.items():

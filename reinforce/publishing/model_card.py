@@ -16,6 +16,7 @@ from reinforce.dataset.manifest.class_code import entry_keys
 from reinforce.dataset.manifest.manifest import read_manifest, select_names
 from reinforce.errors import UserError
 from reinforce.markup import render_markdown
+from reinforce.model_names import HUB_URL
 from reinforce.publishing.card import MODEL_MARK, UNKNOWN, markdown, model_identity, one_line
 from reinforce.publishing.public import is_local_path, without_paths
 from reinforce.storage import Storage
@@ -94,11 +95,13 @@ def build_model_card(
         "tags": ["clip", "reinforced-dataset", "distillation"],
         **({"datasets": sorted({*hub})} if hub else {}),
     }
+    on_hub = url.startswith(HUB_URL)
     page = render_markdown(
         "export/model_card.md",
         mark=MODEL_MARK,
         name=url.rpartition("/")[2],
-        address=f"hf-hub:{url.removeprefix('hf://')}" if url.startswith("hf://") else "local-dir:.",
+        address=f"hf-hub:{url.removeprefix(HUB_URL)}" if on_hub else url.rpartition("/")[2],
+        place="" if on_hub else "  # or another path of this folder",
         licence=licence,
         config=json.dumps(without_paths(dict(config)), indent=2),
         sources={"datasets": datasets, **{section: list(found.values()) for section, found in models.items()}},

@@ -355,12 +355,12 @@ def export(student: Student, folder: str) -> None:
         return
     config, tower = student.config, catalog.text_folder(student.config)
     if tower is not None:
-        config = {**config, "text_cfg": {**config["text_cfg"], "hf_model_name": catalog.OWN_FOLDER}}
+        config = {**config, "text_cfg": {**config["text_cfg"], **catalog.OWN_TEXT}}
         Path(folder).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(tower / catalog.TEXT_CONFIG, Path(folder, catalog.TEXT_CONFIG))
         _LOG.warning(
-            "plain open_clip loads the exported model inside its folder, as local-dir:. (its text tower is there); "
-            "reinforce loads it from anywhere"
+            "the text tower of the exported model is in its folder, where open_clip's create_model does not look: load "
+            "it with reinforce.Student.load"
         )
     if MIXER in student.config["text_cfg"]:
         _LOG.warning("plain open_clip cannot load the exported model: it has no such text tower; reinforce can")

@@ -87,8 +87,13 @@ def from_authors(state: dict[str, torch.Tensor], model: Any) -> dict[str, torch.
 
 
 def write_open_clip(clip: Any, config: Mapping[str, Any], tokenizer: Any, folder: str) -> None:
-    """Write float32 weights, ``model_cfg`` and ``preprocess_cfg``, and the files of a Hugging Face tokenizer."""
-    target = Path(folder)
+    """Write float32 weights, ``model_cfg`` and ``preprocess_cfg``, and the files of a Hugging Face tokenizer.
+
+    A tokenizer that was in a local folder is named as ``OWN_FOLDER``, so that the folder can be moved.
+    """
+    target, text = Path(folder), config["text_cfg"]
+    if hasattr(tokenizer, "save_pretrained") and catalog.is_place(str(text.get("hf_tokenizer_name"))):
+        config = {**config, "text_cfg": {**text, "hf_tokenizer_name": catalog.OWN_FOLDER}}
     target.mkdir(parents=True, exist_ok=True)
     # cloned, since safetensors refuses tied weights, which some text towers have
     state = {name: value.detach().cpu().clone() for name, value in clip.state_dict().items()}

@@ -22,6 +22,8 @@ CONFIG_FILE = "open_clip_config.json"
 #: ``hf_model_name`` of a text tower whose config, TEXT_CONFIG, is in the folder of the model itself.
 OWN_FOLDER = "."
 TEXT_CONFIG = "config.json"
+#: Keys of the ``text_cfg`` of such a text tower, whose weights are those of the model.
+OWN_TEXT: dict[str, Any] = {"hf_model_name": OWN_FOLDER, "hf_model_pretrained": False}
 
 #: Preprocessing that open_clip assumes where weights state none, by key of ``preprocess_cfg``.
 DEFAULT_PREPROCESS: dict[str, Any] = {
@@ -96,6 +98,11 @@ def text_folder(config: Mapping[str, Any]) -> Path | None:
     """The local folder of a ``model_cfg`` with the config of its text tower of transformers; None if there is none."""
     name = config["text_cfg"].get("hf_model_name")
     return Path(name) if name and Path(name).is_dir() else None
+
+
+def is_place(name: str) -> bool:
+    """Whether a name of transformers is a local path and no repository of the Hub."""
+    return name.startswith((".", "~")) or Path(name).is_absolute() or Path(name).is_dir()
 
 
 def check_model(model: str, pretrained: str | None) -> None:

@@ -27,7 +27,7 @@ from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.evaluation import write_colour_folder
 from tests.helpers.hub import Hub, serving_hub
 from tests.helpers.reinforced import reinforce_here
-from tests.helpers.students import built, student_config, student_folder
+from tests.helpers.students import KINDS, built, student_config, student_folder
 
 
 @pytest.fixture
@@ -67,6 +67,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
     return reinforce.train(config).output
 
 
+def set_text(config: Path, **changes: Any) -> None:
+    """Change keys of the ``text_cfg`` of an open_clip_config.json."""
+    content = json.loads(config.read_text())
+    content["model_cfg"]["text_cfg"] |= changes
+    config.write_text(json.dumps(content))
+
+
 def loaded(name: str) -> dict[str, torch.Tensor]:
     model, _, _ = open_clip.create_model_and_transforms(name)
     return dict(model.state_dict())
@@ -77,12 +84,25 @@ def published_texts(folder: Path) -> Iterator[tuple[str, str]]:
         yield path.name, path.read_bytes().decode("utf-8", "replace")
 
 
+def check_loading(card: str, expected: dict[str, torch.Tensor]) -> None:
+    """Run the two ways of loading that a card has."""
+    scope: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
+        exec(block, scope)
+    state = scope["model"].state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in state.items())
+    with torch.no_grad():
+        vectors = scope["model"].eval().encode_text(scope["tokenizer"](["a cat"]), normalize=True)
+    torch.testing.assert_close(scope["student"].encode_texts("a cat"), vectors)
+
+
 def test_open_clip_loads_a_published_student_and_its_card_states_its_origin(
     hub: type[Hub], trained: str, tmp_path: Path, printed: Printed, refused: Printed
 ) -> None:
     words = ("publish", "model", trained, "hf://x/small-clip")
     out = printed(*words, "--license", "mit", "--license-of", "red=apple-amlr")
-    assert "open_clip loads it as hf-hub:x/small-clip" in out
+    assert 'load it: reinforce.Student.load("hf-hub:x/small-clip")' in out
     folder = hub.root / "small-clip"
     files = {"README.md", "open_clip_config.json", "open_clip_model.safetensors"}
     assert {path.name for path in folder.iterdir()} == files
@@ -110,10 +130,7 @@ def test_open_clip_loads_a_published_student_and_its_card_states_its_origin(
     for name, value in results["metrics"].items():
         assert f"| {name} | {value:.4f} |" in card.replace("\\", ""), name
     assert "`train.batch` | 8" in card
-    (code_block,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    scope: dict[str, Any] = {}
-    exec(code_block, scope)
-    assert scope["tokenizer"](["a cat"]).shape == (1, 16)
+    check_loading(card, expected)
     for name, text in published_texts(folder):
         for private in (str(tmp_path.parent), str(Path(trained).parent), str(Path.home()), "hf_secret"):
             assert private not in text, (name, private)
@@ -168,9 +185,49 @@ def test_a_text_tower_in_a_local_folder_goes_along(hub: type[Hub], tmp_path: Pat
     texts = ["a photo of a cat", "A dog."]
     ours = open_clip.get_tokenizer(name)(texts)
     assert torch.equal(open_clip.get_tokenizer("hf-hub:x/with-text")(texts), ours)
-    publish_model(name, str(tmp_path / "published"))
-    monkeypatch.chdir(tmp_path / "published")
-    assert all(torch.equal(value, expected[key]) for key, value in loaded("local-dir:.").items())
+    monkeypatch.chdir(tmp_path)
+    for out in ("hf://x/with-text", "published"):
+        lines = publish_model(name, out).lines()
+        (call,) = [line.removeprefix("load it: ") for line in lines if line.startswith("load it: ")]
+        folder = hub.root / "with-text" if "://" in out else tmp_path / out
+        check_loading((folder / "README.md").read_text(), expected)
+        monkeypatch.chdir("/")
+        torch.testing.assert_close(eval(call).encode_texts(texts), reinforce.Student.load(name).encode_texts(texts))
+        monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_printed_call_loads_a_trained_mixed_or_published_student_of_each_kind_of_tower_from_anywhere(
+    trained: str, tmp_path: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    names = {"hf_tokenizer_name": f"{tmp_path}/architecture"} if kind == "hf" else {}
+    student_folder(tmp_path / "architecture", kind)
+    set_text(tmp_path / "architecture/open_clip_config.json", **names)
+    config = {
+        "output": "out",
+        "student": {"model": "local-dir:architecture"},
+        "data": {"datasets": [{"url": f"{Path(trained).parent}/photos-dr"}], "teachers": ["red"], "workers": 0},
+        "train": {"steps": 1, "batch": 4, "optimizer": {"warmup": 0}},
+    }
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    outputs = {"out": printed("train", "train.yaml")}
+    outputs["between"] = printed("interpolate", "out", "local-dir:out/student", "between", "--alpha", "0.3")
+    outputs["public"] = printed("publish", "model", "between", "public")
+    shutil.rmtree(tmp_path / "architecture")
+    texts = ["a photo of a cat", "A dog."]
+    for folder, out in outputs.items():
+        (call,) = [line.removeprefix("load it: ") for line in out.splitlines() if line.startswith("load it: ")]
+        assert call == f'reinforce.Student.load("{tmp_path}/{folder}")'
+        model = tmp_path / folder / ("student" if folder == "out" else ".")
+        for path in filter(Path.is_file, model.iterdir()):
+            assert str(tmp_path).encode() not in path.read_bytes(), path
+        monkeypatch.chdir("/")
+        before = eval(call).encode_texts(texts)
+        shutil.move(tmp_path / folder, tmp_path / "moved" / folder)
+        after = eval(call.replace(folder, f"moved/{folder}")).encode_texts(texts)
+        monkeypatch.chdir(tmp_path)
+        assert torch.equal(before, after)
 
 
 def test_nothing_is_written_without_a_token_or_network(
@@ -197,14 +254,14 @@ def test_nothing_is_written_without_a_token_or_network(
 
 def test_paths_and_what_open_clip_cannot_load_are_refused(tmp_path: Path) -> None:
     export(built(student_folder(tmp_path / "architecture")), str(tmp_path / "student"))
-    settings = tmp_path / "student/open_clip_config.json"
-    content = json.loads(settings.read_text())
+    export_config = tmp_path / "student/open_clip_config.json"
+    content = export_config.read_text()
     for change, message in (
         ({"hf_tokenizer_name": "/home/me/tokenizer"}, "text_cfg.hf_tokenizer_name .* is a path of this machine"),
         ({"mixer_kernel": 3}, "open_clip has no text tower with"),
     ):
-        text = {**content["model_cfg"]["text_cfg"], **change}
-        settings.write_text(json.dumps({**content, "model_cfg": {**content["model_cfg"], "text_cfg": text}}))
+        export_config.write_text(content)
+        set_text(export_config, **change)
         with pytest.raises(UserError, match=message):
             publish_model(str(tmp_path / "student"), str(tmp_path / "out"))
         assert not (tmp_path / "out").exists()

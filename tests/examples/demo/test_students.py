@@ -62,7 +62,7 @@ def test_comparison_prints_a_table_and_writes_results_and_a_picture(
     compare_students(tmp_path / "students", tmp_path)
     printed = capsys.readouterr().out
     assert len(re.findall(r"unseen \w+ +│ +12\.5% │ +25\.0% │ +2\.0 │ +6\.2% │ +18\.8% │ +3\.0 │", printed)) >= 3
-    assert f"{tmp_path}/students/distilled/student" in printed
+    assert f'reinforce.Student.load("{tmp_path}/students/distilled")' in printed
     finish_training(tmp_path / "students" / "plain", 0.0)
     compare_students(tmp_path / "students", tmp_path)
     assert re.search(r"unseen icons +│ +0\.0% │ +25\.0% │ +- │", capsys.readouterr().out)
