@@ -22,8 +22,11 @@ from reinforce.student.loss import Objective, contrastive_losses
 from reinforce.student.loss_config import Loss
 from reinforce.student.task import read_stored
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
+from reinforce.student.terms.anchor_weights import distance_from_start
 from reinforce.student.terms.base import MAP, Rows, Tensors, unit
 from reinforce.student.terms.dense import dense
+from reinforce.student.terms.features import features
+from reinforce.student.terms.interactive import interactive
 from reinforce.student.terms.probabilities import probabilities
 from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.student.towers import map_width
@@ -73,36 +76,6 @@ def distillation(
     return _pairs(objective, image, text, logit_scale, logit_bias, targets)
 
 
-def features(projected: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Mean of 1 - cosine of the student's features, projected to the teacher's dimension, and its ``vectors``."""
-    return (1 - (unit(projected) * unit(vectors)).sum(dim=-1)).mean()
-
-
-def interactive(
-    image: torch.Tensor,
-    text: torch.Tensor,
-    teacher_image: torch.Tensor,
-    teacher_text: torch.Tensor,
-    logit_scale: torch.Tensor | float,
-) -> torch.Tensor:
-    """The student's images contrasted with a teacher's texts, and its texts with the teacher's images (CLIP-KD).
-
-    ``image`` and ``text`` are projected to the teacher's dimension.
-    """
-    sides = (image, teacher_text), (teacher_image, text)
-    return torch.stack([contrastive(one, other, logit_scale) for one, other in sides]).mean()
-
-
-def distance_from_start(weights: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Half the squared distance of weights by name from those of the ``start`` of a fine-tuning (L2-SP).
-
-    ``start`` has detached copies: ``{name: p.detach().clone() for name, p in model.named_parameters()}``.
-    """
-    if missing := start.keys() - weights.keys():
-        raise UserError(f"distance_from_start: weights has no {min(missing)!r}, which start has. Name the same model.")
-    return torch.stack([(weights[name] - value).square().sum() for name, value in start.items()]).sum() / 2
-
-
 class StudentLoss(torch.nn.Module):
     """The loss of `reinforce train` for a loop of your own: every term that the keys of ``loss`` ask for.
 
@@ -120,7 +93,7 @@ class StudentLoss(torch.nn.Module):
             raise UserError("targets: online loads teachers in `reinforce train` only; here, targets are stored.")
         urls = [source.url for source in examples.data.datasets]
         unread: dict[str, Any] = {"output": "-", "student": {"model": "-"}, "train": {"steps": 1}}
-        config = settings.parse(StudentConfig, {**unread, "data": examples.data, "loss": loss})
+        config = settings.parse(StudentConfig, {**unread, "data": examples.data, "loss": loss, "seed": examples.seed})
         self.terms = make_terms(loss, read_stored(config, {url: read_manifest(Store(url)) for url in urls}))
         self.notes = [*self.terms.notes]
         self.heads = torch.nn.ModuleDict(_heads(self.terms, width))

@@ -127,7 +127,7 @@ class FeatureLoss(Section):
     standardise: bool = Field(
         False,
         description="subtract the mean of each dimension from the stored vectors and divide by its standard deviation, "
-        "both over the first 4,096 of them",
+        "both over the first 4,096 examples; images, true and synthetic captions have their own",
     )
     temperature: float = Field(0.07, gt=0, description="for `similarities`: by which cosines are divided")
     queue: int = Field(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from reinforce.evaluation.evaluator import Evaluator
 from reinforce.processes.cores import available_cores
 from reinforce.student import online
 from reinforce.student.config import QUANTIZE_SHARE, StudentConfig
+from reinforce.student.first_targets import online_moments, patch_moments, stored_moments
 from reinforce.student.layers.quantize import batch_norms
 from reinforce.student.model import Student, build_student, export, load_tokenizer
 from reinforce.student.teachers import (
@@ -27,15 +27,17 @@ from reinforce.student.teachers import (
     SYNTHETIC,
     TeacherInfo,
     compare_towers,
-    first_vectors,
     stored_models,
     stored_teachers,
+    text_kinds,
 )
 from reinforce.student.terms.base import Models, Rows
+from reinforce.student.terms.moments import Moments
 from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.student.towers import Tower
 from reinforce.terminal import plural
 from reinforce.training.distributed import gather
+from reinforce.training.distributed.ranks import share_from_first
 from reinforce.training.task import Batch, Encoded, Metrics, Task
 from teachers.protocols import Teacher
 from teachers.runtime.accelerator import Accelerator
@@ -78,7 +80,15 @@ class StudentTask(Task):
                 others.update({(section, name): target for name, target in found.items()})
                 return {name: target.entry for name, target in found.items()}
 
-            models = replace(models, teachers=known, entries=entries)
+            def moments(section: str, name: str) -> Mapping[str, Moments]:
+                data, seed = config.data, config.seed
+                if section == "teachers":
+                    return online_moments(data, seed, name, teachers[name], device)
+                return patch_moments(data, seed, name, others[section, name], loss.teachers[name], manifests, device)
+
+            models = replace(models, teachers=known, entries=entries, moments=moments)
+        find = models.moments
+        models = replace(models, moments=lambda *of: share_from_first(lambda: find(*of)))
         self.terms: Terms = make_terms(loss, models)
         notes = compare_towers(config, manifests)
         only: Tower | None = None if texts and images else "text" if texts else "image"
@@ -172,13 +182,15 @@ def read_stored(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]
     if loss.targets == "stored" and (loss.reads_ensemble or loss.anchors):
         anchors_alone = config.model_copy(update={"data": data.model_copy(update={"teachers": []})})
         known = stored_teachers(config if loss.reads_ensemble else anchors_alone, manifests)
-    vectors = partial(first_vectors, data, manifests) if loss.targets == "stored" else None
-    texts, images = data.captions != "none", data.images != "none"
+    kinds, images = text_kinds(data, manifests), data.images != "none"
 
     def entries(section: str, names: Sequence[str] | None) -> Mapping[str, Any]:
         return stored_models(data, manifests, section, names)
 
-    return Models(known, texts, images, entries, vectors=vectors)
+    def moments(section: str, name: str) -> Mapping[str, Moments]:
+        return stored_moments(data, config.seed, name)
+
+    return Models(known, kinds, images, entries, moments=moments)
 
 
 def _describe(student: Student, config: StudentConfig) -> str:

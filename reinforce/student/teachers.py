@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
-from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of, owner_of
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, embeddings_layer, model_of
+from reinforce.dataset.layers import embeddings_layer, model_of
 from reinforce.dataset.manifest.manifest import select_names
-from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.errors import UserError
 from reinforce.student.config import Data, StudentConfig
 from teachers.open_clip.family import model_identity
@@ -99,6 +94,16 @@ def compare_towers(config: StudentConfig, manifests: Mapping[str, Mapping[str, A
     return notes
 
 
+def same_model(entry: Mapping[str, Any], spec: ModelSpec) -> bool:
+    """Whether a spec is that of the model of an entry of dataset.json, in any precision."""
+    try:
+        identities = [entry.get("model") or {}, spec.describe().identity]
+    except (ValueError, OSError):
+        return False
+    own, other = ({key: value for key, value in one.items() if key != "precision"} for one in identities)
+    return own == other
+
+
 def _known_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in identity.items() if key not in ("precision", "preprocess")}
 
@@ -135,41 +140,6 @@ def stored_models(
     return first
 
 
-def first_vectors(
-    data: Data, manifests: Mapping[str, Mapping[str, Any]], teacher: str, side: str, count: int = 4096
-) -> npt.NDArray[np.float32]:
-    """The first vectors [n, D] of a side of a teacher, about ``count``, as many of each dataset; null ones left out.
-
-    Of texts, those of the true captions, or else of the first captioner. Raises UserError if there is none.
-    """
-    found = []
-    for url, manifest in manifests.items():
-        texts = (TRUE_CAPTION, *captioner_names(data, url, manifest))
-        names = (embeddings_layer(teacher, what) for what in ((IMAGES,) if side == IMAGES else texts))
-        layer = next(name for name in names if name in manifest["layers"])
-        read = 0
-        for vectors in _vectors_of(Store(url), layer, manifest):
-            found.append(vectors)
-            read += len(vectors)
-            if read >= count / len(manifests):
-                break
-    if not sum(map(len, found)):
-        raise UserError(f"teacher {teacher} has no usable vector of {side} in {' and '.join(manifests)}.")
-    return np.concatenate(found)[:count]
-
-
-def _vectors_of(store: Store, layer: str, manifest: Mapping[str, Any]) -> Iterator[npt.NDArray[np.float32]]:
-    """The vectors [n, D] of each row group of a layer, all of a row, that are finite."""
-    kind, fingerprints = kind_of(layer), {name: manifest["layers"][name]["fingerprint"] for name in (SAMPLES, layer)}
-    aligned = AlignedLayers(store, fingerprints, {SAMPLES: ("key",), layer: kind.columns})
-    for shard in store.shards(layer):
-        with aligned.open(shard, whole=False) as opened:
-            for number in range(opened.row_groups):
-                values = kind.decode(opened.read(number)[layer])
-                rows = values.reshape(-1, values.shape[-1])
-                yield rows[np.isfinite(rows).all(axis=1)]
-
-
 def _agreed(section: str, found: Mapping[str, T]) -> T:
     """The models of a section that all datasets have; ``found`` are theirs by URL. Raises UserError if they differ."""
     (url, first), *others = found.items()
@@ -189,6 +159,14 @@ def _unfinished(url: str, what: str) -> UserError:
 def _of_targets(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of an entry that must be equal in all datasets: all but the models' identities and inputs."""
     return {k: v for k, v in entry.items() if k not in ("fingerprint", "model", "code", "count", "sees")}
+
+
+def text_kinds(data: Data, manifests: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """The kinds of text of the examples of datasets, as they are named in a batch. Raises UserError."""
+    if data.captions == "none":
+        return ()
+    synthetic = data.parallel or any(captioner_names(data, url, manifest) for url, manifest in manifests.items())
+    return (CAPTION, SYNTHETIC) if data.captions == "both" and synthetic else (CAPTION,)
 
 
 def captioner_names(data: Data, url: str, manifest: Mapping[str, Any]) -> list[str]:

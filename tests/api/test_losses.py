@@ -48,9 +48,8 @@ def test_functions_are_the_equations_of_the_papers() -> None:
     found = losses.distillation(image, text, scale, [(one, other, 30.0), (other, one, torch.tensor(50.0))])
     torch.testing.assert_close(found, soft)
     torch.testing.assert_close(losses.features(image, one), 1 - (image * one).sum(1).mean())
-    both = cross_entropy(scale * image @ other.T, diagonal) + cross_entropy(scale * other @ image.T, diagonal)
-    both += cross_entropy(scale * text @ one.T, diagonal) + cross_entropy(scale * one @ text.T, diagonal)
-    torch.testing.assert_close(losses.interactive(image, text, one, other, scale), both / 4)
+    icl = cross_entropy(scale * image @ other.T, diagonal) + cross_entropy(scale * text @ one.T, diagonal)
+    torch.testing.assert_close(losses.interactive(image, text, one, other, scale), icl / 2)
     stored = (rows(9) / 2).softmax(1)
     [values, classes] = stored.topk(5)
     found = losses.probabilities(rows(8), classes, values, torch.zeros(6), temperature=2.0)
@@ -177,6 +176,9 @@ def test_learnt_scales_are_parameters_of_the_module(made: Path) -> None:
         (lambda data: losses.contrastive(rows(0), rows(1), 1.0, form="sigmoid"), "needs `logit_bias`"),
         (lambda data: losses.contrastive(rows(0), rows(1), 1.0, form="hinge"), "want softmax or sigmoid, got 'hinge'"),
         (lambda data: losses.dense(rows(0), rows(1)), r"dense: want two grids .* got \[6, 5\] and \[6, 5\]"),
+        (lambda data: losses.features(rows(0), rows(1, 5)), r"two tensors .* got \[6, 5\] and \[5, 5\]"),
+        (lambda data: losses.features(rows(0), rows(1), "L2"), "want cosine, l2 or similarities, got 'L2'"),
+        (lambda data: losses.interactive(rows(0), rows(1), rows(2), rows(3, 5), 1.0), r"interactive: .* \[5, 5\]"),
         (lambda data: losses.distillation(rows(0), rows(1), 1.0, []), "teachers is empty"),
         (lambda data: losses.distance_from_start({}, {"w": rows(0)}), "weights has no 'w'"),
     ],

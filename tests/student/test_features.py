@@ -16,7 +16,7 @@ from reinforce.student.loss_config import Loss
 from reinforce.student.task import StudentTask
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.base import Models
-from reinforce.student.terms.features import Moments
+from reinforce.student.terms.moments import Fit, Moments
 from reinforce.student.terms.registry import make_terms
 from reinforce.training.config import describe_changes, fixed_config
 from reinforce.training.task import Batch
@@ -41,10 +41,16 @@ def loss_of(task: StudentTask, batch: Batch) -> torch.Tensor:
     return losses["features/image"]
 
 
+def vectors(dataset: str, teacher: str, what: str = "image", **keys: Any) -> np.ndarray:
+    """Of all examples of the first epoch, made as any user does."""
+    examples = reinforce.Examples(dataset, teachers=[teacher], **keys)
+    examples.set_epoch(0)
+    return np.stack([item["targets"][teacher][what] for item in examples]).astype(np.float64)
+
+
 def moments(dataset: str, teacher: str) -> Moments:
-    """Of all vectors, read as any user does."""
-    stored = np.concatenate([sample.images[teacher] for sample in reinforce.open(dataset)])
-    return Moments(*(torch.from_numpy(of(stored.astype(np.float64), axis=0)).float() for of in (np.mean, np.std)))
+    stored = vectors(dataset, teacher, captions="none")
+    return Moments(*(torch.from_numpy(of(stored, axis=0)).float() for of in (np.mean, np.std)))
 
 
 def projected(task: StudentTask, batch: Batch, teacher: str) -> torch.Tensor:
@@ -83,7 +89,7 @@ def test_similarities_are_with_the_batch_and_the_newest_vectors_of_earlier_ones(
     features = {"distance": "similarities", "queue": 8, "temperature": 0.2}
     task, batch = first_batch(features_config(features, ["eyes"]))
     stored = batch["targets"]["eyes"]["image"]
-    queue: Any = task.model.heads["eyes/queue-images"]
+    queue: Any = task.model.heads["eyes/queue-image"]
     assert len(queue.filled()) == 0
     alone = loss_of(task, batch)
     assert torch.equal(queue.filled(), stored), "the batch is kept for the next one"
@@ -110,15 +116,32 @@ def test_a_resumed_training_has_the_queue_and_the_moments_of_an_uninterrupted_on
     assert curves[0] == curves[1]
 
 
-def test_vectors_that_are_all_equal_and_settings_that_do_not_fit_are_refused_before_a_model_is_built() -> None:
+def test_moments_are_those_of_all_parts_and_need_vectors_that_differ() -> None:
+    found, rows = Fit(), 50 + torch.randn(3, 40, 5, generator=torch.Generator().manual_seed(0))
+    rows[:, :, 4] = 7.0
+    for part in (rows[0, :1], rows[0, 1:], torch.full((2, 5), torch.nan), rows[1:]):
+        found.add(part)
+    deviation, mean = torch.std_mean(rows.double(), dim=(0, 1), correction=0)
+    assert found.count == 120
+    torch.testing.assert_close(found.moments().mean, mean.float())
+    torch.testing.assert_close(found.moments().deviation[:4], deviation[:4].float())
+    assert found.moments().deviation[4] == pytest.approx(1e-3 * deviation.square().mean().sqrt().item())
+    for part in (torch.tensor([[0.6, 0.8, 0.0]]).expand(40, 3), torch.full((5, 3), 1e3)):
+        equal = Fit()
+        for chunk in part.split(7):
+            equal.add(chunk)
+        with pytest.raises(ValueError, match=f"all {len(part)} are equal, so nothing can be learnt"):
+            equal.moments()
+    with pytest.raises(ValueError, match="there is none that is finite"):
+        Fit().moments()
+
+
+def test_settings_that_do_not_fit_are_refused_before_a_model_is_built() -> None:
     eyes = {"eyes": TeacherInfo(5, frozenset([IMAGES]), None, "")}
     both = {"both": TeacherInfo(5, frozenset([IMAGES, TEXTS]), 10.0, "")}
-    same = np.tile(np.array([0.6, 0.8, 0, 0, 0], np.float32), (40, 1))
-    equal = Models(eyes, texts=False, vectors=lambda name, side: same)
+    alone = Models(eyes, kinds=())
     refused: list[tuple[Any, Models, str]] = [
-        ("all", equal, r"teacher eyes: its first 40 vectors of images are all equal.*Look at the images"),
-        ({"standardise": True}, Models(eyes, texts=False), r"standardise needs stored vectors.*set loss\.targets"),
-        ({"weights": {"ears": 2.0}}, equal, "the term uses no teacher 'ears'; it uses: eyes"),
+        ({"weights": {"ears": 2.0}}, alone, "the term uses no teacher 'ears'; it uses: eyes"),
         ({"weights": {"both": 2.0}}, Models({**eyes, **both}), "the term uses no teacher 'both'; it uses: eyes"),
     ]
     for features, models, message in refused:
@@ -139,3 +162,39 @@ def test_a_config_with_the_teachers_alone_is_that_of_earlier_checkpoints() -> No
     now = fixed_config(settings.parse(Loss, {"features": {"teachers": "all", "distance": "l2"}}), ())
     before = fixed_config(settings.parse(Loss, {"features": "all"}), ())
     assert "features.distance: not set before, 'l2' now" in describe_changes(before, now)
+
+
+def buffers(task: StudentTask) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in task.model.heads.state_dict().items() if "standardise" in name}
+
+
+@pytest.mark.parametrize("captions", ["both", "mixed"])
+def test_stored_and_online_vectors_are_standardised_alike_each_kind_of_text_by_its_own(
+    config: Any, dataset: str, teachers: dict[str, dict[str, Any]], captions: str
+) -> None:
+    features, data = {"teachers": "all", "standardise": True}, {"captions": captions, "synthetic": 0.3}
+    online = {"targets": "online", "teachers": {name: teachers[name] for name in ("red", "ears")}}
+    stored = StudentTask(config({"features": features}, data={**data, "teachers": ["red", "ears"]}))
+    computed = StudentTask(config({"features": features, **online}, data=data))
+    kinds = ("caption", "synthetic") if captions == "both" else ("caption",)
+    found = buffers(stored)
+    assert {name.rpartition(".")[0] for name in found} == {
+        *(f"{name}/standardise-{kind}" for name in ("red", "ears") for kind in kinds), "red/standardise-image"
+    }  # fmt: skip
+    torch.testing.assert_close(buffers(computed), found, rtol=1e-4, atol=1e-5)
+    for kind in kinds:
+        z = torch.from_numpy(vectors(dataset, "ears", kind, **data)).float()
+        z = stored.model.heads[f"ears/standardise-{kind}"](z)
+        deviation, mean = torch.std_mean(z, dim=0, correction=0)
+        torch.testing.assert_close(mean, torch.zeros(6), rtol=0, atol=1e-3)
+        torch.testing.assert_close(deviation, torch.ones(6), rtol=1e-3, atol=0)
+
+
+def test_queues_of_true_and_synthetic_captions_are_apart(config: Any) -> None:
+    features = {"teachers": "all", "distance": "similarities", "queue": 50}
+    task, batch = first_batch(config({"features": features}, data={"teachers": ["red", "ears"]}))
+    losses_of(task, batch)
+    for name in ("red", "ears"):
+        for kind in ("caption", "synthetic"):
+            queue: Any = task.model.heads[f"{name}/queue-{kind}"]
+            torch.testing.assert_close(queue.filled(), batch["targets"][name][kind])

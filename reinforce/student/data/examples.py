@@ -57,7 +57,8 @@ class ExampleSpec:
     seed: int
     several: bool = False  # whether the samples keep several true captions
     parallel: frozenset[str] = frozenset()
-    images: bool = True  # whether images are read
+    images: bool = True  # whether examples have images
+    pixels: bool = True  # whether these are read
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -126,7 +127,7 @@ class Example(NamedTuple):
 
     file: SampleFile
     key: str
-    image: bytes  # empty, as the augmentation is None, if images are not read
+    image: bytes  # empty if it is not read; there is no augmentation, either, if examples have no images
     augmentation: Augmentation | SampleCrop | None
     texts: tuple[str, ...]  # one for each of ``ExampleSpec.kinds``
     targets: tuple[npt.NDArray[Any], ...]  # the tensors of ``ExampleSpec.targets``
@@ -197,7 +198,7 @@ def make_examples(
     places = np.flatnonzero(usable).tolist()
     examples: list[Example | None] = [None] * len(keys)
     images: Iterable[bytes] = itertools.repeat(b"", len(places))
-    if spec.images:
+    if spec.images and spec.pixels:
         images = _read_images(samples, places, file.roots)
     for i, image in zip(places, images, strict=True):
         targets = tuple(block[i] for block in blocks)

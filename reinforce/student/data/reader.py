@@ -7,7 +7,7 @@ import itertools
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -32,6 +32,7 @@ from reinforce.student.data.examples import (
     make_examples,
 )
 from reinforce.training.order import GroupChunk, Order, Window
+from schemas import image_columns
 
 #: Rows that are searched for a usable one before the training run fails.
 _MAX_UNUSABLE_ROWS = 100_000
@@ -101,6 +102,13 @@ class StreamedDataset:
     @property
     def rows(self) -> int:
         return int(self.groups[:, 2].sum())
+
+    def without_images(self) -> StreamedDataset:
+        """The same examples with empty images, which are not read."""
+        stored = {*image_columns("embed"), *image_columns("reference")}
+        samples = tuple(name for name in self.layers.columns[SAMPLES] if name not in stored)
+        layers = replace(self.layers, columns={**self.layers.columns, SAMPLES: samples})
+        return replace(self, layers=layers, spec=replace(self.spec, pixels=False), kept=KeptGroups())
 
     def load(self, chunk: GroupChunk, epoch: int, keep: bool = False) -> Examples:
         """Read a chunk's examples of one epoch; with ``keep``, its row group is kept for other chunks of it.

@@ -16,6 +16,7 @@ from reinforce.errors import UserError
 from reinforce.student.loss_config import Loss
 from reinforce.student.teachers import TeacherInfo
 from reinforce.student.terms.base import Models, Tensors, Term
+from reinforce.student.terms.features import cosine_distance
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class AnchorFeatures(Term):
         self, features: Tensors, targets: Mapping[str, Tensors], heads: torch.nn.ModuleDict
     ) -> dict[str, torch.Tensor]:
         return {
-            f"anchor_features/{what}": self.weight * (1 - (rows * targets[self.name][what]).sum(dim=-1)).mean()
+            f"anchor_features/{what}": self.weight * cosine_distance(rows, targets[self.name][what])
             for what, rows in features.items()
             if self.teacher.has(what)
         }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from reinforce.errors import UserError
 from reinforce.student.loss_config import Loss
 from reinforce.student.terms.base import Models, Tensors, Term
 
@@ -25,10 +26,19 @@ class AnchorWeights(Term):
     needs_start = True
 
     def losses_of_weights(self, weights: Tensors, start: Tensors) -> Mapping[str, torch.Tensor]:
-        squares = [(weights[name] - value).square().sum() for name, value in start.items()]
-        return {"anchor_weights": self.weight / 2 * torch.stack(squares).sum()}
+        return {"anchor_weights": self.weight * distance_from_start(weights, start)}
 
 
 def make(loss: Loss, models: Models) -> AnchorWeights | None:
     """The term of a config."""
     return None if loss.anchor is None or loss.anchor.weights is None else AnchorWeights(loss.anchor.weights)
+
+
+def distance_from_start(weights: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Half the squared distance of weights by name from those of the ``start`` of a fine-tuning (L2-SP).
+
+    ``start`` has detached copies: ``{name: p.detach().clone() for name, p in model.named_parameters()}``.
+    """
+    if missing := start.keys() - weights.keys():
+        raise UserError(f"distance_from_start: weights has no {min(missing)!r}, which start has. Name the same model.")
+    return torch.stack([(weights[name] - value).square().sum() for name, value in start.items()]).sum() / 2

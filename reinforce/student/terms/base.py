@@ -6,19 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn.functional import normalize
 
-from reinforce.student.teachers import TeacherInfo
+from reinforce.student.teachers import CAPTION, SYNTHETIC, TeacherInfo
+from reinforce.student.terms.moments import Moments
 
 #: Features or targets: tensors [B, ...] by what they are of, ``image`` or a kind of text.
 Tensors = Mapping[str, torch.Tensor]
 #: Name of the map of an image tower among the features of ``losses_of_rows``.
 MAP = "map"
-#: Reads the first stored vectors [n, D] of a side of a teacher.
-ReadVectors: TypeAlias = Callable[[str, str], npt.NDArray[np.float32]]
+#: Finds the moments of the targets of a section of a teacher, by what they are of; raises UserError.
+FindMoments: TypeAlias = Callable[[str, str], Mapping[str, Moments]]
 #: Finds the entries of layers in dataset.json by the name of their model.
 ReadEntries: TypeAlias = "Callable[[str, Sequence[str] | None], Mapping[str, Any]]"
 
@@ -29,17 +28,22 @@ class Models:
 
     ``teachers`` are described by a TeacherInfo; ``entries`` finds the models that have other targets, by name, as
     their layers' entries in dataset.json. It gets the ``target_section`` of the kind, and the names that the config
-    states; it raises ValueError if an online teacher of them lacks such targets. ``texts`` and ``images`` are whether
-    examples have them. ``anchor`` is the teacher of ``loss.anchor``, which terms do not find among ``teachers``.
-    ``vectors`` reads stored ones; it is None with ``targets: online``.
+    states; it raises ValueError if an online teacher of them lacks such targets. ``kinds`` are the kinds of text of
+    examples, ``images`` is whether they have images. ``anchor`` is the teacher of ``loss.anchor``, which terms do not
+    find among ``teachers``. ``moments`` are those of the targets of a teacher, stored or online, as batches have them.
     """
 
     teachers: Mapping[str, TeacherInfo]
-    texts: bool = True
+    kinds: tuple[str, ...] = (CAPTION, SYNTHETIC)
     images: bool = True
     entries: ReadEntries = lambda section, names: {}
     anchor: TeacherInfo | None = None
-    vectors: ReadVectors | None = None
+    moments: FindMoments = lambda section, name: {}
+
+    @property
+    def texts(self) -> bool:
+        """Whether examples have texts."""
+        return bool(self.kinds)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
     L = weight * mean over teachers, rows and patches of (cosine * (1 - cos(f, v)) + smooth_l1 * mean_d s(f_d - v_d)),
     f = bilinear(head(map)) at the teacher's grid,   s(x) = x^2 / 2 if |x| < 1, else |x| - 1/2
 
-with 0.9 and 0.1 by default, the weights of Theia (arXiv 2407.20179), which takes one cosine of the whole grid. The head
-comes first: it commutes with the interpolation, and the student's grid is mostly smaller.
+where v is standardised by channel: stored grids are, and with ``targets: online`` the term standardises them by the
+same statistics. 0.9 and 0.1 are the defaults, the weights of Theia (arXiv 2407.20179), which takes one cosine of the
+whole grid. The head comes first: it commutes with the interpolation, and the student's grid is mostly smaller.
 
 The rows are computed in chunks, whose intermediate results are computed again in the backward pass. A batch of 256 maps
 of 14 x 14 x 768 with grids of 14 x 14 x 1024 takes 0.4 GB beside both, the gradient of the map among it.
@@ -13,7 +14,7 @@ of 14 x 14 x 768 with grids of 14 x 14 x 1024 takes 0.4 GB beside both, the grad
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -21,19 +22,22 @@ from torch.utils.checkpoint import checkpoint
 from reinforce.errors import UserError
 from reinforce.student.loss_config import DenseLoss, Loss
 from reinforce.student.terms.base import MAP, Models, Tensors, Term, head_name
+from reinforce.student.terms.moments import Moments, Standardise
 
 #: Name of the targets, under which they are asked for.
 PATCHES = "patches"
 #: Numbers of a chunk's grids (32 MiB in float32).
 CHUNK = 1 << 23
+_STANDARDISE = f"standardise-{PATCHES}"
 
 
 @dataclass(frozen=True)
 class Dense(Term):
-    """``dense/TEACHER`` for each teacher; ``grids`` have (rows, columns, D)."""
+    """``dense/TEACHER`` for each teacher; ``grids`` have (rows, columns, D), ``moments`` those of online teachers."""
 
     loss: DenseLoss
     grids: Mapping[str, tuple[int, int, int]]
+    moments: Mapping[str, Moments] = field(default_factory=dict, compare=False)
     key = "dense"
 
     def uses(self) -> Mapping[tuple[str, str], str]:
@@ -46,35 +50,43 @@ class Dense(Term):
         return self.loss.stage
 
     def map_heads(self, width: int) -> Mapping[str, torch.nn.Module]:
-        return {head_name(name, PATCHES): torch.nn.Linear(width, dim) for name, (_, _, dim) in self.grids.items()}
+        made: dict[str, torch.nn.Module] = {
+            head_name(name, PATCHES): torch.nn.Linear(width, dim) for name, (_, _, dim) in self.grids.items()
+        }
+        return made | {head_name(name, _STANDARDISE): Standardise(of) for name, of in self.moments.items()}
 
     def losses_of_rows(
         self, features: Tensors, targets: Mapping[str, Tensors], heads: torch.nn.ModuleDict
     ) -> dict[str, torch.Tensor]:
         found, share = features[MAP], self.loss.weight / len(self.grids)
-        return {
-            f"dense/{name}": share * self._mean(found, targets[name][PATCHES], heads[head_name(name, PATCHES)])
-            for name in self.grids
-        }
+        return {f"dense/{name}": share * self._mean(found, targets[name][PATCHES], name, heads) for name in self.grids}
 
-    def _mean(self, found: torch.Tensor, target: torch.Tensor, head: torch.nn.Module) -> torch.Tensor:
+    def _mean(self, found: torch.Tensor, target: torch.Tensor, name: str, heads: torch.nn.ModuleDict) -> torch.Tensor:
         """The mean over rows of a map [p, C, h, w] and grids [p, rows, columns, D]."""
         rows = max(1, CHUNK // target[0].numel())
         total = found.new_zeros((), dtype=torch.float32)
+        head, standardise = heads[head_name(name, PATCHES)], None
+        if name in self.moments:
+            standardise = heads[head_name(name, _STANDARDISE)]
         for part, of_target in zip(found.split(rows), target.split(rows), strict=True):
-            total = total + checkpoint(self._sum, part, of_target, head, use_reentrant=False, preserve_rng_state=False)
+            arguments = (part, of_target, head, standardise)
+            total = total + checkpoint(self._sum, *arguments, use_reentrant=False, preserve_rng_state=False)
         return total / len(target)
 
-    def _sum(self, found: torch.Tensor, target: torch.Tensor, head: torch.nn.Module) -> torch.Tensor:
+    def _sum(
+        self, found: torch.Tensor, target: torch.Tensor, head: torch.nn.Module, standardise: torch.nn.Module | None
+    ) -> torch.Tensor:
         """The sum over rows of the mean over patches."""
         projected = head(found.permute(0, 2, 3, 1)).float()
-        return distances(projected, target.float(), self.loss.cosine, self.loss.smooth_l1).sum()
+        target = target.float() if standardise is None else standardise(target)
+        return distances(projected, target, self.loss.cosine, self.loss.smooth_l1).sum()
 
 
 def dense(projected: torch.Tensor, patches: torch.Tensor, cosine: float = 0.9, smooth_l1: float = 0.1) -> torch.Tensor:
     """Mean of both weighted distances of a student's grids from a teacher's ``patches`` [B, rows, columns, D].
 
-    The student's are ``projected`` to the teacher's dimension; they are resized to its rows and columns.
+    The student's are ``projected`` to the teacher's dimension; they are resized to its rows and columns. Patches are
+    standardised by channel, as the stored ones are.
     """
     if projected.ndim != 4 or patches.ndim != 4 or projected.shape[::3] != patches.shape[::3]:
         shapes = " and ".join(str([*tensor.shape]) for tensor in (projected, patches))
@@ -114,4 +126,5 @@ def make(loss: Loss, models: Models) -> Dense | None:
             "loss.dense needs layers patches/TEACHER, and the datasets have none. Set `patches` of a teacher in the "
             "config of `reinforce run`, and run it; or use `loss.targets: online`."
         )
-    return Dense(loss.dense, {name: grids[name] for name in wanted})
+    moments = {name: models.moments(PATCHES, name)[PATCHES] for name in wanted if loss.targets == "online"}
+    return Dense(loss.dense, {name: grids[name] for name in wanted}, moments)

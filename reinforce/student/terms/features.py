@@ -6,7 +6,8 @@ for each WHAT of images and kinds of text; weight is lambda * features_weight, a
 weighted. It is how one-sided teachers are used, and how a student of images alone learns.
 
 z is the teacher's vector v [D] of unit norm, or with ``standardise`` (v - m) / s, with the mean m and the standard
-deviation s of each dimension over the first vectors of the datasets. With h = head(feature), the distance is
+deviation s of each dimension over the first vectors of the same WHAT; see ``reinforce.student.first_targets``. With
+h = head(feature), the distance is
 
     cosine:        1 - cos(h, z)
     l2:            |h - z|^2 / n, where n is the mean of |z|^2: 1, or D with ``standardise``
@@ -21,7 +22,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 
@@ -30,28 +31,23 @@ from reinforce.student.chunks import Logits, cross_entropies
 from reinforce.student.loss import full_precision
 from reinforce.student.loss_config import FeatureLoss, Loss
 from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo
-from reinforce.student.terms.base import Models, ReadVectors, Rows, Tensors, Term, head_name, unit
+from reinforce.student.terms.base import Models, Rows, Tensors, Term, head_name, unit
+from reinforce.student.terms.moments import Moments, Standardise
 from reinforce.training.distributed import gather
 from teachers.runtime.determinism import tf32
-
-
-class Moments(NamedTuple):
-    """Mean and standard deviation [D] of each dimension of a teacher's vectors."""
-
-    mean: torch.Tensor
-    deviation: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Features(Term):
     """``features/WHAT`` for each WHAT of ``image`` and the kinds of text that some teacher has.
 
-    ``moments`` are by teacher and side, with ``standardise``.
+    ``kinds`` are the kinds of text. ``moments`` are by teacher and WHAT, with ``standardise``.
     """
 
     weight: float
     teachers: Mapping[str, TeacherInfo]
     loss: FeatureLoss = field(default_factory=FeatureLoss)
+    kinds: tuple[str, ...] = ()
     moments: Mapping[tuple[str, str], Moments] = field(default_factory=dict, compare=False)
 
     def uses(self) -> Mapping[tuple[str, str], str]:
@@ -77,12 +73,12 @@ class Features(Term):
                 continue
             for side in sorted(teacher.sides):
                 made[head_name(name, side)] = torch.nn.Linear(width, teacher.dim, bias=False)
-        for (name, side), moments in self.moments.items():
-            made[head_name(name, f"standardise-{side}")] = _Standardise(moments)
+        for (name, what), moments in self.moments.items():
+            made[head_name(name, f"standardise-{what}")] = Standardise(moments)
         if self.loss.queue:
             for name, teacher in self.teachers.items():
-                for side in sorted(teacher.sides):
-                    made[head_name(name, f"queue-{side}")] = _Queue(self.loss.queue, teacher.dim)
+                for what in filter(teacher.has, (IMAGE, *self.kinds)):
+                    made[head_name(name, f"queue-{what}")] = _Queue(self.loss.queue, teacher.dim)
         return made
 
     def losses_of_rows(
@@ -133,26 +129,21 @@ class Features(Term):
         return found
 
     def _target(self, name: str, what: str, vectors: torch.Tensor, heads: torch.nn.ModuleDict) -> torch.Tensor:
-        key = head_name(name, f"standardise-{_side(what)}")
+        key = head_name(name, f"standardise-{what}")
         found: torch.Tensor = heads[key](vectors) if self.loss.standardise else vectors
         return found
 
     def _distance(self, projected: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if self.loss.distance == "l2":
-            squares = (projected.float() - target).square().sum(dim=-1)
-            return squares.mean() / (target.shape[-1] if self.loss.standardise else 1)
-        target = unit(target) if self.loss.standardise else target
-        return 1 - (unit(projected) * target).sum(dim=-1).mean()
+            return squared_distance(projected, target, self.loss.standardise)
+        return cosine_distance(unit(projected), unit(target) if self.loss.standardise else target)
 
     def _similarities(self, name: str, what: str, rows: Rows) -> torch.Tensor:
-        own = full_precision(rows.features[f"{name}/features/{what}"])
-        target = full_precision(unit(self._target(name, what, rows.targets[name][what], rows.heads)))
-        known = gather.gather({what: target})[what].detach()
-        queue: Any = rows.heads[head_name(name, f"queue-{_side(what)}")] if self.loss.queue else None
-        references = known if queue is None else torch.cat([known, queue.filled()])
-        scale, first = 1 / self.loss.temperature, gather.rank() * len(own)
-        student, teacher = (Logits(vectors, references, scale, None, first) for vectors in (own, target))
-        [loss] = cross_entropies("softmax", student, [teacher], False)
+        target = unit(self._target(name, what, rows.targets[name][what], rows.heads))
+        queue: Any = rows.heads[head_name(name, f"queue-{what}")] if self.loss.queue else None
+        earlier = None if queue is None else queue.filled()
+        projected = rows.features[f"{name}/features/{what}"]
+        loss, known = similarity_distance(projected, target, self.loss.temperature, earlier)
         if queue is not None:
             queue.push(known)
         return loss
@@ -166,19 +157,58 @@ class Features(Term):
         return torch.stack([weights[name] / total * distance for name, distance in distances.items()]).sum()
 
 
-class _Standardise(torch.nn.Module):
-    """Subtracts a mean and divides by a standard deviation, which checkpoints store."""
+def features(
+    projected: torch.Tensor,
+    vectors: torch.Tensor,
+    distance: Literal["cosine", "l2", "similarities"] = "cosine",
+    *,
+    standardised: bool = False,
+    temperature: float = 0.07,
+    earlier: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean distance of the student's features, ``projected`` to the teacher's dimension, from its ``vectors`` [B, D].
 
-    mean: torch.Tensor
-    deviation: torch.Tensor
+    ``standardised`` vectors have mean 0 and deviation 1 in each dimension; others are normalised. ``temperature`` and
+    the vectors of ``earlier`` batches [n, D] are for the distance ``similarities``.
+    """
+    if projected.ndim != 2 or projected.shape != vectors.shape:
+        shapes = " and ".join(str([*tensor.shape]) for tensor in (projected, vectors))
+        raise UserError(f"features: want two tensors [B, D] of equal shape, got {shapes}.")
+    if distance == "l2":
+        return squared_distance(projected, vectors if standardised else unit(vectors), standardised)
+    if distance == "similarities":
+        queue = None if earlier is None else unit(earlier)
+        return similarity_distance(unit(projected), unit(vectors), temperature, queue)[0]
+    if distance != "cosine":
+        raise UserError(f"features: distance: want cosine, l2 or similarities, got {distance!r:.100}")
+    return cosine_distance(unit(projected), unit(vectors))
 
-    def __init__(self, moments: Moments) -> None:
-        super().__init__()
-        self.register_buffer("mean", moments.mean)
-        self.register_buffer("deviation", moments.deviation)
 
-    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        return (vectors - self.mean) / self.deviation
+def cosine_distance(features: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Mean of 1 - cosine of rows [B, D] of unit norm."""
+    return 1 - (features * vectors).sum(dim=-1).mean()
+
+
+def squared_distance(projected: torch.Tensor, target: torch.Tensor, standardised: bool) -> torch.Tensor:
+    """Mean squared distance of rows [B, D], divided by the mean square of a target: 1, or D if it is standardised."""
+    squares = (projected.float() - target).square().sum(dim=-1)
+    return squares.mean() / (target.shape[-1] if standardised else 1)
+
+
+def similarity_distance(
+    projected: torch.Tensor, target: torch.Tensor, temperature: float, earlier: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the similarities of rows [b, D] with those of their targets, all of unit norm.
+
+    Both are compared with the targets of all ranks, which are returned, too, and with ``earlier`` ones [n, D].
+    """
+    own, target = full_precision(projected), full_precision(target)
+    known = gather.gather({"target": target})["target"].detach()
+    references = known if earlier is None else torch.cat([known, earlier])
+    first = gather.rank() * len(own)
+    student, teacher = (Logits(vectors, references, 1 / temperature, None, first) for vectors in (own, target))
+    [loss] = cross_entropies("softmax", student, [teacher], False)
+    return loss, known
 
 
 class _Queue(torch.nn.Module):
@@ -206,7 +236,7 @@ class _Queue(torch.nn.Module):
 def make(loss: Loss, models: Models) -> Features | None:
     """The term of a config; None if lambda is 0 or no teacher is for it.
 
-    Raises UserError for the weight of a teacher that is not used, and where vectors cannot be standardised.
+    Raises UserError for the weight of a teacher that is not used, and for vectors that are all equal.
     """
     which = loss.features.teachers
     teachers = {
@@ -221,29 +251,12 @@ def make(loss: Loss, models: Models) -> Features | None:
             f"loss.features.weights: the term uses no teacher {unknown[0]!r}; it uses: {', '.join(teachers)}."
         )
     standardise = loss.features.standardise
-    if standardise and models.vectors is None:
-        raise UserError("loss.features.standardise needs stored vectors. Remove it, or set loss.targets to stored.")
-    moments = {}
-    if models.vectors is not None and (standardise or not models.texts):
-        moments = {
-            (name, side): _fit(name, side, models.vectors)
-            for name, teacher in teachers.items()
-            for side in sorted(teacher.sides)
-        }
-    return Features(loss.lambda_ * loss.features_weight, teachers, loss.features, moments if standardise else {})
-
-
-def _fit(name: str, side: str, read: ReadVectors) -> Moments:
-    """The moments of the first vectors of a side of a teacher. Raises UserError if all are equal."""
-    vectors = torch.from_numpy(read(name, side)).double()
-    deviation, mean = torch.std_mean(vectors, dim=0, correction=0)
-    if not bool((deviation > 0).any()):
-        raise UserError(
-            f"teacher {name}: its first {len(vectors):,} vectors of {side} are all equal, so nothing can be learnt "
-            f"from them. Look at the {side} of the datasets, and at the teacher."
-        )
-    least = 1e-3 * deviation.square().mean().sqrt()  # of dimensions that hardly vary
-    return Moments(mean.float(), deviation.clamp_min(least).float())
+    moments: dict[tuple[str, str], Moments] = {}
+    if standardise or (loss.targets == "stored" and not models.texts):  # refuses vectors that are all equal
+        for name in teachers:
+            moments |= {(name, what): found for what, found in models.moments("teachers", name).items()}
+    kept = moments if standardise else {}
+    return Features(loss.lambda_ * loss.features_weight, teachers, loss.features, models.kinds, kept)
 
 
 def _side(what: str) -> str:

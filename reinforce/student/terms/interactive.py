@@ -54,11 +54,15 @@ class Interactive(Term):
         with tf32() if rows.reduced else contextlib.nullcontext():
             for kind in (CAPTION, SYNTHETIC):
                 if kind in rows.features:
-                    pairs = [(name, *sides) for name in self.teachers for sides in ((IMAGE, kind), (kind, IMAGE))]
-                    losses[f"interactive/{kind}"] = (
-                        self.weight * torch.stack([_contrast(rows, *pair) for pair in pairs]).mean()
-                    )
+                    found = [self._of_teacher(rows, name, kind) for name in self.teachers]
+                    losses[f"interactive/{kind}"] = self.weight * torch.stack(found).mean()
         return losses
+
+    @staticmethod
+    def _of_teacher(rows: Rows, name: str, kind: str) -> torch.Tensor:
+        image, text = (rows.features[f"{name}/{what}"] for what in (IMAGE, kind))
+        targets = rows.targets[name]
+        return interactive_loss(image, text, targets[IMAGE], targets[kind], rows.scalars["logit_scale"])
 
 
 def make(loss: Loss, models: Models) -> Interactive | None:
@@ -75,10 +79,37 @@ def make(loss: Loss, models: Models) -> Interactive | None:
     return Interactive(loss.lambda_ * loss.interactive, teachers)
 
 
-def _contrast(rows: Rows, teacher: str, own: str, other: str) -> torch.Tensor:
-    """Cross-entropy of the student's ``own`` side with the teacher's ``other`` side of all ranks."""
-    features = full_precision(rows.features[f"{teacher}/{own}"])
-    columns = gather.gather({other: full_precision(rows.targets[teacher][other])})[other]
-    logits = Logits(features, columns, rows.scalars["logit_scale"], None, gather.rank() * len(features))
-    [loss] = cross_entropies("softmax", logits, [], True)
-    return loss
+def interactive(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    teacher_image: torch.Tensor,
+    teacher_text: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+) -> torch.Tensor:
+    """The student's images contrasted with a teacher's texts, and its texts with the teacher's images (CLIP-KD).
+
+    All are [B, D]; ``image`` and ``text`` are projected to the teacher's dimension.
+    """
+    rows = [unit(vectors) for vectors in (image, text, teacher_image, teacher_text)]
+    if rows[0].ndim != 2 or any(of.shape != rows[0].shape for of in rows):
+        shapes = ", ".join(str([*of.shape]) for of in rows)
+        raise UserError(f"interactive: want four tensors [B, D] of the same pairs, got {shapes}.")
+    return interactive_loss(rows[0], rows[1], rows[2], rows[3], logit_scale)
+
+
+def interactive_loss(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    teacher_image: torch.Tensor,
+    teacher_text: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+) -> torch.Tensor:
+    """The mean of the cross-entropies of both sides of the student, [b, D] of unit norm, with the other side of the
+    teacher of all ranks: one direction of each."""
+    sides: list[torch.Tensor] = []
+    for own, other in ((image, teacher_text), (text, teacher_image)):
+        features = full_precision(own)
+        columns = gather.gather({"": full_precision(other)})[""]
+        logits = Logits(features, columns, logit_scale, None, gather.rank() * len(features))
+        sides += cross_entropies("softmax", logits, [], True)
+    return torch.stack(sides).mean()

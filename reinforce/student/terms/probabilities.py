@@ -49,10 +49,9 @@ class Probabilities(Term):
         images, share = features[IMAGE], self.weight / len(self.entries)
         losses = {}
         for name, entry in self.entries.items():
-            temperature, stored = float(entry["temperature"]), targets[name]
-            logits = heads[head_name(name, "classes")](math.sqrt(images.shape[1]) * images).float() / temperature
-            found = divergence(logits, stored["classes"], stored["probabilities"], stored["rest"])
-            losses[probabilities_layer(name)] = share * temperature**2 * found.mean()
+            logits, stored = heads[head_name(name, "classes")](math.sqrt(images.shape[1]) * images), targets[name]
+            values = stored["classes"], stored["probabilities"], stored["rest"]
+            losses[probabilities_layer(name)] = share * probabilities(logits, *values, float(entry["temperature"]))
         return losses
 
 
