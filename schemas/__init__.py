@@ -258,6 +258,7 @@ class Reason(str, Enum):
     # A row that one layer cannot compute. It is null in that layer and complete in the others.
     NO_TEXT = "no_text"  # there is no caption to encode, or a captioner gave none
     NOT_FINITE = "not_finite"  # the model returned NaN or infinity
+    ZERO_VECTOR = "zero_vector"  # the numbers of a vector that the codec stores are all zero
     # Labels of a shard. The key is null, and the rows whose labels are in the file are null in their layers.
     LABELS_UNREAD = "labels_unread"  # a file of labels does not exist or cannot be read
     # A shard as a whole. The key is null.

@@ -7,8 +7,9 @@ same model and codec, computes further shards.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -173,10 +174,24 @@ def _copy_quarantine(store: Store, pair: _Pair) -> None:
     """Give the new layer the reasons of the other one. They come first, so that a committed file is complete."""
     there = store.shards(f"quarantine/{pair.layer.name}")
     for shard in store.shards(f"quarantine/{pair.finer.name}").without(there.names):
-        rows = store.quarantined(pair.finer.name, shard)
-        store.quarantine(
-            pair.layer.name, shard, [(row["key"], Reason(row["reason"]), str(row["detail"])) for row in rows]
-        )
+        _quarantine(store, pair, shard)
+
+
+def _quarantine(
+    store: Store, pair: _Pair, shard: str, groups: Sequence[Sequence[str]] = (), zeros: Sequence[str] = ()
+) -> None:
+    """Write the quarantine of the new layer: the rows of the other one, and the keys that are ``zeros`` in its codec.
+
+    A run records a row group after the other; ``groups`` are their keys.
+    """
+    rows = []
+    with contextlib.suppress(FileNotFoundError):  # no row of the other layer is null
+        before = store.quarantined(pair.finer.name, shard)
+        rows = [(row["key"], Reason(row["reason"]), str(row["detail"])) for row in before]
+    place = {key: number for number, keys in enumerate(groups) for key in keys}
+    detail = vectors.zero_vector(find_codec(pair.layer.dtype))
+    rows += [(key, Reason.ZERO_VECTOR, detail) for key in zeros]
+    store.quarantine(pair.layer.name, shard, sorted(rows, key=lambda row: place.get(row[0] or "", -1)))
 
 
 def _convert_shard(url: str, pair: _Pair, shard: str) -> tuple[FileEntry, float]:
@@ -186,16 +201,25 @@ def _convert_shard(url: str, pair: _Pair, shard: str) -> tuple[FileEntry, float]
     cosines = [np.zeros(0, np.float32)]
     with layer_errors(store, finer.name, shard), store.open_layer(finer.name, shard, finer.fingerprint) as file:
         footer = parse_footer(file.metadata)
+        groups: list[list[str]] = []
+        zeros: list[str] = []
         with store.writer(layer, schema, shard, footer.pop("source", "")) as writer:
             for number in range(file.num_row_groups):
                 table = file.read_row_group(number)
                 values = vectors.decode(table)
                 valid = np.asarray(~np.isnan(values).any(axis=(1, 2)))
-                columns = vectors.encode_as(codec.prepare(values), codec, place, valid)
+                prepared = codec.prepare(values)
+                lengths = vectors.with_length(prepared)
+                groups.append(table["key"].to_pylist())
+                zeros += table["key"].filter(pa.array(valid & ~lengths)).to_pylist()
+                valid &= lengths
+                columns = vectors.encode_as(prepared, codec, place, valid)
                 made = pa.table([table["key"], *columns], schema=schema)
                 writer.write(made)
                 decoded = vectors.decode(made.replace_schema_metadata(place and place.metadata()))
                 cosines.append(vectors.cosines(values[valid][..., : decoded.shape[2]], decoded[valid]).ravel())
+            if zeros:
+                _quarantine(store, pair, shard, groups, zeros)
             others = {key: value for key, value in footer.items() if key not in _OWN}
             writer.commit({**SourceState.from_footer(footer).footer(), **others})  # in the order of a run
             every = np.concatenate(cosines)

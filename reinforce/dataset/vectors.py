@@ -78,6 +78,17 @@ def cosines(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> 
     return products / np.maximum(norms, np.finfo(np.float32).tiny)
 
 
+def with_length(values: Floats) -> npt.NDArray[np.bool_]:
+    """Whether no vector of a row of [rows, count, dim] is zero -> [rows]; those that are have no direction."""
+    found: npt.NDArray[np.bool_] = values.any(axis=2).all(axis=1)
+    return found
+
+
+def zero_vector(codec: Codec) -> str:
+    """The detail of ``Reason.ZERO_VECTOR`` for vectors in a codec."""
+    return f"the numbers of a vector that {codec.name} stores are all zero"
+
+
 def normalized(values: Floats) -> Floats:
     """Vectors [..., D] at unit norm: stored in 16 or 8 bits, they are not exactly so."""
     unit: Floats = values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), np.float32(1e-12))

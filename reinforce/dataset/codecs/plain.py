@@ -31,7 +31,7 @@ class Plain(Codec):
 class First(Codec):
     """The first numbers of a vector at unit norm, for models that were trained so that these suffice (Matryoshka).
 
-    Vectors are rounded to float16 before.
+    Vectors are rounded to float16 before. One whose first numbers are zero stays zero, and is not stored.
     """
 
     pattern = r"first([1-9]\d{0,4})(?:-(int8))?"

@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import reinforce
 from reinforce.config import parse_config
+from reinforce.dataset.convert import convert
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.validate.validate import validate
+from reinforce.dataset.vectors import decode
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
-from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
 
 MODEL = {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 8}}
@@ -81,3 +85,30 @@ def test_a_codec_that_cannot_store_the_vectors_is_refused_before_anything_is_wri
                 f"{stored.parent}/source/*.tar", tmp_path, captioners={}, teachers={"red": {**MODEL, "codec": codec}}
             )
         )
+
+
+def test_a_vector_whose_first_numbers_are_zero_is_null_with_a_reason_in_runs_and_conversions(tmp_path: Path) -> None:
+    members = [member for member in members_of(0, 30) if member[0] != "00000013.txt"]
+    write_tar(tmp_path / "source" / "0.tar", members)
+    model = {**MODEL, "class": "tests.helpers.models:SparseTeacher"}
+    teachers = {"red": {**model, "codec": "float16"}, "short": {**model, "codec": "first4"}}
+    source = f"{tmp_path}/source/*.tar"
+    both = reinforce_here(config_of(source, tmp_path / "both", captioners={}, teachers=teachers))
+    url = reinforce_here(config_of(source, tmp_path / "out", captioners={}, teachers={"red": teachers["red"]}))
+    convert(url, "red", "short", "first4", 280, use_ray=False)
+    for name in ("images", "caption"):
+        layer = f"embeddings/short/{name}"
+        [shard] = Store(both).shards(layer)
+        assert tree(Path(url, layer)) == tree(Path(both, layer))
+        rows = Store(both).quarantined(layer, shard)
+        assert Store(url).quarantined(layer, shard) == rows, "also in their order"
+        tables = {of: pq.read_table(Path(both, f"embeddings/{of}/{name}/{shard}.parquet")) for of in teachers}
+        whole, first = (dict(zip(table["key"].to_pylist(), decode(table), strict=True)) for table in tables.values())
+        zeros = {key for key, value in whole.items() if not value[:, :4].any(axis=1).all()}
+        assert {row["key"] for row in rows if row["reason"] == "zero_vector"} == zeros
+        assert 0 < len(zeros) < 29
+        assert {row["detail"] for row in rows} >= {"the numbers of a vector that first4 stores are all zero"}
+        assert {key for key, value in first.items() if np.isnan(value).any()} == {str(row["key"]) for row in rows}
+    assert {row["reason"] for row in rows} == {"zero_vector", "no_text"}
+    for dataset in (both, url):
+        assert validate(dataset).valid

@@ -178,10 +178,13 @@ class Producer(Encoder):
         self, layer: Layer, group: RowGroup, given: Mask, finite: Mask, what: str = "NaN or infinity"
     ) -> Mask:
         """Record the ``given`` rows that are not ``finite`` -> those that are [rows]."""
-        for row in np.flatnonzero(given & ~finite):
-            detail = f"{layer.model} returned {what}"
-            self.refusals.add(layer.name, Refusal(group.keys[row], Reason.NOT_FINITE, detail))
-        return given & finite
+        return self.refuse(layer, group, given, finite, Reason.NOT_FINITE, f"{layer.model} returned {what}")
+
+    def refuse(self, layer: Layer, group: RowGroup, given: Mask, usable: Mask, reason: Reason, detail: str) -> Mask:
+        """Record the ``given`` rows that are not ``usable`` -> those that are [rows]."""
+        for row in np.flatnonzero(given & ~usable):
+            self.refusals.add(layer.name, Refusal(group.keys[row], reason, detail))
+        return given & usable
 
     def refuse_unreadable(self, layer: Layer, group: RowGroup) -> Mask:
         """Record the rows of which the image cannot be read any more -> those of which it can [rows]."""

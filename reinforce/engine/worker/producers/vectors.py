@@ -15,12 +15,13 @@ from reinforce.dataset.codecs.registry import find_codec
 from reinforce.dataset.layers import Layer
 from reinforce.engine.messages.results import raising_layer_failure
 from reinforce.engine.worker.producers.base import Mask, Producer, RowGroup
+from schemas import Reason
 
 Floats = npt.NDArray[np.float32]
 
 
 class Embeddings(Producer):
-    """Layers of vectors. A row that is not finite is null and refused."""
+    """Layers of vectors. A row that is not finite, or has a vector of length 0 in its codec, is null and refused."""
 
     @abstractmethod
     def vectors(self, layer: Layer, group: RowGroup) -> tuple[Floats, Mask]:
@@ -42,6 +43,9 @@ class Embeddings(Producer):
                 values[place] = value
         finite = np.asarray(np.isfinite(values).all(axis=(1, 2)))
         valid = self.refuse_not_finite(layer, group, valid, finite)
+        lengths = vectors.with_length(values)
+        lengths[[*codes]] = True
+        valid = self.refuse(layer, group, valid, lengths, Reason.ZERO_VECTOR, vectors.zero_vector(codec))
         codebook = layer.codebook_at(self.session.config.output)
         if codebook is not None:
             load(codebook).codec.require_encoder()  # what is lost or missing ends the run: no model is the cause
