@@ -18,8 +18,8 @@ from typer.main import get_command
 import reinforce
 from reinforce.cli import app
 from reinforce.cli.common import only_json
-from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.manifest.manifest import read_manifest, record_scales
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest, record_scales, write_manifest
 from reinforce.engine.preflight.check_machines import cluster_machines, heic_note
 from reinforce.processes.imports import reads_heic
 from tests.helpers import command_line, pages_commands
@@ -98,7 +98,7 @@ def test_plan_run_and_status_report_the_state_of_the_dataset(
     for name in ("samples", "captions/namer", "embeddings/red/images", "[2, 8] float16"):
         assert name in out
     store = Store(str(tmp_path / "out"))
-    store.write_json(record_scales(read_manifest(store), {"red": 43.0}, "tuned"), MANIFEST)
+    write_manifest(store, record_scales(read_manifest(store), {"red": 43.0}, "tuned"))
     status, out, _ = command("run", path, "--set", "teachers.red.logit_scale=75.0")
     assert (status, "nothing to do" in out) == (0, True)
     assert "logit scale 75 of this config replaces 43 (tuned)" in caplog.text

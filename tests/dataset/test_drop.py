@@ -17,14 +17,14 @@ from reinforce.dataset import drop as dropping
 from reinforce.dataset.drop import drop, drop_shard, layers_with_shard, plan_drop
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.kinds.registry import drop_command
-from reinforce.dataset.manifest.manifest import read_manifest, record_scales
+from reinforce.dataset.manifest.manifest import read_manifest, record_scales, write_manifest
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
 from schemas import Reason
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import config_for as config
-from tests.helpers.reinforced import reinforce_here
+from tests.helpers.reinforced import manifest_to_change, reinforce_here
 from tests.helpers.views import make_view
 
 LAYERS = [
@@ -125,7 +125,7 @@ def test_samples_are_deleted_only_with_everything(made: Path, dataset: Path) -> 
 
 def test_a_plan_has_the_files_and_the_bytes_and_what_is_lost(dataset: Path) -> None:
     store = Store(str(dataset))
-    store.write_json(record_scales(read_manifest(store), {"red": 63.0}, "tuned"), MANIFEST)
+    write_manifest(store, record_scales(read_manifest(store), {"red": 63.0}, "tuned"))
     plan = plan_drop(store, ["embeddings/red/*"])
     sizes = {name: [path.stat().st_size for path in dataset.glob(f"{name}/*.parquet")] for name in LAYERS}
     assert [(name, sorted(files)) for name, (files, _) in plan.sizes.items()] == [
@@ -154,7 +154,7 @@ def test_an_unknown_layer_and_a_folder_without_a_dataset_are_errors(dataset: Pat
 
 
 def test_layers_that_the_manifest_does_not_list_are_deleted_too(dataset: Path) -> None:
-    manifest = json.loads((dataset / MANIFEST).read_text())
+    manifest = manifest_to_change(dataset)
     del manifest["layers"]["embeddings/red/images"]
     (dataset / MANIFEST).write_text(json.dumps(manifest))
     Store(str(dataset)).quarantine("embeddings/green/images", "s", [(None, Reason.SHARD_FAILED, "")])

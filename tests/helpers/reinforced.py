@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from reinforce.config import parse_config
 from reinforce.dataset.files.damage import set_aside
 from reinforce.dataset.files.index import IndexWriter
 from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.manifest.manifest import update_manifest, write_manifest
+from reinforce.dataset.manifest.manifest import DIGEST_KEY, update_manifest, write_manifest
 from reinforce.engine.codebooks import check_codebooks, fit_codebooks
 from reinforce.engine.decode.rows import GROUP_ROWS
 from reinforce.engine.inference.models import describe_loaded, load_models
@@ -72,6 +73,13 @@ def shard_process(config: dict[str, Any], group_rows: int = 8) -> ShardProcess:
 def config_for(made: Path, output: Path | str | None = None, **changes: Any) -> dict[str, Any]:
     """The config of a dataset next to its ``source``, for another output, with changes."""
     return config_of(f"{made.parent}/source/*.tar", output or made, **changes)
+
+
+def manifest_to_change(dataset: Path | str) -> dict[str, Any]:
+    """The content of dataset.json without its digest: readers accept what is changed in it and written."""
+    content: dict[str, Any] = json.loads(Path(dataset, MANIFEST).read_text())
+    content.pop(DIGEST_KEY, None)
+    return content
 
 
 def flip(path: Path, column: str, from_end: int = 0) -> None:

@@ -19,7 +19,7 @@ from reinforce.dataset.status import read_status
 from reinforce.errors import UserError
 from tests.helpers.commands import run_command
 from tests.helpers.images import raw_png
-from tests.helpers.reinforced import small_dataset
+from tests.helpers.reinforced import manifest_to_change, small_dataset
 from tests.hostile.bombs import BOMBS, FORGED, Bomb
 from tests.hostile.table import slug
 from tests.student.data.test_reader import feed_of, read_epoch
@@ -143,15 +143,14 @@ def test_types_of_libraries_in_a_schema_are_not_created(copy: Path) -> None:
 
 def forge(dataset: Path, **changes: Any) -> None:
     """Change values of dataset.json, by their keys with ``__`` for the levels."""
-    path = dataset / "dataset.json"
-    manifest = json.loads(path.read_text())
+    manifest = manifest_to_change(dataset)
     for key, value in changes.items():
         *folders, last = key.split("__")
         part = manifest
         for folder in folders:
             part = part[folder]
         part[last] = value
-    path.write_text(json.dumps(manifest))
+    (dataset / "dataset.json").write_text(json.dumps(manifest))
 
 
 def read_every_way(dataset: Path) -> None:

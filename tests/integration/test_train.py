@@ -27,7 +27,7 @@ import reinforce
 from reinforce.dataset.files.store import MANIFEST
 from reinforce.processes.cores import available_cores, describe_share
 from tests.helpers.commands import Command, printed_by, run_command
-from tests.helpers.reinforced import small_dataset
+from tests.helpers.reinforced import manifest_to_change, small_dataset
 from tests.helpers.students import student_folder
 from tests.helpers.trainings import curve, rows
 from tests.helpers.waiting import wait_for
@@ -245,7 +245,7 @@ def test_errors_in_the_config_are_reported_before_anything_starts(
     base: dict[str, Any], tmp_path: Path, command: Command
 ) -> None:
     data = Path(shutil.copytree(base["data"]["datasets"], tmp_path / "data"))
-    manifest = json.loads((data / MANIFEST).read_text())
+    manifest = manifest_to_change(data)
     manifest["teachers"]["blue"]["logit_scale"] = None
     (data / MANIFEST).write_text(json.dumps(manifest))
     errors: list[tuple[dict[str, Any], str]] = [

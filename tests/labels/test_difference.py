@@ -15,7 +15,7 @@ from reinforce.labels.difference import DatasetDiff, diff
 from reinforce.publishing.labels import export_labels
 from tests.helpers.commands import run_command
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
-from tests.helpers.reinforced import reinforce_here, rewrite
+from tests.helpers.reinforced import manifest_to_change, reinforce_here, rewrite
 
 SIZES = (9, 4)
 
@@ -95,7 +95,7 @@ def test_what_differs_is_named(folder: Path, tmp_path: Path) -> None:
     )
     change(other, "captions/namer", "captions", None)
     shutil.rmtree(other / "embeddings/blue")
-    manifest = json.loads((other / "dataset.json").read_text())
+    manifest = manifest_to_change(other)
     manifest["layers"] = {name: one for name, one in manifest["layers"].items() if "blue" not in name}
     (other / "dataset.json").write_text(json.dumps(manifest))
     found = compare(dataset, other)

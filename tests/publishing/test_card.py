@@ -21,7 +21,7 @@ from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.errors import UserError
 from reinforce.publishing.card import MARK, markdown, write_card
 from tests.helpers.data import config_of
-from tests.helpers.reinforced import small_dataset
+from tests.helpers.reinforced import manifest_to_change, small_dataset
 from tests.helpers.views import make_view
 
 TEACHERS = {
@@ -126,7 +126,7 @@ def test_what_comes_from_data_is_escaped(tmp_path: Path) -> None:
     hostile = "x\n---\nlicense: mit\n| a | <script>alert(1)</script> [b](http://c) `d` \x1b[31m"
     dataset = small_dataset(tmp_path, (3,))
     store = Store(dataset)
-    manifest = store.read_json(MANIFEST) or {}
+    manifest = manifest_to_change(dataset)
     manifest["teachers"]["red"]["model"] = {"class": hostile}
     manifest["captioners"]["namer"]["model"] = hostile
     manifest["policies"]["image"] = hostile

@@ -26,7 +26,7 @@ from reinforce.selection.expressions import check
 from reinforce.selection.thresholds import DOUBLE_BITS, FLOAT_BITS, Counts, Search, number, ordered
 from tests.helpers.commands import Command
 from tests.helpers.data import config_of, members_of, write_tar
-from tests.helpers.reinforced import reinforce_here
+from tests.helpers.reinforced import manifest_to_change, reinforce_here
 from tests.helpers.views import keys_of, make_view, reasons_of
 
 SHARDS, ROWS = 3, 20
@@ -252,7 +252,7 @@ def test_a_wrong_rule_is_one_error_before_anything_is_read(url: str) -> None:
 def test_a_view_of_layers_that_have_changed_is_refused(url: str) -> None:
     make_view(url, "scores.sizes.words > 1")
     manifest = Path(url, "dataset.json")
-    content = json.loads(manifest.read_text())
+    content = manifest_to_change(url)
     content["layers"]["scores/match"]["fingerprint"] = "0" * 16
     manifest.write_text(json.dumps(content))
     assert reinforce.open(url, teachers=[], captioners=[]).manifest, "another layer does not matter"

@@ -20,13 +20,13 @@ from reinforce.source.urls import canonical
 
 #: Key of a teacher's entry with the logit scales from before a tuned one was recorded.
 TUNED_KEY = "logit_scale_tuned"
-#: Key of the hash of all else in dataset.json; earlier versions did not write it.
+#: Key of the hash of all else in dataset.json. Who removes it accepts what was changed by hand.
 DIGEST_KEY = "digest"
 
 
-def read_manifest(store: Store) -> dict[str, Any]:
-    """Read dataset.json. Raises UserError if there is none, it is damaged, or a newer version wrote it."""
-    manifest = find_manifest(store)
+def read_manifest(store: Store, *, check_digest: bool = True) -> dict[str, Any]:
+    """Read dataset.json. Raises UserError if there is none, and as ``find_manifest``."""
+    manifest = find_manifest(store, check_digest=check_digest)
     if manifest is None:
         raise UserError(f"{store.url} is not a reinforced dataset: it has no {MANIFEST}.")
     if SAMPLES not in manifest["layers"]:
@@ -34,8 +34,11 @@ def read_manifest(store: Store) -> dict[str, Any]:
     return manifest
 
 
-def find_manifest(store: Store) -> dict[str, Any] | None:
-    """Read dataset.json, None if there is none. Raises UserError if it is damaged, or a newer version wrote it."""
+def find_manifest(store: Store, *, check_digest: bool = True) -> dict[str, Any] | None:
+    """Read dataset.json, None if there is none.
+
+    Raises UserError if it is damaged, a newer version wrote it, or it was changed since it was written.
+    """
     try:
         manifest = store.read_json(MANIFEST)
     except DamagedJson as error:
@@ -49,7 +52,20 @@ def find_manifest(store: Store) -> dict[str, Any] | None:
     if isinstance(version, int) and version > schemas.SCHEMA_VERSION:
         raise UserError(f"{store.url} was written by a newer version of this program. Upgrade to read it.")
     check_manifest(manifest, store.url)
+    if check_digest and (problem := changed_by_hand(manifest)):
+        raise UserError(f"{store.url}: {problem}")
     return manifest
+
+
+def changed_by_hand(manifest: Mapping[str, Any]) -> str | None:
+    """How the content of a manifest differs from its digest, None if it does not, or it has no digest."""
+    digest, now = manifest.get(DIGEST_KEY), manifest_digest(manifest)
+    if digest in (None, now):
+        return None
+    return (
+        f"{MANIFEST} is not as it was written: its content has the digest {now}, it states {str(digest)[:40]}. A logit "
+        f"scale or another value was changed. Restore {MANIFEST}, or remove `digest` from it if the change is wanted."
+    )
 
 
 def write_manifest(store: Store, manifest: Mapping[str, Any]) -> None:
@@ -91,7 +107,7 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def same_content(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
-    """Whether two manifests are equal apart from their digests, which earlier versions lack."""
+    """Whether two manifests are equal apart from their digests."""
     return other is not None and manifest_digest(one) == manifest_digest(other)
 
 

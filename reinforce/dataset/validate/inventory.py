@@ -17,7 +17,7 @@ from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import MANIFEST, QUARANTINE, DamagedFile, Store
 from reinforce.dataset.kinds.registry import depends, stored_layer
 from reinforce.dataset.layers import LABELS, SAMPLES, mapping_at
-from reinforce.dataset.manifest.manifest import DIGEST_KEY, manifest_digest, read_manifest
+from reinforce.dataset.manifest.manifest import changed_by_hand, read_manifest
 from reinforce.errors import StorageError, UserError
 from reinforce.terminal import first_names
 
@@ -84,7 +84,7 @@ def take_inventory(store: Store) -> Inventory:
 
 def _take_inventory(store: Store, seen: pa.StringArray | None = None) -> Inventory:
     """The inventory; of the shards that are missing in a layer, only those that were ``seen`` before."""
-    manifest = read_manifest(store)
+    manifest = read_manifest(store, check_digest=False)
     entries = manifest["layers"]
     # Before the listing: a run adds a file to an index after it has committed it.
     indexes = {name: read_index(store, name, entry["fingerprint"]) for name, entry in entries.items()}
@@ -97,18 +97,13 @@ def _take_inventory(store: Store, seen: pa.StringArray | None = None) -> Invento
 def check_recipes(manifest: Mapping[str, Any]) -> Iterator[Finding]:
     """Layers whose settings in dataset.json do not have the fingerprint that is beside them, or else another digest.
 
-    The digest covers logit scales and all else that no fingerprint covers. Earlier versions did not write it.
+    The digest covers logit scales and all else that no fingerprint covers.
     """
     found = [*_wrong_fingerprints(manifest)]
     yield from found
-    digest = manifest.get(DIGEST_KEY)
-    if not found and digest is not None and digest != manifest_digest(manifest):
-        yield Finding(
-            "manifest",
-            f"{MANIFEST} is not as it was written: its content has the digest {manifest_digest(manifest)}, it states "
-            f"{str(digest)[:40]}. A logit scale or another value was changed. Restore {MANIFEST}, or remove `digest` "
-            "from it if the change is wanted.",
-        )
+    problem = None if found else changed_by_hand(manifest)
+    if problem is not None:
+        yield Finding("manifest", problem)
 
 
 def _wrong_fingerprints(manifest: Mapping[str, Any]) -> Iterator[Finding]:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import reinforce
 import schemas
 from reinforce.config import Config, parse_config
+from reinforce.dataset.drop import plan_drop
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.manifest.manifest import read_manifest, record_scales, scale_notes, update_manifest
+from reinforce.dataset.status import read_status
+from reinforce.dataset.validate.validate import validate
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
 from tests.helpers.data import config_of
 from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.reinforced import config_for as config
-from tests.helpers.reinforced import small_dataset
+from tests.helpers.reinforced import manifest_to_change, small_dataset
+from tests.helpers.views import make_view
+from tests.student.data.test_reader import feed_of, read_epoch
 
 RECIPE = {"model": "m", "seed": 0}
 LAYERS = {
@@ -200,7 +207,7 @@ def test_weights_tokenizers_and_precision_are_named(tmp_path: Path) -> None:
 def test_a_difference_that_the_manifest_does_not_explain_is_named_and_a_missing_layer_is_checked_by_a_footer(
     made: Path, dataset: Path
 ) -> None:
-    manifest = json.loads((dataset / "dataset.json").read_text())
+    manifest = manifest_to_change(dataset)
     entry = manifest["layers"].pop("embeddings/red/images")
     (dataset / "dataset.json").write_text(json.dumps(manifest))
     assert make_plan(parse_config(config(made, dataset))).pending == []
@@ -211,3 +218,26 @@ def test_a_difference_that_the_manifest_does_not_explain_is_named_and_a_missing_
     lines = refusal(config(made, dataset))
     assert lines[1].startswith("  embeddings/red/images: fingerprint 0123 in the dataset, ")
     assert lines[2] == "    nothing in dataset.json explains the difference"
+
+
+def test_a_logit_scale_that_is_changed_by_hand_is_refused_by_every_reader_until_the_digest_is_removed(
+    made: Path, dataset: Path
+) -> None:
+    path, url = dataset / "dataset.json", str(dataset)
+    path.write_text(path.read_text().replace('"logit_scale": 50.0', '"logit_scale": 3.0'))
+    message = r"dataset\.json is not as it was written: .* A logit scale or another value was changed\. Restore"
+    readers: list[Callable[[], Any]] = [
+        lambda: reinforce.open(url),
+        lambda: read_status(url),
+        lambda: read_epoch(feed_of(dataset)),
+        lambda: make_plan(parse_config(config(made, dataset))),
+        lambda: plan_drop(Store(url), ["embeddings/red/*"]),
+        lambda: make_view(url, "width > 0"),
+    ]
+    for read in readers:
+        with pytest.raises(UserError, match=message):
+            read()
+    assert [finding.kind for finding in validate(url).findings] == ["manifest"]
+    path.write_text(json.dumps(manifest_to_change(dataset)))
+    assert validate(url).valid
+    assert reinforce.open(url).manifest["teachers"]["red"]["logit_scale"] == 3.0

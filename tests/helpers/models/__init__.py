@@ -82,7 +82,7 @@ class PathTeacher(ColorTeacher):
 
 
 class SparseTeacher(ColorTeacher):
-    """The first half of the numbers is 0 for texts with a ``2`` or a ``5``, and for images whose largest one is in the second."""
+    """The first half is 0 for texts with ``2`` or ``5``, and for images whose largest is in the other."""
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         values = super().encode_images(pixels).clone()

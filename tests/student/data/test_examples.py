@@ -35,7 +35,7 @@ from schemas import Reason
 from tests.helpers.data import picture
 from tests.helpers.evaluation import encode_png
 from tests.helpers.in_loaders import letters
-from tests.helpers.reinforced import small_dataset
+from tests.helpers.reinforced import manifest_to_change, small_dataset
 
 ROWS = 400
 FILE = SampleFile("samples/x.parquet", Limits())
@@ -273,7 +273,7 @@ def test_unknown_names_and_layers_are_reported_with_the_known_ones(copy: Path, t
         open_(copy, captioners=["syn_*"])
     for pattern in ({"n*": 2.0}, {"n*": 3.0, "namer": 2.0}):
         assert open_(copy, captioners=pattern).data["data.captioners.namer"] == 2.0
-    manifest = json.loads((copy / "dataset.json").read_text())
+    manifest = manifest_to_change(copy)
     del manifest["layers"]["embeddings/red/namer"]
     (copy / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"no layer embeddings/red/namer\. Run a config with both models"):
@@ -333,7 +333,7 @@ def test_datasets_that_give_different_examples_are_refused(labelled: str, tmp_pa
 
 
 def set_policy(dataset: Path, **policies: str) -> None:
-    manifest = json.loads((dataset / "dataset.json").read_text())
+    manifest = manifest_to_change(dataset)
     manifest["policies"] |= policies
     (dataset / "dataset.json").write_text(json.dumps(manifest))
 
