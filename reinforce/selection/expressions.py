@@ -1,7 +1,8 @@
 """Expressions of SQL over the rows of a shard, checked by their parsed statement and computed by duckdb.
 
 An aggregate, a window or ``unnest`` computes a value from several rows, or several rows from one. A function such as
-``random`` or ``now`` gives another value each time. Neither can decide whether a view keeps a sample.
+``random`` or ``now`` gives another value each time, ``hash`` and ``version`` with each version of duckdb. None of them
+can decide whether a view keeps a sample.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ _SAMPLES = {
 }
 _NUMBERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "FLOAT", "DOUBLE", "DECIMAL"}
 _NUMBERS |= {f"U{name}" for name in ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")}
-_SINGLE = {"FLOAT", "TINYINT", "SMALLINT", "UTINYINT", "USMALLINT"}  # numbers that float32 has exactly
+#: Types of NumPy that have the numbers of a type exactly, where float64 is larger or does not.
+_EXACT = dict.fromkeys(("FLOAT", "TINYINT", "SMALLINT", "UTINYINT", "USMALLINT"), "float32")
+_EXACT |= {"BIGINT": "int64", "UBIGINT": "uint64"}
 #: Folders of layers that an expression may name, as ``FOLDER.NAME``, with the column that has their values.
 _FOLDERS = {"scores": (scores_layer, "scores"), "captions": (captions_layer, "captions")}
 _NOT_A_QUERY = "must be one expression, without SELECT, FROM and subqueries"
@@ -41,11 +44,20 @@ _BY_ROW = {"BETWEEN", "CASE", "CAST", "COLLATE", "COLUMN_REF", "COMPARISON", "CO
 _BY_ROW |= {"TYPE"}
 _OPERATORS_OF_ROWS = {"GROUPING_FUNCTION"}
 _CURRENT = {("age", 1)}  # functions that depend on the present time with so many arguments
+#: Functions of hashes, plans and encodings inside duckdb, which differ between its versions.
+_BY_VERSION = {"hash", "version", "create_sort_key", "icu_sort_key", "index_key", "can_cast_implicitly"}
+_BY_VERSION |= {"json_serialize_plan", "json_serialize_sql", "json_deserialize_sql", "parse_duckdb_log_message"}
+_BY_VERSION |= {"to_aggregate_state", "combine", "finalize"}
+_INTERNAL = "__internal"  # begins the names of functions of duckdb's optimiser
+#: Functions that apply an aggregate by its name to a list, and beginnings of names of those that estimate by hashes or
+#: take samples.
+_OF_LISTS = {"list_aggregate", "list_aggr", "array_aggregate", "array_aggr", "aggregate"}
+_ESTIMATES = ("approx_", "reservoir_")
 _MAX_DEPTH = 8  # of macros in macros
 
 
 def connect() -> DuckDBPyConnection:
-    """A database in memory, of one thread, that reads no files. Raises UserError.
+    """A database in memory, of one thread and in UTC, that reads no files. Raises UserError.
 
     It starts no threads: a forked process, such as a worker of a DataLoader, closes the databases of its
     parent's other threads, and crashes where it has to join threads, which do not exist in it.
@@ -55,7 +67,7 @@ def connect() -> DuckDBPyConnection:
 
     config: dict[str, Any] = {"threads": 1, "enable_external_access": "false", "allow_community_extensions": "false"}
     database = duckdb.connect(":memory:", config=config)
-    for setting in ("lambda_syntax = 'ENABLE_SINGLE_ARROW'", "async_threads = 0"):
+    for setting in ("lambda_syntax = 'ENABLE_SINGLE_ARROW'", "async_threads = 0", "TimeZone = 'UTC'"):
         with contextlib.suppress(duckdb.Error):  # earlier versions have this syntax alone, and no such threads
             database.execute(f"SET {setting}")
     return database
@@ -65,12 +77,12 @@ def connect() -> DuckDBPyConnection:
 class Expression:
     """An expression that was checked against a dataset: its text, and the columns that it names.
 
-    ``single`` is whether its values are numbers that float32 has exactly.
+    ``dtype`` is the type of NumPy in which its values are compared, if they are numbers.
     """
 
     text: str
     columns: tuple[tuple[str, ...], ...]
-    single: bool = False
+    dtype: str = "float64"
 
     @property
     def layers(self) -> set[str]:
@@ -103,7 +115,7 @@ def check(text: str, manifest: Mapping[str, Any], where: str, kind: Kind) -> Exp
     if name not in (_NUMBERS if kind == "number" else {"BOOLEAN"}):
         wanted = "a number" if kind == "number" else "true or false"
         raise UserError(f"{where}: {text!r} is {found_type}, and must be {wanted}")
-    return Expression(text, found.columns, name in _SINGLE)
+    return Expression(text, found.columns, _EXACT.get(name, "float64"))
 
 
 def evaluate(database: DuckDBPyConnection, texts: Sequence[str], rows: pa.Table) -> list[pa.Array]:
@@ -179,10 +191,35 @@ def join_rows(expressions: Sequence[Expression], tables: Mapping[str, pa.Table])
     return pa.table(columns)
 
 
-def numbers(values: pa.Array) -> npt.NDArray[np.float64]:
-    """Values of an expression as float64 [rows]; NaN where they are null."""
-    found: npt.NDArray[np.float64] = values.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy(False)
-    return found
+def numbers(values: pa.Array, text: str) -> npt.NDArray[np.float64]:
+    """Values of the expression ``text`` as float64 [rows]; NaN where they are null.
+
+    Raises UserError if one is not exact: above 2^53 several integers are one number of float64, and so are
+    some numbers of DECIMAL.
+    """
+    try:
+        found = values.cast(pa.float64())
+        same = not pa.types.is_decimal(values.type) or found.cast(values.type).equals(values)
+    except pa.ArrowInvalid:
+        same = False
+    if not same:
+        raise UserError(
+            f"{text!r} gives numbers of {values.type} that float64 does not have, such as integers above 2^53. Cast "
+            "it to DOUBLE to round them, or to BIGINT in `keep`, which is exact."
+        )
+    floats: npt.NDArray[np.float64] = found.fill_null(np.nan).to_numpy(zero_copy_only=False)
+    return floats
+
+
+def comparable(values: pa.Array, expression: Expression) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """Numbers in the ``dtype`` of their expression [rows], and which rows have one [rows]: neither null nor NaN.
+
+    Raises UserError as ``numbers``.
+    """
+    if np.dtype(expression.dtype).kind in "iu":
+        return values.fill_null(0).to_numpy(zero_copy_only=False), np.asarray(values.is_valid())
+    found = numbers(values, expression.text).astype(expression.dtype)
+    return found, ~np.isnan(found)
 
 
 # -- syntax
@@ -287,7 +324,10 @@ class _Walk:
         """Raise _Refused for a node that needs other rows; returns whether its arguments may be lambdas."""
         if kind == "FUNCTION":
             name = str(node["function_name"]).lower()
-            self._check_function(name, len(node.get("arguments") or node.get("children") or ()))
+            arguments = node.get("arguments") or node.get("children") or ()
+            self._check_function(name, len(arguments))
+            if name in _OF_LISTS:
+                self._check_aggregate(name, arguments)
             return name in self.functions and self.functions[name].takes_lambda
         if kind in ("SUBQUERY", "STAR"):
             raise _Refused(_NOT_A_QUERY)
@@ -310,10 +350,21 @@ class _Walk:
             )
         if "scalar" in found.kinds and (not found.pure or (name, arguments) in _CURRENT):
             raise _Refused(f"has {name}, whose value does not depend on the sample's own row alone")
+        if name in _BY_VERSION or name.startswith(_INTERNAL):
+            fix = ". Use md5_number_lower." if name == "hash" else ""
+            raise _Refused(f"has {name}, whose value depends on the version of duckdb{fix}")
         if {"scalar", "macro"}.isdisjoint(found.kinds):
             raise _Refused(f"has {name}, which does not make one value of one row. Use functions of lists.")
         for parameters, definition in found.macros if "scalar" not in found.kinds else ():
             self._check_macro(name, parameters, definition)
+
+    def _check_aggregate(self, name: str, arguments: Sequence[Any]) -> None:
+        """Raise _Refused unless the name of a list's aggregate is stated, and its value is exact."""
+        nodes = [one.get("expression", one) for one in arguments[1:2]]  # in duckdb 2 an argument has a name
+        if any(node["class"] != "CONSTANT" for node in nodes):
+            raise _Refused(f"has {name} of an aggregate whose name is no constant")
+        if any(f'"{name}' in json.dumps(nodes).lower() for name in _ESTIMATES):
+            raise _Refused(f"has {name} of an estimate, whose value depends on the version of duckdb")
 
     def _check_macro(self, name: str, parameters: Collection[str], definition: str) -> None:
         parsed: dict[str, Any] = _parse(self.database, definition) if self.depth < _MAX_DEPTH else {"error": True}

@@ -130,7 +130,7 @@ def serve(descriptor: int, seconds: float, memory: int) -> None:
                 else:
                     database = database or connect()
                     rows = pa.ipc.open_stream(content).read_all()
-                    values = numbers(evaluate(database, [request["text"]], rows)[0]).tobytes()
+                    values = numbers(evaluate(database, [request["text"]], rows)[0], request["text"]).tobytes()
             except UserError as error:
                 database = None  # it may have an unfinished result
                 reply = {"error": str(error)[:2000]}

@@ -153,6 +153,19 @@ def digest_contents(parts: Parts, columns: Columns, number: int, chunk: ShardChu
 
 
 @dataclass(frozen=True)
+class ApplyRules:
+    """Measures nothing: the pass applies the pending rules, whose codes are kept."""
+
+    rule: None = None
+
+    def of(self, group: Group) -> None:
+        pass
+
+    def result(self, number: int, chunk: ShardChunk, found: Sequence[None], parts: Parts) -> Arrays:
+        return {}
+
+
+@dataclass(frozen=True)
 class CountValues:
     """Counts the values of a rule that may be the one above which it keeps samples."""
 

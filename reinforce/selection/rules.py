@@ -17,9 +17,9 @@ from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES, embeddings_layer
 from reinforce.errors import UserError
 from reinforce.selection.config import Rule
-from reinforce.selection.expressions import Expression, check, numbers
+from reinforce.selection.expressions import Expression, check, comparable, numbers
 from reinforce.selection.neighbours import Reference, load_faiss, mean_vectors
-from reinforce.selection.thresholds import DOUBLE_BITS, FLOAT_BITS, HASH_BITS, Ordered, Search, ordered
+from reinforce.selection.thresholds import HASH_BITS, Ordered, Search, ordered
 
 Codes = npt.NDArray[np.uint16]
 Mask = npt.NDArray[np.bool_]
@@ -85,7 +85,7 @@ class BoundRule:
     def bits(self) -> int:
         if self.value is None:
             return HASH_BITS
-        return FLOAT_BITS if self.value.single else DOUBLE_BITS
+        return 8 * np.dtype(self.value.dtype).itemsize
 
     @property
     def expressions(self) -> list[Expression]:
@@ -130,19 +130,19 @@ class BoundRule:
             hashes = hash_array(group.keys.to_numpy(zero_copy_only=False), hash_key=salt, categorize=False)
             order = hashes >> np.uint64(64 - HASH_BITS)
             return np.zeros(len(order), np.uint64), order, np.ones(len(order), np.bool_)
-        values = numbers(group.values[self.value.text])
-        valid, groups = ~np.isnan(values), np.zeros(len(values), np.uint64)
+        values, valid = comparable(group.values[self.value.text], self.value)
+        groups = np.zeros(len(values), np.uint64)
         if self.within is not None:
             texts = group.values[self.within.text]
             valid &= np.asarray(texts.is_valid())
             groups = hash_array(texts.fill_null("").to_numpy(zero_copy_only=False))
-        return groups, ordered(values.astype(np.float32) if self.value.single else values), valid
+        return groups, ordered(values), valid
 
     def best(self, group: Group) -> npt.NDArray[np.float64]:
         """The value by which a sample is preferred to its duplicates [rows]: -inf where it has none."""
         if self.value is None:
             return np.zeros(len(group.codes))
-        values = numbers(group.values[self.value.text])
+        values = numbers(group.values[self.value.text], self.value.text)
         return np.where(np.isnan(values), -np.inf, values)
 
     def vectors(self, group: Group) -> tuple[npt.NDArray[np.float16], Mask]:

@@ -39,7 +39,16 @@ from reinforce.selection.duplicates import Buckets, Duplicates, training_places
 from reinforce.selection.lock import lock_view
 from reinforce.selection.neighbours import Reference
 from reinforce.selection.parts import Arrays, Parts
-from reinforce.selection.passes import CountValues, Measure, Pass, ShardChunk, WriteRows, chunks_of, digest_contents
+from reinforce.selection.passes import (
+    ApplyRules,
+    CountValues,
+    Measure,
+    Pass,
+    ShardChunk,
+    WriteRows,
+    chunks_of,
+    digest_contents,
+)
 from reinforce.selection.references import OtherDataset, Reinforce, check_found, find_datasets, read_reference
 from reinforce.selection.rules import BoundRule, bind, columns_of_layers, labels, layers_of
 from reinforce.selection.thresholds import Counts, Search, number
@@ -141,7 +150,9 @@ def report_lines(view: View) -> Iterator[str]:
     """Lines about what each rule of a view excluded."""
     for line in view.report:
         null = f", of which {line['null']:,} have no value" if line["null"] else ""
-        above = f"; keeps values of at least {line['threshold']:g}" if line.get("threshold") is not None else ""
+        threshold = line.get("threshold")
+        shown = f"{threshold:,}" if isinstance(threshold, int) else f"{threshold or 0:g}"
+        above = "" if threshold is None else f"; keeps values of at least {shown}"
         above = f"; in {line['groups']:,} groups" if line.get("groups") is not None else above
         if without := line.get("without_vectors"):
             above += f"; compared with {line['references']:,} images, and {without:,} have no vector"
@@ -184,7 +195,7 @@ def _report(
         if rule.within is not None and rule.search:
             line["groups"] = len(rule.search.groups)
         elif rule.value and rule.search and out:
-            line["threshold"] = number(int(rule.search.prefix[0]), rule.bits)
+            line["threshold"] = number(int(rule.search.prefix[0]), rule.value.dtype)
         if rule.number in references:
             line["references"], line["without_vectors"] = references[rule.number]
         report.append(line)
@@ -239,7 +250,9 @@ class _Selection:
 
     def write(self, view: ViewRows) -> tuple[dict[str, array[int]], npt.NDArray[np.int64], array[int]]:
         """Write the rows of all shards -> rows of each row group that are kept, by shard, rows with each code, and the
-        digest of each file."""
+        digest of each file. An expression fails before the first of them is written."""
+        if any(rule.expressions for rule in self.pending):
+            list(self._pass("applied", ApplyRules()))
         self.log(f"writing {plural(len(self.shards), 'shard')}")
         kept: dict[str, array[int]] = {}  # they take a tenth of the memory of lists
         names = labels(self.rules)
@@ -261,7 +274,7 @@ class _Selection:
             if len(search.groups) > _MAX_GROUPS:
                 raise UserError(
                     f"rule {rule.label}: `within` makes {len(search.groups):,} groups, more than {_MAX_GROUPS:,}. Name "
-                    "an expression with fewer values, such as hash(...) % 10000."
+                    "an expression with fewer values, such as md5_number_lower(...) % 10000."
                 )
             if not len(search.groups):
                 break

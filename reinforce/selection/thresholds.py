@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 _BITS = 16
 _FEW = 2**16  # numbers that are counted by all bits that are left
-#: Bits of the integers of ``ordered``, by float32 and float64, and of hashes.
-FLOAT_BITS, DOUBLE_BITS, HASH_BITS = 32, 64, 48
+HASH_BITS = 48
 
 Ordered = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]
@@ -27,19 +26,27 @@ def _none() -> Ordered:
     return np.empty(0, np.uint64)
 
 
-def ordered(values: npt.NDArray[np.floating[Any]]) -> Ordered:
-    """Float32 or float64 numbers as integers of as many bits in the same order; -0.0 and 0.0 are equal."""
+def ordered(values: npt.NDArray[Any]) -> Ordered:
+    """Numbers of float32, float64, int64 or uint64 as integers of as many bits in the same order.
+
+    -0.0 and 0.0 are equal.
+    """
     size = 8 * values.dtype.itemsize
     unsigned, sign = np.dtype(f"u{size // 8}"), 2 ** (size - 1)
+    if values.dtype.kind in "iu":
+        return values.view(unsigned) ^ unsigned.type(sign if values.dtype.kind == "i" else 0)
     bits = (values + values.dtype.type(0)).view(unsigned)
     return np.where(bits >= sign, ~bits, bits | unsigned.type(sign)).astype(np.uint64)
 
 
-def number(value: int, bits: int = FLOAT_BITS) -> float:
-    """The number of an integer of ``ordered``, which has so many ``bits``."""
-    sign, every = 2 ** (bits - 1), 2**bits - 1
+def number(value: int, dtype: str) -> int | float:
+    """The number of an integer of ``ordered``, which was made of numbers of this type."""
+    kind, size = np.dtype(dtype).kind, 8 * np.dtype(dtype).itemsize
+    sign, every = 2 ** (size - 1), 2**size - 1
+    if kind in "iu":
+        return value - (sign if kind == "i" else 0)
     found = value & (sign - 1) if value & sign else ~value & every
-    return float(np.array(found, f"u{bits // 8}").view(f"f{bits // 8}"))
+    return float(np.array(found, f"u{size // 8}").view(dtype))
 
 
 class Counts(NamedTuple):

@@ -51,7 +51,7 @@ def test_values_are_those_of_a_selection_and_wrong_expressions_are_errors_of_the
         for text in ("width / 7.0", "length(caption)", "CASE WHEN key LIKE '%1' THEN 1 END"):
             found = expressions.check(text, "rules.0.keep.by")
             rows = join_rows([check(text, manifest, "", "number")], tables)
-            expected = numbers(evaluate(database, [text], rows)[0])
+            expected = numbers(evaluate(database, [text], rows)[0], text)
             np.testing.assert_array_equal(expressions.values(found, tables), expected)
         with pytest.raises(UserError, match=r"rules\.0\.keep\.by: there is no column uid"):
             expressions.check("uid", "rules.0.keep.by")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.view import list_views
 from reinforce.errors import UserError
-from reinforce.selection import thresholds
+from reinforce.selection import passes, thresholds
 from reinforce.selection.expressions import check
-from reinforce.selection.thresholds import DOUBLE_BITS, FLOAT_BITS, Counts, Search, number, ordered
+from reinforce.selection.select import report_lines
+from reinforce.selection.thresholds import Counts, Search, number, ordered
 from tests.helpers.commands import Command
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.reinforced import manifest_to_change, reinforce_here
@@ -122,6 +124,30 @@ def test_keep_compares_numbers_as_float64(url: str) -> None:
     assert view.report[0]["threshold"] == 100_000_000 + sorted(numbers.values())[-6]
 
 
+def test_keep_compares_integers_above_2_to_53_exactly_and_refuses_those_of_other_types(url: str) -> None:
+    """As float64 several of them are equal to the threshold, so that more would be kept."""
+    number = f"({2**53} + key::INTEGER % 100 + {ROWS} * (key::INTEGER // 100000))"
+    keys = keys_of(url, None)
+    for text, best in ((number, keys[-12:]), (f"{number}::UBIGINT", keys[-12:]), (f"-{number}", keys[:12])):
+        view = make_view(url, {"keep": {"top": 12, "by": text}})
+        assert keys_of(url) == best
+    assert next(iter(report_lines(view))).endswith("; keeps values of at least -9,007,199,254,741,003")
+    for text in (f"{number}::HUGEINT", f"list_sum([{number}])", f"{number} + 0.1::DECIMAL(38, 1)"):
+        with pytest.raises(UserError, match=r"gives numbers of decimal128.* that float64 does not have, .* Cast it to"):
+            make_view(url, {"keep": {"top": 12, "by": text}})
+    with pytest.raises(UserError, match="gives numbers of int64 that float64 does not have"):
+        make_view(url, {"deduplicate": {"exact": True, "keep": number}})
+    make_view(url, {"keep": {"top": 12, "by": "width * 0.1 + list_sum([height, key::INTEGER])"}})
+    assert keys_of(url) == keys[-12:]
+
+
+def test_keep_of_minus_zero_and_zero_keeps_both(url: str) -> None:
+    zeros = "CASE right(key, 1) WHEN '1' THEN '-0.0'::DOUBLE WHEN '2' THEN 0.0 ELSE -1 END"
+    for text in (zeros, f"({zeros})::FLOAT"):
+        make_view(url, {"keep": {"top": 1, "by": text}})
+        assert {key[-1] for key in keys_of(url)} == {"1", "2"}
+
+
 def test_rules_apply_in_order_and_rows_say_which_left_them_out(url: str) -> None:
     sql = ("captions.namer[1] IS NOT NULL AND width = 40", "scores.match.caption_max > 0.1")
     make_view(url, *sql, {"sample": 12}, {"keep": {"top": 5, "by": "-scores.sizes.bytes"}})
@@ -154,15 +180,19 @@ def test_a_sample_depends_on_seed_and_key_alone_and_all_but_is_the_rest(url: str
 
 
 @pytest.mark.parametrize("few", [thresholds._FEW, 0])
-@pytest.mark.parametrize("bits", [FLOAT_BITS, DOUBLE_BITS])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64", "uint64"])
 @given(data=st.data(), top=st.one_of(st.integers(1, 60), st.floats(0.01, 1.0)))
-def test_thresholds_of_groups_are_exact_for_any_numbers(few: int, bits: int, data: st.DataObject, top: float) -> None:
-    pair = st.tuples(st.integers(0, 3), st.floats(width=32 if bits == FLOAT_BITS else 64, allow_nan=False))
-    pairs = data.draw(st.lists(pair, min_size=1, max_size=50))
-    groups, values = np.array([group for group, _ in pairs], np.uint64), np.array([one for _, one in pairs])
-    values = values.astype(np.float32 if bits == FLOAT_BITS else np.float64)
+def test_thresholds_of_groups_are_exact_for_any_numbers(few: int, dtype: str, data: st.DataObject, top: float) -> None:
+    one = {
+        "float32": st.floats(width=32, allow_nan=False),
+        "float64": st.floats(allow_nan=False),
+        "int64": st.integers(-(2**63), 2**63 - 1),
+        "uint64": st.integers(0, 2**64 - 1),
+    }
+    pairs = data.draw(st.lists(st.tuples(st.integers(0, 3), one[dtype]), min_size=1, max_size=50))
+    groups, values = np.array([group for group, _ in pairs], np.uint64), np.array([one for _, one in pairs], dtype)
     parts = [(groups[part], ordered(values[part])) for part in (slice(0, None, 2), slice(1, None, 2))]
-    search = Search(bits)
+    search = Search(8 * values.dtype.itemsize)
     with mock.patch.object(thresholds, "_FEW", few):
         while search.left:
             search = search.narrowed(Counts.sum(search.counts(*part) for part in parts), top)
@@ -170,7 +200,7 @@ def test_thresholds_of_groups_are_exact_for_any_numbers(few: int, bits: int, dat
         ordered_values = sorted(values[groups == group].tolist(), reverse=True)
         count = len(ordered_values)
         wanted = min(count, max(1, round(top * count))) if isinstance(top, float) else min(count, top)
-        assert number(int(found), bits) == ordered_values[wanted - 1]
+        assert number(int(found), dtype) == ordered_values[wanted - 1]
     assert {*search.groups.tolist()} == {*groups.tolist()}
 
 
@@ -217,6 +247,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"where": "row_number() OVER () > width"}, "has a window over several rows"),
     ({"where": "COLUMNS('w.*') > 1"}, "without SELECT, FROM and subqueries"),
     ({"where": "width > 100 * random()"}, "has random, whose value does not depend on the sample's own row alone"),
+    ({"where": "hash(key) % 2 = 1"}, "has hash, whose value depends on the version of duckdb. Use md5_number_lower."),
+    ({"where": "version() = key"}, "has version, whose value depends on the version of duckdb"),
+    ({"where": "list_transform([key], lambda x: HASH(x))[1] > 1"}, "has hash, whose value depends on the version"),
+    ({"where": "list_approx_count_distinct([key]) = 1"}, "which has list_aggr of an estimate, whose value depends on"),
+    ({"where": "list_aggregate([width], 'su' || 'm') = 1"}, "has list_aggregate of an aggregate whose name is no"),
+    ({"where": "json_serialize_plan(key) = caption"}, "has json_serialize_plan, whose value depends on the version"),
+    ({"where": "current_setting('TimeZone') = key"}, "has current_setting, whose value does not depend on the"),
+    ({"where": "getvariable('x') = key"}, "has getvariable, whose value does not depend on the sample's own row"),
+    ({"where": "uuid()::VARCHAR = key"}, "has uuid, whose value does not depend on the sample's own row alone"),
+    ({"where": "current_date::VARCHAR = key"}, "there is no column current_date"),
+    ({"where": "pg_postmaster_start_time()::VARCHAR = key"}, "which depends on current_timestamp"),
     ({"where": "age(TIMESTAMP '2000-01-01') > INTERVAL 1 DAY AND width > 1"}, "has age, whose value does not depend"),
     ({"where": "ago(INTERVAL 1 DAY) > TIMESTAMP '2000-01-01' AND width > 1"}, "depends on current_timestamp"),
     ({"where": "width > #1"}, "has a positional reference"),
@@ -247,6 +288,28 @@ def test_a_wrong_rule_is_one_error_before_anything_is_read(url: str) -> None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"an expression fails on a sample: .*'thing 0 of shard 0'.* Use try_cast"):
         make_view(url, "CAST(caption AS INTEGER) > 1")
+
+
+def test_an_expression_that_fails_on_a_later_shard_writes_no_rows(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "_CHUNK_SHARDS", 1)
+    failing = "CASE WHEN key LIKE '002%' THEN CAST(caption AS INTEGER) ELSE 1 END > 0"
+    for rules in ([failing], [{"keep": {"top": 50, "by": "width"}}, failing, {"deduplicate": {"exact": True}}]):
+        with pytest.raises(UserError, match="an expression fails on a sample"):
+            make_view(url, *rules, processes=1)
+        assert not [*Path(url, "views/some").glob("rows-*")]
+    view = make_view(url, failing.replace("CAST", "try_cast"), processes=1)
+    assert [len(view), view.report[0]["null"]] == [(SHARDS - 1) * ROWS, ROWS]
+
+
+def test_times_are_those_of_utc_wherever_a_selection_runs(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        make_view(url, "hour(to_timestamp(width)) = 0", processes=1)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert keys_of(url) == keys_of(url, None)
 
 
 def test_a_view_of_layers_that_have_changed_is_refused(url: str) -> None:
