@@ -80,8 +80,7 @@ def cosines(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> 
 
 def with_length(values: Floats) -> npt.NDArray[np.bool_]:
     """Whether no vector of a row of [rows, count, dim] is zero -> [rows]; those that are have no direction."""
-    found: npt.NDArray[np.bool_] = values.any(axis=2).all(axis=1)
-    return found
+    return np.asarray((values != 0).any(axis=2).all(axis=1))
 
 
 def zero_vector(codec: Codec) -> str:
