@@ -304,6 +304,11 @@ class StudentConfig(Section):
                 "data.backend: device-1 makes no images for teachers in the loop; with `loss.targets: online` leave it "
                 "out"
             )
+        if self.data.parallel and loss.targets == "online":
+            raise ValueError(
+                "data.parallel: these texts learn the stored vectors of the true caption, and a teacher in the loop "
+                "would encode the texts themselves; set loss.targets to stored, or remove `parallel`"
+            )
         alone = next((key for key in ("captions", "images") if getattr(self.data, key) == "none"), None)
         if alone and (loss.logit_scales or loss.learn_scales or loss.form != "softmax"):
             raise ValueError(

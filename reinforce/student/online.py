@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch.nn.functional import normalize
 
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.targets import TargetEncoder
@@ -70,8 +71,8 @@ def add_targets(
 ) -> Batch:
     """The batch with ``targets`` on its device, computed from its ``crops`` and ``texts``; see ``data/assembly.py``.
 
-    They are vectors of ``teachers``, and ``others``, each with the name of its teacher. Stored targets of other models
-    stay.
+    They are vectors of ``teachers`` at unit norm, of which half precision takes them away, and ``others``, each with
+    the name of its teacher. Stored targets of other models stay.
     """
     device = batch["image"].device
     targets: dict[str, dict[str, torch.Tensor]] = dict(batch.get("targets", {}))
@@ -81,10 +82,11 @@ def add_targets(
         targets[name][target.name] = _encode(target.encode, target.image, batch["crops"][name]).to(device)
     for name, teacher in teachers.items():
         if teacher.image is not None:
-            targets[name][IMAGE] = _encode(teacher.encode_images, teacher.image, batch["crops"][name]).to(device)
+            vectors = _encode(teacher.encode_images, teacher.image, batch["crops"][name])
+            targets[name][IMAGE] = normalize(vectors, dim=-1).to(device)
         if callable(getattr(teacher, "encode_texts", None)):
             for kind, texts in batch["texts"].items():
-                targets[name][kind] = encode_texts(teacher, texts, _MAX_BATCH).to(device)
+                targets[name][kind] = normalize(encode_texts(teacher, texts, _MAX_BATCH), dim=-1).to(device)
     return {**batch, "targets": targets}
 
 
