@@ -39,7 +39,11 @@ def spatial_map(tower: Any, stage: int = -1, inputs: Callable[[torch.Tensor], Ma
 
 
 def features_and_map(visual: Any, pixels: torch.Tensor, stage: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
-    """The features [B, D] of an image tower of open_clip and its map [B, C, rows, columns], in one pass."""
+    """The features [B, D] and the map [B, C, rows, columns] of an open_clip tower or a network of timm, in one pass."""
+    network = image_tower(visual)
+    if network is not visual:
+        last, [grid] = network.forward_intermediates(pixels, indices=[stage], norm=True, output_fmt="NCHW")
+        return network.forward_head(last), grid
     found = _open_clip(visual, pixels, stage, intermediates_only=False)
     return found["image_features"], found["image_intermediates"][0]
 
@@ -48,7 +52,7 @@ def image_tower(model: Any) -> Any:
     """The image tower of a model, or the model itself."""
     for name in ("visual", "vision_model", "timm_model"):  # of open_clip, of transformers, of its wrapper of timm
         model = getattr(model, name, model)
-    return model
+    return model if hasattr(model, "forward_intermediates") else getattr(model, "trunk", model)
 
 
 def resized(model: Any, height: int, width: int) -> Any:

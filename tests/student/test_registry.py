@@ -17,7 +17,11 @@ from reinforce import losses
 from reinforce.student.task import StudentTask
 from reinforce.student.terms.base import MAP, scale_name
 from reinforce.student.terms.registry import MODULES
+from reinforce.student.train import build
+from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch, Encoded
+from teachers.preprocessing.pixels import to_pixels
+from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.reinforced import reinforce_here
@@ -25,6 +29,7 @@ from tests.helpers.students import first_batch, student_config, student_folder
 
 SIDES = {"released": 20.0, "red": 50.0, "dino": 30.0}  # logit scales of teachers with both sides
 KINDS = ("caption", "synthetic")
+CPU = Accelerator("cpu")
 
 
 class Trained(NamedTuple):
@@ -124,8 +129,6 @@ def probabilities(run: Trained) -> dict[str, torch.Tensor]:
 
 
 def dense(run: Trained) -> dict[str, torch.Tensor]:
-    from teachers.preprocessing.pixels import to_pixels
-
     model = run.task.model
     found = model.terms.encode_images(model.clip, to_pixels(run.batch["image"], model.image))[MAP]
     patches = run.target("dino", "patches")
@@ -221,10 +224,10 @@ def write(folder: Path, released: str, codec: str) -> str:
     )
 
 
-def trained(folder: Path, url: str, released: str, keys: dict[str, Any], **data: Any) -> Trained:
+def trained(folder: Path, url: str, released: str, keys: dict[str, Any], student: Any = None) -> Trained:
     torch.manual_seed(0)
     name = student_folder(folder / "random") if "form" in keys else released  # of a softmax
-    config = student_config(folder, url, loss={"lambda": 0.6, **keys}, student={"model": name}, data=data)
+    config = student_config(folder, url, loss={"lambda": 0.6, **keys}, student=student or {"model": name})
     task, batch = first_batch(config)
     with torch.no_grad():
         for name, parameter in task.model.clip.named_parameters():  # away from the start
@@ -250,10 +253,10 @@ def test_online_targets_give_the_losses_of_stored_ones_and_python_functions_thos
 
 
 def stored_and_online(
-    folder: Path, url: str, released: str, keys: dict[str, Any], **data: Any
+    folder: Path, url: str, released: str, keys: dict[str, Any], student: Any = None
 ) -> tuple[Trained, Trained]:
     online = {"targets": "online", "teachers": specs(released)}
-    return trained(folder, url, released, keys, **data), trained(folder, url, released, {**keys, **online}, **data)
+    return trained(folder, url, released, keys, student), trained(folder, url, released, {**keys, **online}, student)
 
 
 def assert_equal(stored: Trained, computed: Trained, tolerance: float) -> None:
@@ -275,3 +278,41 @@ def test_all_terms_with_online_targets_give_the_losses_of_those_stored_by_anothe
 ) -> None:
     url = write(tmp_path, released, codec)
     assert_equal(*stored_and_online(tmp_path, url, released, ALL), tolerance)
+
+
+@pytest.mark.parametrize("model", ["test_efficientnet", "test_vit"])
+@pytest.mark.parametrize("stage", [-1, 1])
+def test_students_of_timm_learn_stored_and_online_patches_beside_their_features(
+    tmp_path: Path, made: str, released: str, model: str, stage: int
+) -> None:
+    timm = {"family": "timm", "model": model, "image_size": 32}
+    keys = {"dense": {"weight": 0.7, "stage": stage, "teachers": ["dino"]}, "features": "all", "probabilities": 0.3}
+    stored, computed = stored_and_online(tmp_path, made, released, keys, student=timm)
+    assert stored.losses.keys() == {"features/image", "probabilities/colors", "dense/dino"}
+    assert_equal(stored, computed, 5e-3)
+    student, batch = stored.task.model.eval(), stored.batch
+    torch.testing.assert_close(
+        student(batch).features["image"],
+        torch.nn.functional.normalize(student.clip.encode_image(to_pixels(batch["image"], student.image)), dim=-1),
+    )
+    student(batch).losses["dense/dino"].backward()
+    first = next(student.clip.visual.parameters())
+    assert first.grad is not None
+    assert first.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["hf", "mobileclip"])
+def test_terms_accumulate_with_online_targets_in_students_of_other_towers(
+    tmp_path: Path, made: str, released: str, kind: str
+) -> None:
+    keys = {**{key: value for key, value in ALL.items() if key != "anchor"}, "lambda": 0.6}
+    keys |= {"features": {**WEIGHTED, "standardise": True, "distance": "similarities", "queue": 20}}
+    keys |= {"targets": "online", "teachers": specs(released)}
+    found = []
+    for microbatches in (1, 4):
+        task, feed = build(student_config(tmp_path, made, kind, loss=keys), CPU)
+        task.model.eval()  # batch statistics would differ
+        made_batch = next(iter(feed.batches(0, 1, 8, 0)))
+        output = backpropagate(task, task.model, made_batch, 8, [0] * microbatches, CPU)
+        found.append((output.losses, {n: p.grad for n, p in task.model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
