@@ -28,7 +28,7 @@ from reinforce.source.formats.lines import (
 )
 from reinforce.source.urls import canonical
 
-_LINE_BYTES = 2**20
+_ROW_BYTES = 2**20
 _HEAD_BYTES = 2**18
 _DELIMITERS = (",", ";", "\t", "|")
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
@@ -37,6 +37,8 @@ _RUSSIAN = frozenset("абвгдеёжзийклмнопрстуфхцчшщъы
 _ACCENTED = re.compile("[\u00c0-\u024f]")
 _MIXED = re.compile(r"[a-z][а-яё]|[а-яё][a-z]", re.IGNORECASE)  # words of two scripts
 _CAPTION_NUMBER = re.compile(r"#\d+$")  # of Flickr's image names in captions.token
+
+csv.field_size_limit(max(_ROW_BYTES, csv.field_size_limit()))  # which would end a row inside its cell
 
 
 class Csv(LinesFormat):
@@ -111,7 +113,8 @@ def _records(url: str, part: Part | None = None) -> Iterator[tuple[int, list[str
     reader = csv.reader(texts, delimiter=dialect.delimiter, skipinitialspace=dialect.spaced, strict=True)
     values: list[str] | Exception | None
     while True:
-        line = reader.line_num + 1
+        line = reader.line_num + texts.skipped + 1
+        texts.start_row()
         try:
             values = next(reader, None)
         except (csv.Error, BrokenRow) as error:
@@ -122,26 +125,87 @@ def _records(url: str, part: Part | None = None) -> Iterator[tuple[int, list[str
 
 
 class _Texts:
-    """The lines of a file as texts. Raises BrokenRow for one that is too long; the next call returns the line after it.
+    """The lines of a file as texts. Raises BrokenRow for a row that is too long; the next call returns the line after
+    its end, which is not the end of a line inside of quotes.
 
     ``position`` is the end of the last line, in bytes of the uncompressed file; of UTF-16, in those of its UTF-8.
+    ``skipped`` are the lines that ``csv.reader`` has not counted.
     """
 
     def __init__(self, url: str, dialect: _Dialect, part: Part | None = None) -> None:
         self._encoding = "utf-8" if dialect.is_wide else dialect.encoding
-        self._lines = file_lines(url, _LINE_BYTES, part, dialect.encoding if dialect.is_wide else None)
-        self.position = 0
+        self._cells = _CellState(dialect)
+        encoding = dialect.encoding if dialect.is_wide else None
+        self._lines = file_lines(url, _ROW_BYTES, part, encoding, self._cells.feed)
+        self._row_bytes = 0
+        self.position = self.skipped = 0
+
+    def start_row(self) -> None:
+        """Start a row: the next line is its first one."""
+        self._row_bytes = 0
 
     def __iter__(self) -> _Texts:
         return self
 
     def __next__(self) -> str:
-        line, size = next(self._lines)
-        self.position += size
-        if line is None:
-            raise too_long(_LINE_BYTES)
+        line = self._read()
+        if line is None or self._row_bytes > _ROW_BYTES:
+            self._skip_row(line)
+            raise too_long(_ROW_BYTES, "row")
         encoding, self._encoding = self._encoding, self._encoding.removesuffix("-sig")
         return line.decode(encoding, "replace") + "\n"
+
+    def _read(self) -> bytes | None:
+        """The next line of the row, or None if it is too long; then its bytes have changed the state of the cells."""
+        self._cells.start_line(quoted=self._row_bytes > 0)  # csv.reader asks for a further line inside of quotes alone
+        line, size = next(self._lines)
+        self.position += size
+        self._row_bytes += size
+        return line
+
+    def _skip_row(self, line: bytes | None) -> None:
+        """Read up to the end of a row whose last read line is ``line``. Raises BrokenRow if it has no end."""
+        while True:
+            self.skipped += 1
+            if line is not None:
+                self._cells.feed(line)
+            if not self._cells.quoted:
+                return
+            try:
+                line = self._read()
+            except StopIteration:
+                raise BrokenRow(f"a row of {self._row_bytes:,} bytes: one of its quotes has no end", True) from None
+
+
+class _CellState:
+    """Whether the end of what was fed of a row is inside of quotes, by the rules of ``csv.reader``."""
+
+    def __init__(self, dialect: _Dialect) -> None:
+        self._delimiter = dialect.delimiter.encode()
+        spaces = rb" *" if dialect.spaced else b""
+        self._spaces = re.compile(spaces)
+        self._token = re.compile(rb'"|%b|[^"%b]+' % ((re.escape(self._delimiter),) * 2))
+        self._state = "start"
+
+    @property
+    def quoted(self) -> bool:
+        return self._state == "quoted"
+
+    def start_line(self, quoted: bool) -> None:
+        self._state = "quoted" if quoted else "start"
+
+    def feed(self, data: bytes) -> None:
+        """Follow a part of a line."""
+        for match in self._token.finditer(data):
+            token = match[0]
+            if self._state == "quoted":
+                self._state = "quote in quotes" if token == b'"' else "quoted"
+            elif self._state == "quote in quotes":
+                self._state = {b'"': "quoted", self._delimiter: "start"}.get(token, "broken")
+            elif token == self._delimiter:
+                self._state = "start" if self._state != "broken" else "broken"
+            elif self._state == "start" and not self._spaces.fullmatch(token):
+                self._state = "quoted" if token == b'"' else "text"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from reinforce.input_config import Input, Limits
@@ -118,13 +118,17 @@ class LinesFormat(SourceFormat):
 
 
 def file_lines(
-    url: str, most: int, part: Part | None = None, encoding: str | None = None
+    url: str,
+    most: int,
+    part: Part | None = None,
+    encoding: str | None = None,
+    follow: Callable[[bytes], object] = bool,
 ) -> Iterator[tuple[bytes | None, int]]:
     """Yield the lines of a file, or of a part of it, and their bytes with line ends; None for a line of more than
-    ``most`` bytes. A file with an ``encoding`` is read as if it were UTF-8."""
+    ``most`` bytes, whose parts are passed to ``follow``. A file with an ``encoding`` is read as if it were UTF-8."""
     with open_stream(url, _compression(url)) as (stream, _):
         text = stream if encoding is None else _AsUtf8(stream, encoding)
-        yield from _split(text if part is None else _PartStream(text, part), most)
+        yield from _split(text if part is None else _PartStream(text, part), most, follow)
 
 
 def file_head(url: str, count: int) -> bytes:
@@ -140,9 +144,9 @@ def _compression(url: str) -> str | None:
     return COMPRESSIONS.get(canonical(url).rpartition(".")[2].lower())
 
 
-def too_long(most: int) -> BrokenRow:
-    """The refusal of a line above the limit."""
-    return BrokenRow(f"a line of more than {most:,} bytes", True)
+def too_long(most: int, what: str = "line") -> BrokenRow:
+    """The refusal of a line, or of a row of lines, above the limit."""
+    return BrokenRow(f"a {what} of more than {most:,} bytes", True)
 
 
 class _AsUtf8:
@@ -187,8 +191,10 @@ class _PartStream:
         return data
 
 
-def _split(stream: Readable, most: int) -> Iterator[tuple[bytes | None, int]]:
-    """Yield the lines of a stream and their bytes with line ends; None for a line of more than ``most`` bytes."""
+def _split(
+    stream: Readable, most: int, follow: Callable[[bytes], object]
+) -> Iterator[tuple[bytes | None, int]]:
+    """Yield the lines of a stream as ``file_lines`` does."""
     parts: list[bytes] = []
     size = 0
     while chunk := stream.read(_CHUNK_BYTES):
@@ -197,9 +203,9 @@ def _split(stream: Readable, most: int) -> Iterator[tuple[bytes | None, int]]:
                 yield None if size > most else b"".join(parts), size + 1
                 parts, size = [], 0
             size += len(line)
-            if size <= most:
-                parts.append(line)
-            else:
+            parts.append(line)
+            if size > most:
+                follow(b"".join(parts))
                 parts = []
     if size:
         yield None if size > most else b"".join(parts), size

@@ -101,7 +101,7 @@ def test_csv_and_tsv_are_read_with_quotes_and_compression(tmp_path: Path) -> Non
     assert outcomes(read_table(tmp_path / "x.tsv.gz", "csv")) == {"k": "one, two"}
     (tmp_path / "x.csv").write_text(f"file_name,text\na.png,one\n{'a' * 2**20}b,two\na.png,three\n")
     assert list(outcomes(read_table(tmp_path / "x.csv", "csv")).values()) == [
-        "one", "image_bytes: line 3: a line of more than 1,048,576 bytes", "three",
+        "one", "image_bytes: line 3: a row of more than 1,048,576 bytes", "three",
     ]  # fmt: skip
     (tmp_path / "x.csv").write_text("file_name,text\na.png,one, two\na.png,three,,\n")
     assert list(outcomes(read_table(tmp_path / "x.csv", "csv")).values()) == [
@@ -113,6 +113,47 @@ def test_csv_and_tsv_are_read_with_quotes_and_compression(tmp_path: Path) -> Non
     [broken, whole] = read_table(tmp_path / "x.csv", "csv")
     assert (broken.key, broken.reason.value) == ("shard-00000000", "row_broken")  # type: ignore[union-attr]
     assert whole.detail.startswith("no line is a row with an image; line 2: unexpected end of data")  # type: ignore[union-attr]
+
+
+INSIDE = "a text\na.png,invented\n"  # of a cell in quotes
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "refused"),
+    [
+        ("x.csv", f'a.png,"{INSIDE}{"x " * 70_000}"', None),
+        ("x.csv", f'a.png,"{INSIDE}{"x" * 2**20}""quoted"" {INSIDE}"', "a row of more than 1,048,576 bytes"),
+        ("x.csv", f'a.png,"{INSIDE * 60_000}"', "a row of more than 1,048,576 bytes"),
+        ("x.csv", f'a.png, "{"x" * 2**20}\n{INSIDE}"', "a row of more than 1,048,576 bytes"),
+        ("x.csv", f'a.png,"{"x" * 2**20}" and more', "a row of more than 1,048,576 bytes"),
+        ("x.tsv", f'a.png\t5" and {"x" * 2**20}', "a row of more than 1,048,576 bytes"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_long_cell_of_csv_with_lines_in_it_costs_its_row_at_most_and_later_rows_keep_their_keys(
+    tmp_path: Path, name: str, row: str, refused: str | None, encoding: str
+) -> None:
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    delimiter = "\t" if name == "x.tsv" else ", " if ", " in row[:8] else ","
+    rows = [delimiter.join(cells) for cells in (("file_name", "text"), ("a.png", "one"), ("a.png", "three"))]
+    (tmp_path / name).write_text("\n".join([rows[0], rows[1], row, rows[2], ""]), encoding)
+    first, long, last = read_table(tmp_path / name, "csv")
+    assert outcomes([first, last]) == {"shard-00000000": "one", "shard-00000002": "three"}
+    if refused:
+        assert outcomes([long]) == {"shard-00000001": f"image_bytes: line 3: {refused}"}
+    else:
+        assert long.sidecars["txt"].decode() == f'{INSIDE}{"x " * 70_000}'  # type: ignore[union-attr]
+    parts = [*find_format("csv").parts(str(tmp_path / name), 1)]
+    assert [part.first for part in parts] == [0, 1, 2]
+    assert [*read_samples(Shard("x/<part>", "shard", "csv", part=parts[2]), Input())] == [last]
+
+
+def test_a_quote_of_csv_without_an_end_is_named_where_it_swallows_the_rest_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    (tmp_path / "x.csv").write_text(f'file_name,text\na.png,one\na.png,"two\n{INSIDE * 60_000}')
+    assert list(outcomes(read_table(tmp_path / "x.csv", "csv")).values()) == [
+        "one", "image_bytes: line 3: a row of 1,320,011 bytes: one of its quotes has no end",
+    ]  # fmt: skip
 
 
 EXCEL = 'file_name,text\r\na.png,"schön, süß"\r\na.png,“zwei” – drei\r\n'
