@@ -4,12 +4,13 @@ Each caption is one request with the prompt, the image as a JPEG or the true cap
 run in parallel. The accelerator is not used while they are under way.
 
 - A server that is down, overloaded or hangs costs waiting, see ``teachers.server.servers``.
-- An answer without a caption (a refusal, an empty text, one that is too long) and a request that the server rejects
-  cost the caption. The others of the image fill its place; an image without any is quarantined with the reason of the
-  first.
+- An answer without a caption (a refusal, an empty text, one that is too long) and a request that the server rejects,
+  while it answers one with a plain image, cost the caption. The others of the image fill its place; an image without
+  any is quarantined with the reason of the first.
 - A request that fails three times, each time after the server has answered a request with a plain image, is at fault
   itself and costs the caption, too.
-- Before the first answer a rejected request is an error of the config: an unknown model, a wrong key.
+- A server that rejects every request (an unknown model, a wrong key, a redirect, which is not followed) is an error of
+  the config: at once before the first answer, later after a minute.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from PIL import Image
 
 from teachers.caption_readers import CAPTION
 from teachers.protocols import ImageSpec, NoCaptions
-from teachers.redact import REDACTED
+from teachers.redact import REDACTED, redact
 from teachers.server.answers import DETAIL_CHARS, LongAnswer, bound_answers, check_answer, read_answer
 from teachers.server.family import ServerCaptionerSpec
 from teachers.server.servers import Server, Servers
@@ -114,8 +115,7 @@ class ServerCaptioner:
                 answers = asked = False
                 try:
                     if failures > 1:
-                        check_answer(self._send(server, self._plain, 0))
-                        self._servers.record_answer(server)
+                        self._ask_plainly(server)
                         answers = True
                     asked = True
                     answer = check_answer(self._send(server, request, seed))
@@ -126,18 +126,30 @@ class ServerCaptioner:
                     failures += 1
                     status = getattr(error, "status_code", None)
                     reason = self._describe(error, status)
-                    if status is not None and 300 <= status < 500 and status not in _TRANSIENT:
-                        if not self._servers.answered:
-                            raise ValueError(f"{server.address} rejects a request: {reason}") from None
-                        if status in _REJECTED:
-                            return NoCaptions(f"the server rejects the request: {reason}")
+                    rejected = status is not None and 300 <= status < 500 and status not in _TRANSIENT
+                    if rejected and not self._servers.answered:
+                        raise ValueError(f"{server.address} rejects a request: {reason}") from None
+                    if asked and status in _REJECTED and self._answers_plainly(server):
+                        return NoCaptions(f"the server rejects the request: {reason}")
                     strikes += answers and status not in _OVERLOADED
                     if strikes == _STRIKES:
                         return NoCaptions(f"the server answers other requests and fails at this one: {reason}")
-                    self._servers.record_failure(server, reason, _retry_after(error))
+                    self._servers.record_failure(server, reason, rejected, _retry_after(error))
                 else:
                     self._servers.record_answer(server)
                     return read_answer(answer)
+
+    def _ask_plainly(self, server: Server) -> None:
+        """Test a server by a request with a plain image. Raises APIError and ValueError."""
+        check_answer(self._send(server, self._plain, 0))
+        self._servers.record_answer(server)
+
+    def _answers_plainly(self, server: Server) -> bool:
+        try:
+            self._ask_plainly(server)
+        except (self._openai.APIError, ValueError):
+            return False
+        return True
 
     def _send(self, server: Server, request: Request, seed: int) -> Any:
         prompt, image = self._spec.prompt or "", {"type": "image_url", "image_url": {"url": request.image}}
@@ -154,7 +166,8 @@ class ServerCaptioner:
         key = self._key or "none"  # the client wants one
         timeout = self._spec.timeout or _TIMEOUT
         hooks = {"response": [bound_answers(self._spec.max_length, timeout)]}
-        http_client = self._openai.DefaultHttpxClient(timeout=timeout, event_hooks=hooks)
+        # A redirect would send the key, or the prompt without the image, to an address that the config does not name.
+        http_client = self._openai.DefaultHttpxClient(timeout=timeout, event_hooks=hooks, follow_redirects=False)
         return self._openai.OpenAI(
             base_url=url,
             api_key=key,
@@ -166,6 +179,9 @@ class ServerCaptioner:
 
     def _describe(self, error: Exception, status: int | None) -> str:
         text = str(error.__cause__ or error) if status is None else str(error)
+        if status is not None and 300 <= status < 400:
+            place = redact(error.response.headers.get("location", ""))  # type: ignore[attr-defined]
+            text = f"status {status}, a redirect to {place!r}, which is not followed: set `url` to the server itself"
         text = text.replace(self._key, REDACTED) if self._key else text
         return f"{type(error).__name__}: {' '.join(text.split())[:DETAIL_CHARS]}"
 

@@ -215,6 +215,65 @@ def test_a_request_that_is_rejected_before_any_answer_is_an_error_of_the_config(
         caption(url, [GRAY], api_key_env="MY_KEY")
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_of_a_server_is_refused_by_name_and_its_target_gets_no_request(status: int) -> None:
+    asked: list[Any] = []
+
+    class Redirecting(QuietHandler):
+        def do_POST(self) -> None:
+            self.read_body()
+            self.answer(status, Location=f"{other}/v1?token=abc")
+
+    with chat_server(lambda *request: (asked.append(request), describe(*request))[1]) as other:  # type: ignore[func-returns-value]
+        message = f"rejects a request: .*status {status}, a redirect to '{other}/v1', "
+        with serving(Redirecting) as url, pytest.raises(ValueError, match=message):
+            caption(url, [GRAY])
+    assert asked == []
+
+
+@pytest.mark.parametrize("status", [302, 400, 401, 403, 404])
+def test_servers_that_reject_every_request_after_an_answer_end_the_wait_soon_with_the_status(
+    monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr("teachers.server.servers.REJECTED_SECONDS", 0.2)
+    requests = iter(range(100))
+
+    def answer(headers: Any, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        return describe(headers, request) if next(requests) < 2 else (status, {"error": {"message": "key expired"}})
+
+    with chat_server(answer) as first, chat_server(answer) as second:
+        why = "status 302, a redirect" if status == 302 else f"{status} - key expired"
+        with pytest.raises(
+            ServerUnavailable, match=rf"every request is rejected \({first}.*{why}.*{second}.*{why}.*key"
+        ):
+            caption([first, second], [GRAY] * 9, wait=100, concurrency=1)
+
+
+def test_a_server_that_rejects_every_request_does_not_end_a_run_while_another_answers_or_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("teachers.server.servers.REJECTED_SECONDS", 0.1)
+    monkeypatch.setattr("teachers.server.servers.FIRST_PAUSE", 0.01)
+    requests = iter(range(100))
+
+    def slowly(headers: Any, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        time.sleep(0.05)
+        return describe(headers, request)
+
+    def expires(headers: Any, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        return describe(headers, request) if next(requests) < 1 else (401, {})
+
+    with chat_server(expires) as expired, chat_server(slowly) as good:
+        assert all(len(row) == 1 for row in caption([expired, good], [GRAY] * 12, concurrency=2))
+    requests = iter(range(100))
+    with chat_server(expires) as expired:
+        down = f"http://127.0.0.1:{free_port()}"
+        with pytest.raises(
+            ServerUnavailable, match=rf"no server has answered .*{expired}.*401.*{down}.*refused.*`wait`"
+        ):
+            caption([expired, down], [GRAY] * 3, wait=0.5, concurrency=1)
+
+
 def test_the_fingerprint_covers_what_is_asked_and_not_where() -> None:
     def identity(url: Any = "http://a:1", **options: Any) -> dict[str, Any]:
         return describe_model("vlm", spec_of(url, **options)).identity
