@@ -234,7 +234,7 @@ class Reason(str, Enum):
 
     # A sample is refused while its shard is read. It is in no layer.
     NO_IMAGE = "no_image"  # the sample has no image, or published reinforcements have no image in the source
-    IMAGE_MISSING = "image_missing"  # there is no file where the source says that the image is
+    IMAGE_MISSING = "image_missing"  # there is no file that can be read where the source says that the image is
     IMAGE_PLACE = "image_place"  # the source names a place of the image that is not allowed
     NOT_REINFORCED = "not_reinforced"  # the published reinforcements do not contain this key
     REINFORCEMENT_BROKEN = "reinforcement_broken"  # published reinforcements are unreadable or of another image
@@ -252,7 +252,7 @@ class Reason(str, Enum):
     IMAGE_HUNG = "image_hung"  # every attempt to decode the image took longer than failures.sample_seconds
     # A part of a sample is left out. Its row is stored.
     SIDECAR_BYTES = "sidecar_bytes"  # a caption or json member is larger than limits.sidecar_bytes
-    SIDECAR_BROKEN = "sidecar_broken"  # a json member is not a JSON object, or a member is a link
+    SIDECAR_BROKEN = "sidecar_broken"  # a json member is not a JSON object, or a member is a link or unreadable
     MEMBERS = "members"  # the sample has more members than limits.members
     STRAY_MEMBERS = "stray_members"  # the sample has several images; all but one, and their captions, are not read
     # A row that one layer cannot compute. It is null in that layer and complete in the others.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import errno
 import gzip
+import itertools
 import lzma
 import os
 import stat
@@ -20,11 +22,14 @@ from reinforce.processes.prefetch import prefetch
 from reinforce.source.file_types import NOT_A_FILE
 from reinforce.source.tar import Readable
 from reinforce.source.urls import compression, filesystem
-from reinforce.source.whole_reads import open_whole
+from reinforce.source.whole_reads import is_storage_error, open_whole
 
 BLOCK_BYTES = 8 * 2**20  # bytes per request to an object store
 #: Errors of a storage that has no file at a path which may be read.
 NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)  # errors of file systems for impossible paths
+_FEW = 16  # unreadable files of a shard that do not mean yet that its storage fails
+_OTHERS = 8  # files that are tried to learn whether a storage works
 _THREADS, _LOCAL_THREADS = 16, 2  # that read files ahead
 _MAGIC = {b"\x1f\x8b": ".tar.gz", b"\xfd7zXZ": ".tar.xz", b"BZh": ".tar.bz2", b"\x28\xb5\x2f\xfd": ".tar.zst"}
 
@@ -69,6 +74,64 @@ def read_file(url: str, limit: int) -> bytes:
     with open_whole(fs, path, block_size=limit + 1, cache_type="none") as file:
         data: bytes = file.read(limit + 1)
     return data
+
+
+class UnreadableFile(Exception):
+    """A file that does not exist or cannot be read, in a storage that works."""
+
+
+class FileReader:
+    """Reads the small files of a folder, and distinguishes one that cannot be read from a storage that fails.
+
+    ``others`` are URLs of files there that are tried where none was read before.
+    """
+
+    def __init__(self, others: Callable[[], Iterable[str]]) -> None:
+        self._others = others
+        self._last: str | None = None
+        self._read = self._unreadable = 0
+
+    def read(self, url: str, limit: int) -> bytes:
+        """Read a file as ``read_file`` does. Raises UnreadableFile, or the errors of a storage that reads no other
+        file either or that has failed at more files than it has read.
+        """
+        data = self._try(url, limit)
+        if isinstance(data, Exception):
+            if self._unreadable >= max(_FEW, self._read) or not self._works(url):
+                raise data
+            again = self._try(url, limit)
+            if isinstance(again, Exception):
+                self._unreadable += 1
+                raise UnreadableFile(_describe(again)) from again
+            data = again
+        self._last = url
+        self._read += 1
+        return data
+
+    def _try(self, url: str, limit: int) -> bytes | Exception:
+        """The bytes of a file, or an error that may be the file's or the storage's. Raises UnreadableFile."""
+        try:
+            return read_file(url, limit)
+        except NO_FILE as error:
+            raise UnreadableFile(_describe(error)) from error
+        except Exception as error:  # each driver has its own exceptions
+            if getattr(error, "errno", None) in _NO_NAME:
+                raise UnreadableFile(_describe(error)) from error
+            if not is_storage_error(error):
+                raise
+            return error
+
+    def _works(self, url: str) -> bool:
+        """Whether any other file can be read now."""
+        for other in [self._last] if self._last else itertools.islice(self._others(), _OTHERS):
+            with contextlib.suppress(UnreadableFile):
+                if other != url and isinstance(self._try(other, 1), bytes):
+                    return True
+        return False
+
+
+def _describe(error: Exception) -> str:
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
 
 
 def read_ahead(read: Callable[[_T], _R], items: Iterable[_T], folder: str) -> Iterator[_R]:

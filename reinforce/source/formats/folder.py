@@ -27,7 +27,7 @@ from reinforce.source.formats.parquet import Parquet, ParquetFile, is_binary
 from reinforce.source.formats.recognise import format_of_name
 from reinforce.source.formats.tar import sample_of_files, split_name
 from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample, as_utf8
-from reinforce.source.streams import NO_FILE, read_ahead, read_file
+from reinforce.source.streams import FileReader, UnreadableFile, read_ahead
 from reinforce.source.urls import canonical, filesystem
 from reinforce.source.whole_reads import list_whole
 from reinforce.terminal import plural
@@ -51,8 +51,9 @@ class Folder(SourceFormat):
         return not fs.glob(f"{escape(path)}/*.tar*")
 
     def items(self, shard: Shard, spec: Input) -> Iterator[Item]:
-        reader = _ListReader(shard.folder.rstrip("/"), spec)
-        return itertools.chain.from_iterable(read_ahead(reader.samples, shard.lines(), shard.folder))
+        lines = shard.lines()
+        reader = _ListReader(shard.folder.rstrip("/"), lines, spec)
+        return itertools.chain.from_iterable(read_ahead(reader.samples, lines, shard.folder))
 
     def list_folder(
         self, url: str, spec: Input, output: str = "", listed: Sequence[ListedSample] = ()
@@ -157,9 +158,16 @@ def _notes(root: str, others: Sequence[str], tables: Sequence[str], samples: Ite
 class _ListReader:
     """Reads the samples of the lines of a list, which are those of ``ListedSample``."""
 
-    def __init__(self, folder: str, spec: Input) -> None:
-        self._folder, self._spec = folder, spec
+    def __init__(self, folder: str, lines: Sequence[bytes], spec: Input) -> None:
+        self._folder, self._lines, self._spec = folder, lines, spec
         self._rows = RowReader("", spec)
+        self._files = FileReader(self._spread)
+
+    def _spread(self) -> Iterator[str]:
+        """The URLs of some files, from all over the list, the last one first."""
+        for line in self._lines[:: -(len(self._lines) // 8 or 1)]:
+            for path, _ in parse_json(line)["files"].values():
+                yield f"{self._folder}/{path}"
 
     def samples(self, line: bytes) -> list[RawSample | Refusal]:
         entry = parse_json(line)
@@ -167,14 +175,19 @@ class _ListReader:
         if any(".." in path.split("/") or path.startswith("/") for path, _ in files.values()):
             return [Refusal(key, Reason.IMAGE_PLACE, "it is not in the folder")]
         opened: list[tuple[str, _LocalFile]] = []
+        refusals = []
         for extension, (path, size) in files.items():
-            file = _LocalFile(f"{self._folder}/{path}", size)
-            if is_image_name(extension) or file.load(self._spec.limits.sidecar_bytes):
+            file = _LocalFile(self._files, f"{self._folder}/{path}", size)
+            try:
+                if not is_image_name(extension):
+                    file.load(self._spec.limits.sidecar_bytes)
                 opened.append((extension, file))
+            except UnreadableFile as error:
+                refusals.append(Refusal(key, Reason.SIDECAR_BROKEN, f".{extension}: {error}"))
         try:
-            items = [*sample_of_files(key, opened, self._spec.limits)]
-        except NO_FILE as error:
-            return [Refusal(key, Reason.IMAGE_MISSING, error.strerror or type(error).__name__)]
+            items = [*sample_of_files(key, opened, self._spec.limits), *refusals]
+        except UnreadableFile as error:
+            return [Refusal(key, Reason.IMAGE_MISSING, str(error))]
         return [self._complete(item, row) if isinstance(item, RawSample) else item for item in items]
 
     def _complete(self, item: RawSample, row: Mapping[str, Any] | None) -> RawSample:
@@ -215,22 +228,19 @@ class _LocalFile:
 
     offset, is_link = 0, False
 
-    def __init__(self, url: str, size: int) -> None:
+    def __init__(self, files: FileReader, url: str, size: int) -> None:
         self.url, self.size = url, size
+        self._files = files
         self._data: bytes | None = None
 
-    def load(self, limit: int) -> bool:
-        """Read the file; whether it exists."""
-        try:
-            self._data = self.read(limit) or b""
-        except NO_FILE:
-            return False
-        return True
+    def load(self, limit: int) -> None:
+        """Read the file. Raises as ``FileReader.read``."""
+        self._data = self.read(limit) or b""
 
     def read(self, limit: int) -> bytes | None:
         if self._data is not None:
             return self._data
-        data = read_file(self.url, limit)
+        data = self._files.read(self.url, limit)
         self.size = len(data)
         return None if len(data) > limit else data
 

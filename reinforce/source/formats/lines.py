@@ -191,9 +191,7 @@ class _PartStream:
         return data
 
 
-def _split(
-    stream: Readable, most: int, follow: Callable[[bytes], object]
-) -> Iterator[tuple[bytes | None, int]]:
+def _split(stream: Readable, most: int, follow: Callable[[bytes], object]) -> Iterator[tuple[bytes | None, int]]:
     """Yield the lines of a stream as ``file_lines`` does."""
     parts: list[bytes] = []
     size = 0

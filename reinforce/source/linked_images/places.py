@@ -8,7 +8,6 @@ public addresses.
 from __future__ import annotations
 
 import contextlib
-import errno
 import re
 from collections.abc import Iterable, Iterator
 
@@ -17,13 +16,12 @@ from reinforce.source.formats.columns import make_sample
 from reinforce.source.linked_images.http import ImageRefusedByPlace, Unreachable, fetch
 from reinforce.source.references import MAX_URL_CHARS, ImageRoots
 from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample
-from reinforce.source.streams import NO_FILE, read_ahead, read_file
+from reinforce.source.streams import FileReader, UnreadableFile, read_ahead
 from reinforce.source.urls import canonical
 from schemas import Reason
 
 _FIRST_UNREACHABLE = 20  # unreachable images at the start of a shard after which the shard fails
 _NOT_IN_PLACES = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
-_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # errors of file systems for impossible paths
 _WEB = ("http://", "https://")
 
 
@@ -34,6 +32,8 @@ class Places:
         self._limits = spec.limits
         self.folder = table.rpartition("/")[0]
         self._roots = ImageRoots.named(spec.images_from or (), 'input.images_from: ["{}"]')
+        files = {root: FileReader(tuple) for root in self._roots.urls}
+        self._files = {self.folder: FileReader(lambda: [table]), **files}
         self._reached = self._unreachable = 0
 
     def samples(self, items: Iterable[Item]) -> Iterator[RawSample | Refusal]:
@@ -88,12 +88,11 @@ class Places:
         if url.lower().startswith(_WEB):
             return self._fetched(url)
         limit = self._limits.image_bytes
+        files = next(files for root, files in self._files.items() if url == root or url.startswith(f"{root}/"))
         try:
-            data = read_file(url, limit)
-        except OSError as error:
-            if not isinstance(error, NO_FILE) and error.errno not in _NO_NAME:
-                raise
-            raise ImageRefusedByPlace(Reason.IMAGE_MISSING, error.strerror or type(error).__name__) from error
+            data = files.read(url, limit)
+        except UnreadableFile as error:
+            raise ImageRefusedByPlace(Reason.IMAGE_MISSING, str(error)) from error
         if len(data) > limit:
             raise ImageRefusedByPlace(Reason.IMAGE_BYTES, f"more bytes than limits.image_bytes of {limit}")
         return data

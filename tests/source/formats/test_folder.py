@@ -264,6 +264,55 @@ def test_files_that_disappear_cost_their_samples_and_a_list_is_written_once(phot
         plan(values)
 
 
+#: Where a link leads whose file cannot be read: to itself, and to a file of which every read fails.
+UNREADABLE = {"self": "Too many levels of symbolic links", "/proc/self/mem": "Invalid argument"}
+
+
+@pytest.mark.parametrize("target", UNREADABLE)
+@pytest.mark.parametrize("name", ["cats/0.png", "cats/c.png", "dogs/z.png"])
+def test_an_unreadable_file_of_a_folder_costs_its_sample_wherever_it_is_in_the_order(
+    photos: Path, tmp_path: Path, name: str, target: str
+) -> None:
+    (photos / name).symlink_to(target if target.startswith("/") else (photos / name).name)
+    values = config(photos, tmp_path / "out")
+    first, _ = check_source(plan(values))
+    assert first is not None
+    reinforce_here(values)
+    assert [row["key"] for row in rows(tmp_path / "out")] == ["cats/a", "cats/b.v1", "dogs/c", "dogs/d"]
+    [shard] = Store(values["output"]).shards("quarantine/samples")
+    [refusal] = Store(values["output"]).quarantined("samples", shard)
+    key, _, _ = name.partition(".")
+    assert refusal == {"key": key, "reason": "image_missing", "detail": UNREADABLE[target]}
+
+
+@pytest.mark.parametrize("target", UNREADABLE)
+def test_an_unreadable_caption_of_a_folder_is_quarantined_and_its_image_is_kept(
+    photos: Path, tmp_path: Path, target: str
+) -> None:
+    (photos / "cats/a.txt").unlink()
+    (photos / "cats/a.txt").symlink_to(target if target.startswith("/") else "a.txt")
+    reinforce_here(config(photos, tmp_path / "out"))
+    assert (rows(tmp_path / "out")[0]["key"], rows(tmp_path / "out")[0]["caption"]) == ("cats/a", None)
+    [shard] = Store(str(tmp_path / "out")).shards("quarantine/samples")
+    found = Store(str(tmp_path / "out")).quarantined("samples", shard)
+    assert {"key": "cats/a", "reason": "sidecar_broken", "detail": f".txt: {UNREADABLE[target]}"} in [*found]
+
+
+def test_a_folder_of_which_most_files_or_all_cannot_be_read_is_a_storage_that_fails(tmp_path: Path) -> None:
+    folder = tmp_path / "unreadable"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number:02d}.png").symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Invalid argument"):
+        reinforce_here(config(folder, tmp_path / "all"))
+    put(folder, "z.png", picture(0))
+    with pytest.raises(OSError, match="Invalid argument"):
+        reinforce_here(config(folder, tmp_path / "most"))
+    for number in range(4):
+        (folder / f"{number:02d}.png").unlink()
+    assert [row["key"] for row in rows(reinforce_here(config(folder, tmp_path / "few")))] == ["z"]
+
+
 UNUSABLE: list[tuple[dict[str, str], str]] = [
     ({}, "is an empty folder. Name one with images, or files by a pattern such as"),
     ({"x.bin": "x"}, "1 other file, such as x.bin: name what is read: tars, Parquet, jsonl or csv files"),

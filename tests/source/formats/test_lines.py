@@ -142,7 +142,7 @@ def test_a_long_cell_of_csv_with_lines_in_it_costs_its_row_at_most_and_later_row
     if refused:
         assert outcomes([long]) == {"shard-00000001": f"image_bytes: line 3: {refused}"}
     else:
-        assert long.sidecars["txt"].decode() == f'{INSIDE}{"x " * 70_000}'  # type: ignore[union-attr]
+        assert long.sidecars["txt"].decode() == f"{INSIDE}{'x ' * 70_000}"  # type: ignore[union-attr]
     parts = [*find_format("csv").parts(str(tmp_path / name), 1)]
     assert [part.first for part in parts] == [0, 1, 2]
     assert [*read_samples(Shard("x/<part>", "shard", "csv", part=parts[2]), Input())] == [last]
