@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 TAIL_BYTES = 64 * 2**10
 MAX_FOOTER_BYTES = 8 * 2**20
 MAGIC = b"PAR1"
+_ENCRYPTED = b"PARE"  # in place of MAGIC where the footer is encrypted, and not columns alone
 
 _MAX_ACCEPTED = 2**16
 _accepted: set[bytes] = set()  # digests of footers
@@ -36,6 +37,8 @@ def read_footer(tail: bytes, size: int) -> pq.FileMetaData | None:
 
     Raises RefusedFile if there is none, or it is above the bounds.
     """
+    if tail[-4:] == _ENCRYPTED:
+        raise RefusedFile("it is encrypted, which is not read: decrypt it")
     if len(tail) < 12 or tail[-4:] != MAGIC:
         raise RefusedFile("it is not a Parquet file, or it is cut off")
     length = int.from_bytes(tail[-8:-4], "little")
@@ -127,6 +130,8 @@ class FooterCheck:
         try:
             next(file.iter_batches(1, row_groups=[*numbers], columns=self._names, use_threads=False), None)
         except (pa.ArrowException, OSError, ValueError) as error:
+            if "decrypt" in str(error).lower():
+                raise RefusedFile("its columns are encrypted, which is not read: decrypt it") from error
             if not nothing.was_read:
                 raise RefusedFile(f"its footer cannot be used: {str(error)[:300]}") from error
 

@@ -29,6 +29,8 @@ class Jsonl(LinesFormat):
         for line, _ in file_lines(url, most, part):
             if line is None:
                 yield number, too_long(most)
+            elif 0 in line[:4]:  # JSON has no such byte, and its text begins with characters of ASCII
+                yield number, BrokenRow("UTF-16 or UTF-32, in which jsonl is not read: store the file as UTF-8")
             elif line.strip():
                 document = parse_json(line)
                 if isinstance(document, dict):

@@ -159,7 +159,7 @@ class Parquet(SourceFormat):
     whole_bytes = 2**31
 
     def recognises(self, head: bytes) -> bool:
-        return head.startswith(b"PAR1")
+        return head.startswith((b"PAR1", b"PARE"))
 
     def items(self, shard: Shard, spec: Input) -> Iterator[Item]:
         reader = RowReader(shard.name, spec)

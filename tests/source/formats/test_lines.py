@@ -80,6 +80,15 @@ def test_rows_may_have_different_columns_and_damage_ends_a_file_after_the_rows_b
     assert (last.key, last.reason.value) == (None, "shard_damaged")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_jsonl_in_utf_16_or_utf_32_is_named_as_that_in_each_row(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "x.jsonl").write_bytes(LINES.decode().encode(encoding))
+    *rows, last = read_table(tmp_path / "x.jsonl", "jsonl")
+    text = "UTF-16 or UTF-32, in which jsonl is not read: store the file as UTF-8"
+    assert {*outcomes(rows).values()} == {f"row_broken: {text}"}
+    assert outcomes([last]) == {None: f"shard_unreadable: no line is a JSON object with an image; {text}"}
+
+
 def test_a_file_without_any_row_is_refused_as_a_whole(tmp_path: Path) -> None:
     for content, detail in (
         (b"\x1f\x8b\x08junk", "compressed data; name the file .gz"),

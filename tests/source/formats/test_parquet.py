@@ -14,6 +14,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.parquet import encryption
 
 from reinforce.input_config import Limits
 from reinforce.parquet import checked_file
@@ -130,6 +131,30 @@ from reinforce.source.reading import read_samples
 for path in sys.argv[1:]:
     print([item.detail for item in read_samples(Shard(path, "s", "parquet"), Input())])
 """
+
+
+class PlainKeys(encryption.KmsClient):
+    """Stores keys as they are."""
+
+    def __init__(self, _: object) -> None:
+        super().__init__()
+
+    def wrap_key(self, key_bytes: bytes, _: str) -> bytes:
+        return base64.b64encode(key_bytes)
+
+
+@pytest.mark.parametrize("plain_footer", [False, True])
+@pytest.mark.parametrize("columns", [["image", "text"], ["text"]])
+def test_an_encrypted_file_is_named_as_that(tmp_path: Path, plain_footer: bool, columns: list[str]) -> None:
+    rows = pa.table({"image": IMAGES[:2], "text": ["a", "b"]})
+    settings = encryption.EncryptionConfiguration("key", column_keys={"key": columns}, plaintext_footer=plain_footer)
+    connection = encryption.KmsConnectionConfig()
+    properties = encryption.CryptoFactory(PlainKeys).file_encryption_properties(connection, settings)
+    with pq.ParquetWriter(tmp_path / "x.parquet", rows.schema, encryption_properties=properties) as writer:
+        writer.write_table(rows)
+    [refusal] = read_table(tmp_path / "x.parquet")
+    what = "its columns are" if plain_footer else "it is"
+    assert refusal.detail.endswith(f"{what} encrypted, which is not read: decrypt it")
 
 
 @pytest.mark.parametrize("unknown", ["image", "key"])
