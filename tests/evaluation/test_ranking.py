@@ -18,7 +18,7 @@ from reinforce.evaluation.classes import load_templates
 from reinforce.evaluation.encoding import build_classifier, encode_texts
 from reinforce.evaluation.kinds.classification import own_metrics
 from reinforce.evaluation.probing import classify, find_nearest, fit_probe, hold_out
-from reinforce.evaluation.ranking import rank_classes, rank_matches
+from reinforce.evaluation.ranking import rank_classes, rank_matches, scores_of
 from tests.helpers.evaluation import CPU, ColourOracle, load_teacher
 from tests.helpers.models import tiny_models
 
@@ -240,3 +240,12 @@ def test_equal_features_predict_the_largest_class() -> None:
     logits = probe.inputs(same) @ probe.weights.T
     assert logits.isfinite().all()
     assert logits.softmax(1)[0, 1].item() == pytest.approx(0.6, abs=1e-4)
+
+
+def test_scores_are_sums_in_float64() -> None:
+    """In float32, 1 is lost beside 2^24 in whatever order three numbers are added, for one of these candidates."""
+    large = 2.0**24
+    candidates = torch.tensor([[large, 1, -large], [1, large, -large], [large, -large, 1], [-large, 1, large]])
+    assert scores_of(torch.ones(2, 3), candidates).tolist() == [[1.0] * 4] * 2
+    assert rank_matches(torch.ones(1, 3), candidates, (np.array([0]), np.array([0])), CPU).tolist() == [0]
+    assert rank_classes(torch.ones(1, 3), candidates, torch.tensor([0])).ranks.tolist() == [0]

@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import given
@@ -28,7 +29,7 @@ from reinforce.selection.select import report_lines
 from reinforce.selection.thresholds import Counts, Search, number, ordered
 from tests.helpers.commands import Command
 from tests.helpers.data import config_of, members_of, write_tar
-from tests.helpers.reinforced import manifest_to_change, reinforce_here
+from tests.helpers.reinforced import manifest_to_change, reinforce_here, rewrite
 from tests.helpers.views import keys_of, make_view, reasons_of
 
 SHARDS, ROWS = 3, 20
@@ -378,3 +379,14 @@ def test_the_command_says_what_each_rule_took(url: str, tmp_path: Path, command:
     assert lines[1].startswith("2 keep: 47 of 57 samples are left out; keeps values of at least ")
     assert lines[2] == "view best: 10 of 60 samples are kept"
     assert "view: best" in repr(reinforce.open(url, view="best"))
+
+
+def test_rows_of_a_view_are_refused_where_the_samples_got_other_keys_while_it_is_open(url: str) -> None:
+    """The digests of the view's rows are compared when it is opened; keys with each row group that is read."""
+    make_view(url, "width > 0")
+    data = reinforce.open(url, view="some", teachers=[], captioners=[])
+    path = sorted(Path(url, "samples").iterdir())[0]
+    column = pq.read_schema(path).get_field_index("key")
+    rewrite(path, lambda table: table.set_column(column, "key", table["key"].take(np.arange(ROWS)[::-1])))
+    with pytest.raises(UserError, match=r"view some is of other samples of .*\. Make it again"):
+        list(data)

@@ -304,6 +304,14 @@ def test_the_logit_scale_is_clamped_to_100(tmp_path: Path) -> None:
     assert task.model.logit_scale.item() <= math.log(100) + 1e-6
 
 
+def test_the_logit_scale_is_at_least_1(tmp_path: Path) -> None:
+    _, task = run(job(tmp_path, steps=4), scale=0.5)
+    scales = [row["scalars"]["logit_scale"] for row in rows(tmp_path) if "loss" in row]
+    assert scales[0] == pytest.approx(0.5)
+    assert all(scale >= 1 for scale in scales[1:])
+    assert task.model.logit_scale.item() >= 0
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's writer
 @pytest.mark.parametrize("limit", [900, 2000, 20_000])
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path: Path, limit: int) -> None:

@@ -15,7 +15,7 @@ import pytest
 import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset.codecs.codebooks import codebook_of, load, path_of
-from reinforce.dataset.codecs.registry import find_codec
+from reinforce.dataset.codecs.registry import find_codec, find_fitted
 from reinforce.dataset.convert import convert
 from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.files.store import Store
@@ -303,3 +303,17 @@ def test_names_of_codecs_have_bytes() -> None:
     for name, size in {"pq96": 96, "rq32": 32, "pca128": 128, "float16": 1536, "int8": 772, "first256": 512}.items():
         assert find_codec(name).bytes(768) == size
     assert path_of(LAYER) == ("codebooks", f"{LAYER}.safetensors")
+
+
+def test_residual_codes_are_nearer_than_those_of_the_nearest_vector_one_after_the_other() -> None:
+    rng = np.random.default_rng(0)
+    every = rng.standard_normal((2024, 16)).astype(np.float32)
+    every /= np.linalg.norm(every, axis=1, keepdims=True)
+    sample, values = every[:1024], every[1024:]
+    codec = find_fitted("rq4")
+    arrays = codec.fit(sample, 0)
+    found = codec.decode(codec.encode(values, arrays), arrays)
+    rest = values.copy()
+    for book in arrays["codebook"]:
+        rest -= book[((rest[:, None] - book) ** 2).sum(axis=2).argmin(axis=1)]
+    assert ((values - found) ** 2).sum(axis=1).mean() < 0.95 * (rest**2).sum(axis=1).mean()

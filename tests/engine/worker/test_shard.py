@@ -17,7 +17,7 @@ import torch
 import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset.augment.records import replay
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.files.store import LayerWriter, Store
 from reinforce.engine.decode.row import Decoded, Row
 from reinforce.engine.inference.inference import Batch
 from reinforce.engine.inference.models import Models
@@ -33,7 +33,7 @@ from reinforce.images.policy import decode
 from reinforce.seeds import seed_for
 from reinforce.source.samples import Refusal
 from reinforce.source.urls import shard_name
-from schemas import Reason
+from schemas import WHOLE_SHARD, Reason
 from teachers.preprocessing.pixels import to_pixels
 from teachers.redact import Redactor
 from teachers.runtime.accelerator import Accelerator
@@ -261,3 +261,40 @@ def test_stored_captions_must_have_the_keys_of_samples_in_their_order() -> None:
     assert RowGroup(rows, [], stored).values("captions/c") == [["x"], None]
     with pytest.raises(MisalignedLayer, match=r"captions/c does not have the rows of the samples"):
         RowGroup(rows[::-1], [], stored)
+
+
+def test_a_layer_is_committed_after_those_it_is_computed_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, commit = config_of_tar(tmp_path, members_of(0, 5)), LayerWriter.commit
+    needs = {layer.name: layer.needs for layer in shard_process(config).layers.values()}
+    for stopped in range(len(needs)):
+        committed: list[str] = []
+
+        def commit_some(writer: LayerWriter, *args: Any) -> None:
+            if len(committed) == stopped:  # noqa: B023
+                raise KeyboardInterrupt
+            commit(writer, *args)
+            committed.append(writer._parts[0])  # noqa: B023
+
+        monkeypatch.setattr(LayerWriter, "commit", commit_some)
+        with pytest.raises(KeyboardInterrupt):
+            shard_process({**config, "output": f"{tmp_path}/{stopped}"}).run()
+        stored = {name for name in needs if [*Path(tmp_path, str(stopped), name).glob("*.parquet")]}
+        assert stored == {*committed}
+        assert all({*needs[name]} <= stored for name in stored), "also of what was killed"
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_a_refusal_without_a_key_is_of_the_whole_shard_for_some_reasons_alone(reason: Reason) -> None:
+    refusals = Refusals()
+    refusals.add("samples", Refusal(None, reason, "why"))
+    assert refusals.shard_reason == (reason.value if reason.value in WHOLE_SHARD else None)
+
+
+def test_a_shard_that_is_cut_off_keeps_its_samples_before_the_damage(tmp_path: Path) -> None:
+    config = config_of_tar(tmp_path, members_of(0, 9))
+    path = tmp_path / "source" / "0.tar"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    result = shard_process(config).run()
+    assert (result.quarantine_reason, result.refused) == (None, {"image_broken": 1, "shard_damaged": 1})
+    assert 0 < result.samples < 9
+    assert len([*reinforce.open(reinforce_here(config))]) == result.samples
