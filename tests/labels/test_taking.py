@@ -329,12 +329,15 @@ def test_layers_of_captions_that_are_taken_later_fit_the_stored_ones(tmp_path: P
         np.testing.assert_array_equal(one.texts["red"]["caption"], other.texts["red"]["caption"])
 
 
-@pytest.mark.parametrize("kind", ["uid", "url"])
+@pytest.mark.parametrize("kind", ["uid", "url", "key"])
 def test_texts_with_equal_hashes_are_no_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Neither a uid nor a URL nor a key joins by its hash alone."""
     for module in ("identities", "joining"):
         monkeypatch.setattr(f"reinforce.labels.{module}.hash_text", lambda text: 43)
-    url = publish(tmp_path, sample(0, "00000"), identities=[kind])
-    write_tar(tmp_path / "copy" / "0.tar", [*sample(0, "own0"), *sample(1, "own1")])
+    members = 2 if kind == "key" else 3  # without the json, whose uid and url would be compared
+    own = "00000" if kind == "key" else "own0"
+    url = publish(tmp_path, sample(0, "00000")[:members], identities=["uid" if kind == "key" else kind])
+    write_tar(tmp_path / "copy" / "0.tar", [*sample(0, own)[:members], *sample(1, "own1")[:members]])
     labels = {"lab": {"url": url, "layers": ["captions/namer"], "join": kind}}
     taken = by_number(reinforce_here(taking(tmp_path, url, labels=labels)))
     assert {number for number, one in taken.items() if one.captions.get("namer")} == {0}
