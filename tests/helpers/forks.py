@@ -101,7 +101,7 @@ def _work(connection: socket.socket) -> None:
     message, received, _, _ = socket.recv_fds(connection, 2**20, 16)
     folder, environment, files, arguments = json.loads(message)
     below = connection.detach(), *received  # the number of one may be that which another has to get
-    above = [fcntl.fcntl(file, fcntl.F_DUPFD, 100) for file in below]
+    above = [fcntl.fcntl(file, fcntl.F_DUPFD, max(files) + 1) for file in below]
     for file in below:
         os.close(file)
     for number, file in zip(files, above[1:], strict=True):
