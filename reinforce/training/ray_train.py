@@ -24,7 +24,7 @@ from reinforce.processes.imports import no_garbage_collection
 from reinforce.storage import Storage
 from reinforce.terminal import Screen, plural
 from reinforce.training.config import Compute
-from reinforce.training.distributed.host_watch import RankHost
+from reinforce.training.distributed.host_watch import RankHost, live_hosts
 from reinforce.training.distributed.mailbox import Mailbox
 from reinforce.training.distributed.network import use_interface_of
 from reinforce.training.distributed.rank_watch import TIMEOUT
@@ -91,6 +91,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
     cluster = ray_cluster(address, log_to_driver=False)
     can_grow = ray.is_initialized() or bool(address or os.environ.get("RAY_ADDRESS"))
     with storage.lock(), cluster, tempfile.TemporaryDirectory(prefix="reinforce-ray-") as scratch:
+        hosts = live_hosts(ray.nodes())
         each = reserve(compute, compute.ranks)
         check_capacity(each, can_grow)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -118,7 +119,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
             ),
         )
         ray.get(mailbox.log.remote(f"starting {plural(compute.ranks, 'rank')} on Ray, {each} each"))
-        Supervisor(mailbox, each.processes, each.cpus, each.gpus).run(trainer.fit)
+        Supervisor(mailbox, hosts, each.processes, each.cpus, each.gpus).run(trainer.fit)
     results = read_results(storage)
     assert results is not None
     return results
@@ -233,6 +234,7 @@ def _train_rank(settings: dict[str, Any]) -> None:
 
 def _forward_stop(mailbox: Any, stop: StopSignal) -> None:
     stop.signum = ray.get(mailbox.wait_for_stop.remote())
+    mailbox.confirm_stop.remote()
 
 
 def check_capacity(each: Reserved, can_grow: bool) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tests.helpers.commands import json_of_process
 
-#: A training whose ranks have no place; one that loses a node and is then sent SIGTERM; one that loses a node.
+#: Trainings whose ranks have no place, hang, or lose a node, and that are sent SIGTERM; one that loses a node; and one
+#: that loses a node before its rank has started.
 SCRIPT = """
 import json, os, signal, sys, threading, time
 from functools import partial
@@ -37,27 +38,45 @@ def stop(output):
         time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGTERM)
 
+def hang(output):
+    while not (output / "log.jsonl").exists():
+        time.sleep(0.1)
+    stop(output)
+
+def lose_a_node_early(output):
+    while not any(actor["ActorClassName"] == "Mailbox" for actor in alive()):
+        time.sleep(0.05)
+    cluster.remove_node(nodes.pop(), allow_graceful=False)
+
+def alive():
+    return [actor for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
+
 def lose_a_node_and_stop(output):
     lose_a_node(output)
     stop(output)
 
-def train(name, during, ranks=2):
+def train(name, during, ranks=2, seconds=0.1):
+    while sum(node["Alive"] for node in ray.nodes()) > 1 + len(nodes):  # what was lost before
+        time.sleep(0.1)
     output, compute = folder / name, {"ranks": ranks, "gpus": 0, "cpus": 1}
     made = job(output, steps=10_000, batch=24, compute=compute, checkpoints={"every": 5, "keep": 2})
     meanwhile = threading.Thread(target=during, args=[output])
     meanwhile.start()
     try:
-        ended[name] = launch(partial(slow, seconds=0.1), made).steps
+        ended[name] = launch(partial(slow, seconds=seconds), made).steps
     except (HostLost, Stopped) as error:
         ended[name] = f"{type(error).__name__}: {error}"
     meanwhile.join()
 
-host_watch._RETURN_SECONDS, supervisor._RECEIPT_SECONDS = 3.0, 2.0
+host_watch._RETURN_SECONDS = 3.0
+supervisor._TERMINATION_SECONDS = 5.0
 train("waiting", stop, ranks=3)
-supervisor._RECEIPT_SECONDS = 30.0
+train("hung", hang, seconds=1_000)
 train("stopped", lose_a_node_and_stop)
 nodes.append(cluster.add_node(num_cpus=1))
 train("lost", lose_a_node)
+nodes.append(cluster.add_node(num_cpus=1))
+train("early", lose_a_node_early)
 deadline = time.monotonic() + 30  # Ray removes groups in the background
 while True:
     groups = ray.util.placement_group_table().values()
@@ -65,8 +84,7 @@ while True:
     if not ended["groups"] or time.monotonic() > deadline:
         break
     time.sleep(0.2)
-actors = ray._private.state.actors().values()
-ended["actors"] = [actor["ActorClassName"] for actor in actors if actor["State"] == "ALIVE"]
+ended["actors"] = [actor["ActorClassName"] for actor in alive()]
 print(json.dumps(ended))
 ray.shutdown()
 cluster.shutdown()
@@ -76,10 +94,10 @@ cluster.shutdown()
 def test_a_training_that_loses_a_host_for_good_ends_with_its_name_and_a_signal_always_ends_it(tmp_path: Path) -> None:
     ended = json_of_process(SCRIPT, tmp_path)
     assert ended["waiting"] == "Stopped: 15", "its ranks have never started"
+    assert ended["hung"] == "Stopped: 15", "they do not finish their step"
     assert ended["stopped"] == "Stopped: 15", "its ranks cannot stop by themselves"
-    lost = (
-        r"HostLost: host \S+ \(\S+, rank [01]\) was lost, and the other hosts can hold 1 of 2 ranks with 1 CPU each\. "
-    )
-    assert re.match(lost, ended["lost"]), ended
+    lost = r"HostLost: host \S+ \(\S+%s\) was lost, and the other hosts can hold 1 of 2 ranks with 1 CPU each\. "
+    assert re.match(lost % ", rank [01]", ended["lost"]), ended
+    assert re.match(lost % "", ended["early"]), ended
     assert ended["groups"] == [], "they would keep resources of the cluster"
     assert set(ended["actors"]) <= {"_AutoscalingCoordinatorActor"}, "nothing that would start the ranks later"

@@ -1,7 +1,8 @@
-"""The hosts of the ranks of a training run on Ray: which of them are lost, and when the training run ends for it.
+"""The hosts of a training run on Ray: which of them are lost, and when the training run ends for it.
 
 Ray reports a silent host as dead after about a minute. Ray Train then restarts all ranks, and waits without a limit
-where the hosts that are left cannot hold them.
+where the hosts that are left cannot hold them. A host may be lost before its rank has started, so all hosts that were
+alive when the training run began are watched.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ _RETURN_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class RankHost:
-    """Where a rank runs: Ray's id of the node, and the name and address of the host."""
+    """A host on which a rank runs or may run: Ray's id of the node, and the name and address of the host."""
 
     node: str
     name: str
@@ -39,16 +40,40 @@ class RankHost:
         return cls(node, socket.gethostname(), ray.util.get_node_ip_address())
 
 
+def live_hosts(nodes: Iterable[Mapping[str, Any]]) -> dict[str, RankHost]:
+    """The hosts of those of Ray's ``nodes`` that are alive, by the ids of the nodes."""
+    hosts = (
+        RankHost(node["NodeID"], node["NodeManagerHostname"], node["NodeManagerAddress"])
+        for node in nodes
+        if node["Alive"]
+    )
+    return {host.node: host for host in hosts}
+
+
 @dataclass(frozen=True)
 class Cluster:
-    """Ray's report: hosts of ranks whose nodes are dead, by rank, and the number of ranks that live nodes can hold.
+    """Ray's report: hosts whose nodes are dead, with their ranks, and the number of ranks that live nodes can hold.
 
     ``grows`` is whether an autoscaler may add nodes.
     """
 
-    lost: Mapping[int, RankHost] = field(default_factory=dict)
+    lost: Mapping[RankHost, tuple[int, ...]] = field(default_factory=dict)
     places: int = 0
     grows: bool = False
+
+
+def find_lost(
+    known: Iterable[RankHost], ranks: Mapping[int, RankHost], live: Collection[str], fit: bool
+) -> dict[RankHost, tuple[int, ...]]:
+    """Return the lost hosts with their ranks: those of ``ranks``, and others that were ``known`` if the ranks do not
+    ``fit`` on the nodes in ``live``."""
+    lost: dict[RankHost, tuple[int, ...]] = {}
+    for rank, host in sorted(ranks.items()):
+        if host.node not in live:
+            lost[host] = (*lost.get(host, ()), rank)
+    named = {host.node for host in lost}
+    others = () if fit else (host for host in known if host.node not in live and host.node not in named)
+    return lost | dict.fromkeys(others, ())
 
 
 class LostHosts:
@@ -61,19 +86,19 @@ class LostHosts:
 
     def update(self, cluster: Cluster, now: float) -> str | None:
         """Take what Ray reports; returns a line for the log when hosts have been lost since the last call."""
-        fresh = {rank: host for rank, host in cluster.lost.items() if self.cluster.lost.get(rank) != host}
-        self.cluster = cluster
+        before, self.cluster = self.cluster.lost, cluster
+        fresh = {host: ranks for host, ranks in cluster.lost.items() if host not in before}
         if not cluster.lost:
             self._since = None
         elif self._since is None or fresh:
             self._since = now
-        return f"{self._names(fresh)} lost; the ranks restart once the other hosts can hold them" if fresh else None
+        return f"{_names(fresh)} lost; the ranks restart once the other hosts can hold them" if fresh else None
 
     def error(self, now: float, failed: bool = False) -> str | None:
         """The error that ends the training run; None while it may go on. ``failed`` if Ray Train has given up."""
         if self._since is None:
             return None
-        lost, fits = self._names(self.cluster.lost), self.cluster.places >= self._ranks
+        lost, fits = _names(self.cluster.lost), self.cluster.places >= self._ranks
         if fits:
             advice = "after train.retries restarts. Check the hosts"
         else:
@@ -85,20 +110,22 @@ class LostHosts:
         again = "run the same command again, which resumes from the last checkpoint"
         return f"{lost} lost, {advice}; then {again}." if failed else None
 
-    def _names(self, lost: Mapping[int, RankHost]) -> str:
-        """The hosts, with a verb."""
-        ranks: dict[RankHost, list[str]] = {}
-        for rank, host in sorted(lost.items()):
-            ranks.setdefault(host, []).append(f"rank {rank}")
-        names = [f"{host.name} ({host.address}, {', '.join(on_host)})" for host, on_host in ranks.items()]
-        return f"host{'s' * (len(names) != 1)} {' and '.join(names)} {'was' if len(names) == 1 else 'were'}"
+
+def _names(lost: Mapping[RankHost, tuple[int, ...]]) -> str:
+    """The hosts, with a verb."""
+    names = []
+    for host, ranks in lost.items():
+        names.append(f"{host.name} ({', '.join([host.address, *(f'rank {rank}' for rank in ranks)])})")
+    return f"host{'s' * (len(names) != 1)} {' and '.join(names)} {'was' if len(names) == 1 else 'were'}"
 
 
 class HostWatch:
     """Asks Ray for its nodes every few seconds, in a thread, because the answer may take a minute."""
 
-    def __init__(self, mailbox: Any, ranks: int, cpus: float, gpus: float) -> None:
-        self._mailbox, self._cpus, self._gpus = mailbox, cpus, gpus
+    def __init__(self, mailbox: Any, known: Mapping[str, RankHost], ranks: int, cpus: float, gpus: float) -> None:
+        """``known`` are the hosts that were alive when the places on them were counted, by their nodes."""
+        self._mailbox, self._ranks, self._cpus, self._gpus = mailbox, ranks, cpus, gpus
+        self._known = {**known}
         self._hosts = LostHosts(ranks, cpus, gpus)
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._lines: list[str] = []
@@ -109,7 +136,7 @@ class HostWatch:
 
     @property
     def any_lost(self) -> bool:
-        """Whether ranks run, or ran last, on a host that is lost."""
+        """Whether a host is lost on which ranks run, or ran last, or without which they have no place."""
         return bool(self._hosts.cluster.lost)
 
     def lines(self) -> list[str]:
@@ -132,11 +159,12 @@ class HostWatch:
                 self._look()
 
     def _look(self) -> None:
-        hosts: dict[int, RankHost] = ray.get(self._mailbox.rank_hosts.remote())
+        ranks: dict[int, RankHost] = ray.get(self._mailbox.rank_hosts.remote())
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        live = {node["NodeID"] for node in nodes}
-        lost = {rank: host for rank, host in hosts.items() if host.node not in live}
+        live = live_hosts(nodes)
+        self._known |= live
         places = capacity([node["Resources"] for node in nodes], self._cpus, self._gpus)
+        lost = find_lost(self._known.values(), ranks, live, places >= self._ranks)
         found = Cluster(lost, places, bool(lost) and has_autoscaler())
         with self._lock:
             if line := self._hosts.update(found, time.monotonic()):

@@ -30,8 +30,11 @@ class Mailbox:
     async def wait_for_stop(self) -> int:
         """Wait until the driver receives a signal, and return it."""
         await self._stop_requested.wait()
-        self._stop_received = True
         return self._requested_signum
+
+    async def confirm_stop(self) -> None:
+        """A rank has received the signal. One that has died while it waited for the signal does not confirm."""
+        self._stop_received = True
 
     async def report_stopped(self, signum: int) -> None:
         """The ranks wrote a checkpoint and ended because of the signal."""

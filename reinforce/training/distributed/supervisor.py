@@ -4,9 +4,10 @@ continue."""
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -16,25 +17,28 @@ from reinforce.cluster import ControlWatch, kill_with_placement_groups
 from reinforce.errors import HostLost, RayEnded, UserError
 from reinforce.processes.cores import describe_share
 from reinforce.terminal import Screen
-from reinforce.training.distributed.host_watch import HostWatch
+from reinforce.training.distributed.host_watch import HostWatch, RankHost
 from reinforce.training.stop import Stopped, StopSignal
 
 _TICK = 0.2
 _WAITING_SECONDS = 30.0  # between messages while the cluster is too small
 _RECEIPT_SECONDS = 30.0  # from a signal until a rank has received it; later, none runs
-_STOP_SECONDS = 600.0  # from a signal until its step and checkpoint are finished
+#: From SIGINT and other signals until the step and its checkpoint are finished. Whoever sends SIGTERM ends the machine
+#: soon after, so what takes longer is left to the last checkpoint. A second SIGINT ends the training run at once.
+_STOP_SECONDS, _TERMINATION_SECONDS = 600.0, 45.0
 _CONTROL_SECONDS = 20.0  # without Ray's control service; Ray itself ends this process after 60
 
 
 class Supervisor:
     """Runs Ray Train in a thread, because the main thread handles signals."""
 
-    def __init__(self, mailbox: Any, ranks: int, cpus: float, gpus: float) -> None:
+    def __init__(self, mailbox: Any, hosts: Mapping[str, RankHost], ranks: int, cpus: float, gpus: float) -> None:
+        """``hosts`` are those that were alive when the places on them were counted, by their nodes."""
         self._mailbox, self._ranks, self._share = mailbox, ranks, describe_share(cpus, gpus)
-        self._hosts = HostWatch(mailbox, ranks, cpus, gpus)
+        self._hosts = HostWatch(mailbox, hosts, ranks, cpus, gpus)
         self._control, self._control_lost = ControlWatch(), 0.0
         self._stop, self._stopped_at, self._received = StopSignal(), 0.0, False
-        self._waiting = time.monotonic()
+        self._waiting, self._started = time.monotonic(), False
         self._errors: list[Exception] = []
 
     def run(self, fit: Callable[[], Any]) -> None:
@@ -71,7 +75,7 @@ class Supervisor:
             screen.log(line)
         if bar is not None:
             screen.draw(*bar)
-        now = time.monotonic()
+        now, self._started = time.monotonic(), starts > 0
         if (not starts or self._hosts.any_lost) and now - self._waiting > _WAITING_SECONDS:
             self._waiting = now
             screen.log(f"waiting until the cluster can hold {self._ranks} ranks with {self._share} each")
@@ -93,8 +97,10 @@ class Supervisor:
             self._stopped_at = now
             self._mailbox.request_stop.remote(self._stop.signum)
         self._received = self._received or ray.get(self._mailbox.stop_received.remote())
-        limit = _STOP_SECONDS if self._received else _RECEIPT_SECONDS
-        if self._hosts.any_lost or now - self._stopped_at > limit:
+        limit = _RECEIPT_SECONDS
+        if self._received:
+            limit = _TERMINATION_SECONDS if self._stop.signum == signal.SIGTERM else _STOP_SECONDS
+        if not self._started or self._hosts.any_lost or now - self._stopped_at > limit:
             raise Stopped(self._stop.signum)  # no rank can stop by itself
 
     def _raise_outcome(self) -> None:
