@@ -96,7 +96,9 @@ class Workers(Section):
         "differ in rounding",
     )
     overlap: bool = Field(False, description="has no effect; remove it", json_schema_extra={"deprecated": True})
-    start_timeout: float = Field(600.0, gt=0, description="seconds to wait for `min` workers")
+    start_timeout: float = Field(
+        600.0, gt=0, description="seconds to wait for `min` workers, and for each worker to load its models"
+    )
 
     @property
     def images(self) -> int:

@@ -70,6 +70,7 @@ class _Actor:
     def __init__(self, ray: SimulatedRay, node: int, number: int) -> None:
         self.node, self.number, self.dead = node, number, False
         self.refs: set[_Ref] = set()
+        self.identify = Method(lambda: ray.answer(self, 0.0, WorkerId(str(self.node), self.number)))
         self.load = Method(lambda: ray.start(self))
         self.process = Method(lambda shard: ray.lease(self, shard))
         self.pulse = Method(lambda: ray.answer(self, 0.001, Pulse()))

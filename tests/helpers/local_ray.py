@@ -22,7 +22,8 @@ from tests.helpers.decoding import decode_pool
 class _Actor:
     def __init__(self, arguments: Sequence[Any]) -> None:
         worker, threads, control = Worker(*arguments), ThreadPoolExecutor(SHARDS_IN_FLIGHT), ThreadPoolExecutor(1)
-        self.load, self.process = (Method(partial(threads.submit, of)) for of in (worker.load, worker.process))
+        methods = worker.identify, worker.load, worker.process
+        self.identify, self.load, self.process = (Method(partial(threads.submit, of)) for of in methods)
         self.pulse = Method(partial(control.submit, worker.pulse))
         self.threads = (threads, control)
 

@@ -22,13 +22,14 @@ import yaml
 
 import reinforce
 from reinforce.dataset.runs.progress import RunProgress, list_runs, running
+from reinforce.engine.driver.policy.hangs import LoadLimit
 from reinforce.source.urls import shard_name
 from reinforce.storage import Storage
 from tests.helpers.commands import json_of_process
 from tests.helpers.data import config_of, events_of, members_of, tree, write_tar
 from tests.helpers.local_ray import local_ray
 from tests.helpers.reinforced import fresh_dataset
-from tests.helpers.waiting import wait_for
+from tests.helpers.waiting import is_alive, wait_for
 from tests.soak.kills import processes_below
 
 ROOT = Path(__file__).parents[2]
@@ -224,6 +225,30 @@ def test_a_worker_at_which_every_lease_fails_is_replaced_and_no_shard_is_quarant
     summary = reinforce.run(config)
     assert (summary.status, summary.quarantined_shards, summary.samples) == (0, 0, 80)
     assert len(events_of(tmp_path / "out", "worker_replaced")) == 1
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_workers_that_hang_while_they_load_models_are_replaced_and_three_in_a_row_end_the_run(
+    shards: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoadLimit, "seconds", 15.0)  # instead of 600, workers.start_timeout
+    out, used, once = tmp_path / "out", tmp_path / "used", tmp_path / "once"
+    options = {"used": str(used), "once": str(once)}
+    config = config_of(shards(*[10] * 3), out, captioners={})
+    config["workers"] = {"batch": 16, "max": 1, "recycle": 1}
+    config["teachers"] = {"slow": {"class": "tests.helpers.models:HangingLoadTeacher", "options": options}}
+    with pytest.raises(reinforce.UserError, match=r"3 in a row were killed, the last one pid \d+ on ") as raised:
+        reinforce.run(config)
+    assert "\n" not in str(raised.value)
+    hung = [event["pid"] for event in events_of(out, "worker_failed_to_start")]
+    assert len({*hung}) == 3
+    wait_for(lambda: not any(map(is_alive, hung)), seconds=60)
+    assert (out / "dataset.json").exists()
+    used.unlink()
+    once.touch()
+    summary = reinforce.run(config)
+    assert (summary.status, summary.samples, summary.quarantined_shards) == (0, 20, 0)
+    assert len(events_of(out, "worker_failed_to_start")) == 3 + 1
 
 
 def test_a_run_whose_raylet_is_killed_ends_with_one_message_and_a_summary(source: str, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ class Driver(RunState):
             self.wait_logged = True
             self.log(self.pool.resource_error() or "waiting for workers to load their models ...")
         if waited > self.config.workers.start_timeout:
-            cause = self.pool.resource_error() or "see the workers' logs"
+            cause = self.pool.resource_error() or self.pool.describe_loads() or "see the workers' logs"
             raise UserError(
                 f"{len(self.pool.started)} of {plural(self.least, 'worker')} (workers.min) started in {waited:.0f} s "
                 f"(workers.start_timeout): {cause}"

@@ -14,10 +14,10 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, Ra
 from reinforce.cluster import cause_of, is_node_lost
 from reinforce.engine.driver.policy.decisions import EndedWorker, PauseWorker, ReplaceWorker, Requeue
 from reinforce.engine.driver.policy.failures import error_text
-from reinforce.engine.driver.policy.hangs import Hang, StallLimits, find_hang, find_silence, silence_limit
+from reinforce.engine.driver.policy.hangs import Hang, LoadLimit, StallLimits, find_hang, find_silence, silence_limit
 from reinforce.engine.driver.state import RunState
 from reinforce.engine.driver.worker_pool import Slot
-from reinforce.engine.messages.results import ShardResult, WorkerInfo
+from reinforce.engine.messages.results import ShardResult, WorkerId, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.messages.tracebacks import shorten
 from reinforce.engine.preflight.check_machines import heic_note
@@ -36,16 +36,20 @@ class WorkerLifecycle:
         self._state = state
         self._pool, self._policy, self._events = state.pool, state.policy, state.events
         self._limits = StallLimits(state.config.failures)
+        self._load_limit = LoadLimit(state.config.workers.start_timeout)
         self._logged: set[str] = set()  # fallbacks of models
         self.polled: dict[Any, Slot] = {}  # requests for pulses that are under way
 
     # -- starts
 
     def finish_start(self, ref: Any) -> WorkerInfo | None:
-        """Record that a worker has loaded its models, or that it failed. Raises UserError if no other could start."""
+        """Record that the process of a worker runs, that it has loaded its models, or that it failed.
+
+        Returns what a worker reports that has loaded its models. Raises UserError if no other could start.
+        """
         slot = self._pool.loading.pop(ref)
         try:
-            info: WorkerInfo = ray.get(ref)
+            info: WorkerId | WorkerInfo = ray.get(ref)
         except RayTaskError as error:
             self._policy.load_raised(cause_of(error), time.monotonic())
             self._pool.remove(slot)
@@ -56,7 +60,11 @@ class WorkerLifecycle:
             self._policy.load_died(str(error), is_node_lost(error), running, possible)
             self._pool.discard(slot)
             return None
+        if isinstance(info, WorkerId):
+            self._pool.begin_load(slot, info)
+            return None
         self._policy.load_passed()
+        self._load_limit.record(time.monotonic() - slot.load_began)
         self._pool.record_start(slot, info)
         if len(self._pool.started) == 1 and self._state.config.workers.batch == "auto":
             self._state.log(f"workers.batch: auto gives {info.batch:,} images at the first worker")
@@ -71,6 +79,19 @@ class WorkerLifecycle:
         started["fast_paths"] = [asdict(one) for one in info.fast_paths]
         self._events.add("worker_started", node=info.id.node, pid=info.id.pid, **started)
         return info
+
+    def _end_hung_loads(self) -> None:
+        """Kill workers that load their models for too long. Raises UserError if no other could start."""
+        limit = self._load_limit
+        for slot in self._pool.loads_over(limit.seconds):
+            worker = slot.process
+            assert worker is not None
+            self._pool.remove(slot)
+            self._events.add("worker_failed_to_start", node=worker.node, pid=worker.pid, error=f"hung: {limit.origin}")
+            self._state.log(
+                f"a worker hung while it loaded its models and was killed, {worker} (limit: {limit.origin})"
+            )
+            self._policy.load_hung(worker, limit.origin, time.monotonic(), len(self._pool.started))
 
     # -- leases that have ended
 
@@ -154,6 +175,7 @@ class WorkerLifecycle:
 
     def poll(self) -> None:
         """Ask workers for their pulse, in turns, and kill those that have not answered for too long."""
+        self._end_hung_loads()
         now = time.monotonic()
         unanswered = self._pool.polls.unanswered(now)
         self._state.silent = [slot for slot, t in unanswered if slot.leases and t > _SILENT_SECONDS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +40,8 @@ class Slot:
 
     actor: Any
     info: WorkerInfo | None = None  # None while the models are loading
+    process: WorkerId | None = None  # None until the process runs, for which a node must have room
+    load_began: float = 0.0
     leases: dict[Any, PendingShard] = field(default_factory=dict)
     alone: bool = False
     draining: bool = False
@@ -101,7 +104,8 @@ class WorkerPool:
         self._class = as_actor(config)
         self.slots: list[Slot] = []
         self.polls: Polls[Slot] = Polls()
-        self.loading: dict[Any, Slot] = {}
+        self.loading: dict[Any, Slot] = {}  # workers that have not started
+        self._loads: dict[Slot, None] = {}  # those of them whose process runs, in the order of `load_began`
         self.leases: dict[Any, Slot] = {}
         self._indexes: list[int] = []  # a heap of free indexes
         self._to_avoid: frozenset[str] = frozenset()
@@ -126,7 +130,18 @@ class WorkerPool:
             index = heapq.heappop(self._indexes) if self._indexes else len(self.slots)
             slot = Slot(actor.remote(*self._arguments, index), avoids=self._avoided, index=index)
             self.slots.append(slot)
-            self.loading[slot.actor.load.remote()] = slot
+            self.loading[slot.actor.identify.remote()] = slot
+
+    def begin_load(self, slot: Slot, process: WorkerId) -> None:
+        """Let a worker whose process runs load its models."""
+        slot.process, slot.load_began = process, time.monotonic()
+        self._loads[slot] = None
+        self.loading[slot.actor.load.remote()] = slot
+
+    def loads_over(self, seconds: float) -> list[Slot]:
+        """The workers that have loaded their models for longer than so many seconds."""
+        since = time.monotonic() - seconds
+        return list(itertools.takewhile(lambda slot: slot.load_began < since, self._loads))
 
     def avoid(self, nodes: frozenset[str]) -> None:
         """Place no new workers on ``nodes``, unless no other can hold one. Replaces workers that have not started.
@@ -191,6 +206,7 @@ class WorkerPool:
     def discard(self, slot: Slot) -> None:
         """Remove a worker whose process has ended before it started."""
         self.slots.remove(slot)
+        self._loads.pop(slot, None)
         heapq.heappush(self._indexes, slot.index)
 
     def close(self) -> None:
@@ -199,6 +215,7 @@ class WorkerPool:
 
     def record_start(self, slot: Slot, info: WorkerInfo) -> None:
         slot.info, slot.started_at = info, time.monotonic()
+        self._loads.pop(slot, None)
         self._started_sum += slot.started_at
         self.started[slot] = self.free[slot] = None
         self._mark_leaving(slot)
@@ -255,6 +272,13 @@ class WorkerPool:
     def _count_places(self, avoided: frozenset[str]) -> int:
         workers = self._config.workers
         return capacity(live_resources(avoided | self._drained), workers.cores, workers.gpus or 0)
+
+    def describe_loads(self) -> str | None:
+        """A message about the worker that has loaded its models for the longest time, or None if none loads any."""
+        slot = next(iter(self._loads), None)
+        if slot is None:
+            return None
+        return f"{slot.process} has loaded its models for {time.monotonic() - slot.load_began:.0f} s"
 
     def resource_error(self) -> str | None:
         """A message if no node of the cluster can hold a worker, else None."""

@@ -48,7 +48,7 @@ class Progress(Screen):
     def __init__(self, expected: float | None = None) -> None:
         super().__init__()
         self._history: deque[tuple[float, Snapshot]] = deque()
-        self._start = self._begun = time.monotonic()
+        self._start = self._begun = self._worked = time.monotonic()
         self._expected = expected
         self._counted = self._begun, 0  # when the number of samples has changed last, and to what
 
@@ -56,6 +56,8 @@ class Progress(Screen):
         time_now = time.monotonic()
         if not now.workers and not now.samples:
             self._begun = time_now  # the rate is that of workers that have loaded their models
+        if now.workers:
+            self._worked = time_now
         self._history.append((time_now, now))
         while time_now - self._history[0][0] > _WINDOW_SECONDS and len(self._history) > 2:
             self._history.popleft()
@@ -78,7 +80,7 @@ class Progress(Screen):
         if rates.eta is not None:
             parts.append(f"ETA {format_duration(rates.eta)}")
         if not now.workers and now.starting:
-            parts.append(f"{plural(now.starting, 'worker')} loading models for {time.monotonic() - self._start:.0f} s")
+            parts.append(f"{plural(now.starting, 'worker')} loading models for {time.monotonic() - self._worked:.0f} s")
         parts.append(plural(now.samples, "sample"))
         if rates.samples_per_second is not None:
             parts.append(f"{rates.samples_per_second:,.0f} samples/s")
@@ -94,7 +96,7 @@ class Progress(Screen):
 
     def _eta(self, now: Snapshot) -> float | None:
         expected = self._expected_samples(now)
-        if expected is None or not now.samples:
+        if expected is None or not now.samples or not now.workers:
             return None
         if now.samples != self._counted[1]:
             self._counted = time.monotonic(), now.samples

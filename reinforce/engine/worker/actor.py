@@ -85,9 +85,10 @@ class Worker:
             return self._load()
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # a model may raise anything
             text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            raise LoadFailure(tuple(self._id()), self.redact.cut(text), isinstance(error, UserError)) from None
+            raise LoadFailure(tuple(self.identify()), self.redact.cut(text), isinstance(error, UserError)) from None
 
-    def _id(self) -> WorkerId:
+    def identify(self) -> WorkerId:
+        """The process of this worker, which runs once this answers."""
         node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""  # asking would start Ray
         return WorkerId(node, os.getpid(), socket.gethostname())
 
@@ -114,7 +115,7 @@ class Worker:
         self._record_metrics()
         paths = tuple(replace(one, used=0, plain=0) for one in self._take_usage())
         return WorkerInfo(
-            id=self._id(),
+            id=self.identify(),
             accelerator=str(self.models.accelerator.device),
             models=describe_loaded(self.models, self.config),
             memory=process_memory(),

@@ -220,6 +220,10 @@ def test_before_workers_have_started_the_line_shows_their_seconds_and_then_the_t
     assert "ETA 0:00:00" in progress.line(working)
     assert "ETA 0:00:00" in progress.line(replace(working, samples=500)), "more than expected"
     assert "ETA" not in progress.line(replace(working, samples=0))
+    progress.show(working)
+    now[0] = 312.0
+    alone = replace(working, workers=0, starting=2)
+    assert progress.line(alone).startswith("0 of 1 shard  2 workers loading models for 12 s  100 samples"), "no ETA"
 
 
 def test_the_line_names_silent_hosts_and_the_shards_that_wait_for_them() -> None:

@@ -163,6 +163,27 @@ def _allocate(gigabytes: float = 6.0, seconds: float = 60.0) -> None:
     raise AssertionError(f"nothing killed a process that held {len(blocks)} blocks of 128 MiB")
 
 
+class HangingLoadTeacher(ColorTeacher):
+    """Creates the file ``used`` when it encodes, and hangs when it is loaded while that exists.
+
+    Before it hangs, it removes that file if the file ``once`` exists.
+    """
+
+    def __init__(self, device: torch.device, used: str, once: str) -> None:
+        super().__init__(device, size=8, dim=4)
+        self.used = used
+        if os.path.exists(used):
+            if os.path.exists(once):
+                os.remove(used)
+            ctypes.PyDLL(None).sleep(3600)  # in C, holding the interpreter lock
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 1:  # not in a test of the model
+            with open(self.used, "w"):
+                pass
+        return super().encode_images(images)
+
+
 class FileLimitTeacher(ColorTeacher):
     """Its process cannot write files larger than the number of bytes in the file ``limit``, if that file exists."""
 

@@ -19,7 +19,8 @@
 - The last attempt of a shard that failed at a replaced worker runs alone, in case another shard had broken the worker.
   If it fails there, too, the worker is replaced.
 - An error that the user must fix (a fingerprint, missing weights, a full disk) stops the run at once.
-- Too many quarantined shards stop the run, and so do workers that die again and again while they load their models.
+- Too many quarantined shards stop the run, and so do workers that die or hang again and again while they load their
+  models.
 
 Everything here is pure: no Ray, no storage, and times are arguments. The driver reports what happened and carries out
 the decisions that are returned.
@@ -290,6 +291,19 @@ class FailurePolicy:
             raise UserError(
                 f"workers die while they load their models ({error.splitlines()[0]}). Check the memory of the nodes "
                 "and the Ray logs."
+            )
+
+    def load_hung(self, worker: WorkerId, limit: str, now: float, running: int) -> None:
+        """Record that a worker was killed because it did not load its models within a ``limit``, where others are
+        ``running``. Raises UserError after three in a row with none running."""
+        self._failed_starts += 1
+        error = f"the worker hung while it loaded its models (limit: {limit})"
+        self.faults.record_failed_start(worker, error, now)
+        if not running and self._failed_starts >= MAX_FAILED_STARTS:
+            raise UserError(
+                f"workers hang while they load their models: {self._failed_starts} in a row were killed, the last one "
+                f"{worker} (limit: {limit}). Check that its node reaches the weights and can use its accelerator; if "
+                "loading is only slow, raise workers.start_timeout."
             )
 
     def _count_death(self, death: Death) -> None:

@@ -8,6 +8,8 @@ stages instead.
 - A worker in which a lease is over its limit has hung. Its other lease is not the cause.
 - A worker that has not answered a request for longer than the limit of its leases has hung as a whole.
 - Before any batch of a layer has ended, the limit is an hour; after a hang in it, 15 minutes.
+- A worker that loads its models for longer than ``workers.start_timeout``, or three times the slowest load that has
+  passed, has hung.
 - A lease that waits for the accelerator never counts, since the other lease of its worker uses it. Nor does one that
   waits for a server, since its captioner bounds the time of a request.
 """
@@ -82,6 +84,28 @@ class StallLimits:
         slowest = self._slowest.get(stage)
         seen = "no such step has ended yet" if slowest is None else f"the slowest such step so far took {slowest:.3g} s"
         return f"{self.seconds(stage):.0f} s, because {seen}; failures.stall_seconds sets another limit"
+
+
+class LoadLimit:
+    """The longest time that a worker may load its models."""
+
+    def __init__(self, start_timeout: float) -> None:
+        self._start_timeout, self._slowest = start_timeout, 0.0
+
+    def record(self, seconds: float) -> None:
+        """Record a load that has passed."""
+        self._slowest = max(self._slowest, seconds)
+
+    @property
+    def seconds(self) -> float:
+        return max(self._start_timeout, 3.0 * self._slowest)
+
+    @property
+    def origin(self) -> str:
+        """The limit and what it follows from, for messages."""
+        if self.seconds == self._start_timeout:
+            return f"{self.seconds:g} s, workers.start_timeout"
+        return f"{self.seconds:.0f} s, three times the slowest load that has passed"
 
 
 def find_hang(pulse: Pulse, shards: Collection[str], limits: StallLimits) -> Hang | None:

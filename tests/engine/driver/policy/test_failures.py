@@ -19,7 +19,7 @@ from reinforce.engine.driver.policy.decisions import (
     RunAlone,
 )
 from reinforce.engine.driver.policy.failures import NODE_VERDICT_SECONDS, Drains, FailurePolicy, error_text
-from reinforce.engine.driver.policy.hangs import Hang
+from reinforce.engine.driver.policy.hangs import Hang, LoadLimit
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId
 from reinforce.engine.messages.task import PendingShard
 from reinforce.errors import StorageError, TooManyQuarantined, UserError
@@ -295,6 +295,34 @@ def test_workers_that_die_in_a_row_while_they_load_stop_the_run_unless_one_runs(
         failures.load_died("its node has died", True, 0, workers)
     with pytest.raises(UserError, match=r"workers die while they load their models \(killed\). Check the memory"):
         failures.load_died("killed\nstack", False, 0, workers)
+
+
+def test_workers_that_hang_in_a_row_while_they_load_stop_the_run_unless_one_runs() -> None:
+    failures, limit = policy(), "600 s, workers.start_timeout"
+    for _ in range(20):
+        failures.load_hung(WORKER, limit, 0.0, running=1)
+    for _ in range(3):
+        failures.load_passed()
+        failures.load_hung(WORKER, limit, 0.0, running=0)
+        failures.load_died("killed", False, 0, 1)
+    message = rf"workers hang while they load .*: 3 in a row were killed, the last one {WORKER} \(limit: {limit}\)\. "
+    with pytest.raises(UserError, match=message):
+        failures.load_hung(WORKER, limit, 0.0, running=0)
+
+
+def test_a_node_at_which_loads_hang_gets_no_new_workers_while_shards_pass_on_others() -> None:
+    failures = policy()
+    failures.lease_returned("a", WorkerId("good", 2), False, 0.0, 2)
+    failures.load_hung(WorkerId("bad", 1, "host"), "600 s", 1.0, running=1)
+    assert failures.faults.avoided(2.0) == {"bad"}
+
+
+def test_a_load_may_take_three_times_as_long_as_the_slowest_that_has_passed() -> None:
+    limit = LoadLimit(600.0)
+    assert limit.origin == "600 s, workers.start_timeout"
+    for seconds in (100.0, 250.0, 7.0):
+        limit.record(seconds)
+    assert (limit.seconds, limit.origin) == (750.0, "750 s, three times the slowest load that has passed")
 
 
 def test_a_message_of_several_workers_is_noted_once() -> None:
