@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,16 @@ class ExportResult:
             ),
             *(f"{name}: {100 * exported[name]:.2f} %, trained model {100 * trained[name]:.2f} %" for name in exported),
             f"compared: {self.report['compared']}, in {self.report['executed_by']}",
-            *(
-                [f"tokenizer.json: same tokens as open_clip for {len(tokens.PROBES)} test texts"]
-                if "text" in towers
-                else []
-            ),
+            *self._token_lines(),
             f"written: {self.output}; its README.md has an example",
         ]
+
+    def _token_lines(self) -> list[str]:
+        found = self.report["tokenizer"]
+        if found is None:
+            return []
+        same = f"tokenizer.json: same tokens as the student for {found['same']} test texts"
+        return [same, *([tokens.Misread(**found["misread"]).line()] if found["misread"] else [])]
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ def export_model(
         for side in runs:
             _check_agreement(side, found[side], target, options, min_cosine)
         about = {side: {**found[side].as_json(), **runtime.about(path)} for side, path in paths.items()}
+        of_tokens = _describe_tokenizer(model.tokenizer, spec)
         _write_common(folder, runtime, model, paths["image"])
         report = {
             "target": target,
@@ -151,6 +155,7 @@ def export_model(
             "executed_by": runtime.executor,
             "compared": "pictures and texts of the evaluation" if evaluator else "generated pictures and texts",
             "metrics": metrics,
+            "tokenizer": of_tokens,
             "versions": {package: version(package) for package in ("torch", *TARGETS[target].packages)},
         }
         (folder / "export.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -222,6 +227,14 @@ def _check_agreement(side: str, agreement: Agreement, target: str, options: Expo
             f"its {side} tower with {options.weights} weights has a cosine of {agreement.minimum:.4f} to the trained "
             f"one, less than --min-cosine {min_cosine:g}: use other --weights, or allow less"
         )
+
+
+def _describe_tokenizer(tokenizer: Any, spec: ModelSpec) -> dict[str, Any] | None:
+    """How many test texts have the student's tokens, and those that have others; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    misread = tokens.misread_texts(tokenizer, model_name(spec))
+    return {"same": len(tokens.PROBES), "misread": None if misread is None else asdict(misread)}
 
 
 def _write_common(folder: Path, runtime: Target, model: _Model, image_file: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from html.entities import html5, name2codepoint
 from typing import Any
 
@@ -38,11 +39,17 @@ PROBES = (
     "https://example.org/shop?item=cup&currency=EUR&copy=2&amp=3 &#39tis &copy2026 AT&ampT",
     "snake_case file-name.jpg https://example.org/a?b=c&d=e user@example.org #tag @you",
     "<start_of_text> <END_OF_TEXT> <mask> </s> [SEP]",
+    "<end_of_text>",
+    "&lt;end_of_text&gt; <<end_of_text>> <|endoftext|>",
     "tab\tand\r\nlines\u2028and\u00a0spaces\u3000of\x1call\x85kinds",
     "the quick brown fox jumps over the lazy dog " * 12,
     "antidisestablishmentarianism" * 12,
 )
 
+#: Texts that are compared as they look when their UTF-8 is read as Latin-1, which open_clip repairs by ftfy.
+MISREAD = (
+    "schön", "Café au lait", "“quoted” – l’humanité", "Кошка спит", "猫が窓で寝ている", "45° ±2 km² €8", "❤ and ½",
+)  # fmt: skip
 #: The white space of Python's ``str.split``.
 _SPACES = "[\t-\r\x1c- \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+"
 _PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^`{|}~]"""  # string.punctuation without _
@@ -53,10 +60,44 @@ _C1 = {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in r
 _NUMERIC_ENTITIES = (*map(ord, string.punctuation), 160, 8211, 8212, 8216, 8217, 8220, 8221, 8226, 8230)
 
 
+@dataclass(frozen=True)
+class Misread:
+    """What a tokenizer.json makes of text in a wrong encoding, and what the student, which repairs it.
+
+    ``different`` of ``texts`` texts have other tokens; ``example`` has ``tokens``, of the student and of the file.
+    """
+
+    texts: int
+    different: int
+    example: str
+    tokens: tuple[int, int]
+
+    def line(self) -> str:
+        repaired, found = self.tokens
+        return (
+            f"tokenizer.json: other tokens for {self.different} of {self.texts} texts in a wrong encoding, which ftfy "
+            f"repairs for the student and no tokenizer.json can: {found} for {repaired} in {self.example}"
+        )
+
+
+def misread_texts(tokenizer: Tokenizer, model: str) -> Misread | None:
+    """Compare the tokens of ``MISREAD`` texts with those of the student; None if all are equal."""
+    texts = [text.encode().decode("latin-1") for text in MISREAD]
+    expected, found = Reference(model)(texts).tolist(), [text.ids for text in tokenizer.encode_batch(texts)]
+    pairs = [(text, *pair) for text, *pair in zip(texts, expected, found, strict=True) if pair[0] != pair[1]]
+    if not pairs:
+        return None
+    padding = tokenizer.padding["pad_id"]
+    text, *rows = pairs[0]
+    repaired, own = (len(row) - sum(one == padding for one in row) for row in rows)
+    return Misread(len(texts), len(pairs), text, (repaired, own))
+
+
 def convert_tokenizer(model: str) -> Tokenizer:
     """Return the tokenizer of an open_clip model, which pads and truncates to its context length.
 
-    Raises ValueError if the package ``tokenizers`` cannot reproduce its tokens.
+    Special tokens in texts are plain text, as for students. Raises ValueError if the package ``tokenizers`` cannot
+    reproduce its tokens.
     """
     original = open_clip.get_tokenizer(model)
     if isinstance(original, open_clip.SimpleTokenizer):
@@ -66,7 +107,8 @@ def convert_tokenizer(model: str) -> Tokenizer:
     else:
         raise ValueError(f"its tokenizer, a {type(original).__name__}, cannot be converted to tokenizer.json")
     reference = Reference(model)
-    for text in PROBES:
+    own = (token for token in _special_of(original) if len(token) > 1)
+    for text in (*PROBES, *(f"a photo{token}of a cat" for token in own)):
         if tokenizer.encode(text).ids != reference([text])[0].tolist():
             raise ValueError(f"its tokenizer cannot be expressed as tokenizer.json: other tokens for {text[:60]!r}")
     return tokenizer
@@ -75,7 +117,7 @@ def convert_tokenizer(model: str) -> Tokenizer:
 def _convert_clip(original: open_clip.SimpleTokenizer) -> Tokenizer:
     bpe = models.BPE(vocab=original.encoder, merges=list(original.bpe_ranks), end_of_word_suffix="</w>")
     tokenizer = Tokenizer(bpe)
-    special = [original.decoder[index] for index in original.all_special_ids]
+    special = _special_of(original)
     start, end = special[:2]
     tokenizer.normalizer = normalizers.Sequence([*_cleaning(_clean_name(original)), *_split_special(special)])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -101,7 +143,7 @@ def _convert_hugging_face(original: HFTokenizer) -> Tokenizer:
     saved["added_tokens"] = [token for token in saved["added_tokens"] if not token["special"]]
     tokenizer = Tokenizer.from_str(json.dumps(saved))
     own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
-    special = fast.all_special_tokens
+    special = _special_of(original)
     tokenizer.normalizer = normalizers.Sequence([*_cleaning(_clean_name(original)), *_split_special(special), *own])
     tokenizer.enable_truncation(original.context_length)
     tokenizer.enable_padding(
@@ -112,6 +154,13 @@ def _convert_hugging_face(original: HFTokenizer) -> Tokenizer:
         pad_token=fast.pad_token,
     )
     return tokenizer
+
+
+def _special_of(original: Any) -> list[str]:
+    """The special tokens of a tokenizer of open_clip."""
+    if isinstance(original, open_clip.SimpleTokenizer):
+        return [original.decoder[index] for index in original.all_special_ids]
+    return list(original.tokenizer.all_special_tokens)
 
 
 def _clean_name(original: Any) -> str:

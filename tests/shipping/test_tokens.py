@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ftfy
+import open_clip
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -114,4 +115,25 @@ def test_tokenizers_that_cannot_be_converted_are_rejected(tmp_path: Path, option
     special |= {"sep_token": "</s>", "cls_token": "<s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(special))
     with pytest.raises(ValueError, match=r"cannot be expressed as tokenizer\.json"):
+        tokens.convert_tokenizer(name)
+
+
+@pytest.mark.parametrize("kind", ["vit", "hf"])
+def test_texts_in_a_wrong_encoding_are_counted_and_a_literal_special_token_is_refused_unless_it_is_plain_text(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = student_folder(tmp_path, kind)
+    converted = tokens.convert_tokenizer(name)
+    found = tokens.misread_texts(converted, name)
+    assert found is not None
+    repaired, own = (Tokenizer.encode(converted, text) for text in ("schön", "schÃ¶n"))
+    assert (found.texts, found.different, found.example) == (7, 7, "schÃ¶n")
+    assert found.tokens == (sum(repaired.attention_mask), sum(own.attention_mask))
+    assert Reference(name)(["schÃ¶n"])[0].tolist() == repaired.ids
+    monkeypatch.setattr(tokens, "MISREAD", ("a plain text",))
+    assert tokens.misread_texts(converted, name) is None
+    monkeypatch.setattr(tokens, "_split_special", lambda special: [])
+    if kind == "vit":  # the words of CLIP's vocabulary lack the brackets of other tokenizers
+        monkeypatch.setattr(tokens, "Reference", open_clip.get_tokenizer)
+    with pytest.raises(ValueError, match=r"cannot be expressed as tokenizer\.json: other tokens for '"):
         tokens.convert_tokenizer(name)
