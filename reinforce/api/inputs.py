@@ -24,12 +24,17 @@ _LONGEST = 1_000_000  # tokens; a tokenizer of transformers that does not know i
 
 
 class Preprocess:
-    """An ``ImageSpec`` as a transform: Pillow image -> float32 [3, height, width]; pickles small."""
+    """An ``ImageSpec`` as a transform: Pillow image -> float32 [3, height, width]; pickles small.
+
+    Raises UserError for an image without pixels.
+    """
 
     def __init__(self, spec: ImageSpec) -> None:
         self.spec = spec
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
+        if not image.width or not image.height:
+            raise UserError(f"preprocess: the image has {image.width} x {image.height} pixels. Leave it out.")
         pixels = torch.from_numpy(fit(image.convert("RGB"), self.spec).copy())
         return to_pixels(pixels[None], self.spec)[0]
 

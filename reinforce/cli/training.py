@@ -118,16 +118,22 @@ def tune(
         from reinforce.tuning import command
     from reinforce import settings
     from reinforce.tuning.config import TuneConfig
-    from reinforce.tuning.results import results_table, screening_table
+    from reinforce.tuning.results import results_table, screening_lines, screening_table
 
     with only_json(as_json) as print_json:
         checked = settings.load(TuneConfig, config, set_)
+        if screen_only and record:
+            raise UserError(
+                "--record writes the scales that trials found, and --screen-only trains none: leave one of them out. "
+                "To use a screened scale, set logit_scale of its teacher in the run's config."
+            )
         if screen_only:
             screenings = run_training(lambda: command.screen_only(checked))
             if as_json:
                 print_json({name: screening.json() for name, screening in screenings.items()})
                 return
             print_table(screening_table(screenings))
+            print_lines(screening_lines(screenings))
             typer.echo(f"plot: {redact(checked.output)}/{command.PLOT}")
             return
         result = run_training(lambda: command.tune(checked, address=address))
@@ -136,6 +142,7 @@ def tune(
             print_json({"output": result.output, **result.json(), "errors": result.errors, "recorded": recorded})
         else:
             print_table(screening_table(result.screenings))
+            print_lines(screening_lines(result.screenings))
             print_table(results_table(result.rows, result.metric))
             print_lines([*result.lines(), *recorded])
     if result.errors:

@@ -9,6 +9,7 @@ from typing import Any
 
 from reinforce.errors import UserError
 from reinforce.evaluation.reading import storage_errors
+from reinforce.source.formats.folder import folders_of_one_class
 from reinforce.source.urls import canonical, filesystem
 
 #: Maps a class name to a text about the class.
@@ -62,8 +63,13 @@ def load_class_names(classes: str | Sequence[str], where: str) -> list[str]:
 
 
 def name_folders(classes: str | Sequence[str] | None, folders: Sequence[str], where: str) -> list[str]:
-    """Return one class name per folder. ``folders`` are sorted. Raises UserError where names and folders disagree."""
+    """Return one class name per folder. ``folders`` are sorted.
+
+    Raises UserError where names and folders disagree, and for two folders of one class.
+    """
     if classes is None:
+        if same := folders_of_one_class(folders):
+            raise UserError(f"{where}: {same}.")
         return list(folders)
     if classes == IMAGENET:
         imagenet = _imagenet_names()

@@ -87,6 +87,7 @@ def misread_texts(tokenizer: Tokenizer, model: str) -> Misread | None:
     pairs = [(text, *pair) for text, *pair in zip(texts, expected, found, strict=True) if pair[0] != pair[1]]
     if not pairs:
         return None
+    assert tokenizer.padding is not None  # of convert_tokenizer
     padding = tokenizer.padding["pad_id"]
     text, *rows = pairs[0]
     repaired, own = (len(row) - sum(one == padding for one in row) for row in rows)

@@ -89,7 +89,8 @@ def _draw_curve(panel: Axes, curve: Curve, metric: str, screening: TeacherScreen
                 ha="center", fontsize=7, color=_GREY,
             )  # fmt: skip
     if screening is not None:
-        _mark_most_likely(panel, screening, f"most likely: {screening.calibrated:g}")
+        found = "most likely" if screening.fault is None else "search ended at"
+        _mark_most_likely(panel, screening, f"{found}: {screening.calibrated:g}")
     if curve.best is not None:
         panel.axvline(curve.best, color=colour, linestyle="--", linewidth=1, label=f"best: {curve.best:g}")
     low, high = panel.get_ylim()

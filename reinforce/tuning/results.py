@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from reinforce.tuning.screening import MEASURES, TeacherScreening
+from reinforce.tuning.screening import MEASURES, TeacherScreening, search_fault
 from reinforce.tuning.space import Setting, Trial
 from reinforce.tuning.trials import Outcome
 
@@ -219,10 +219,16 @@ def screening_table(screenings: Mapping[str, TeacherScreening]) -> Table:
         nearest = min(screening.scales, key=lambda measured: max(measured.scale / best, best / measured.scale))
         for measured in screening.scales:
             agreement = "-" if measured.agreement is None else f"{measured.agreement:.3f}"
-            note = f"most likely: {best:g}" if measured is nearest else ""
+            found = "most likely" if screening.fault is None else "not found, search ended at"
+            note = f"{found}: {best:g}" if measured is nearest else ""
             numbers = (f"{measured.entropy:.3f}", f"{measured.true_pair:.3f}", f"{measured.calibration:.3f}")
             table.add_row(teacher, f"{measured.scale:g}", *numbers, agreement, note)
     return table
+
+
+def screening_lines(screenings: Mapping[str, TeacherScreening]) -> list[str]:
+    """A line for each teacher whose most likely scale was not found."""
+    return [f"screening of {name}: {one.fault}" for name, one in screenings.items() if one.fault]
 
 
 @dataclass(frozen=True)
@@ -248,7 +254,10 @@ class ScreeningCheck:
         when = "at the end" if self.step is None else f"at step {self.step:,}, which all trials reached"
         ranks = ", ".join(f"{name} {'-' if r is None else f'{r:+.2f}'}" for name, r in self.ranks.items())
         text = f"screening of {teacher}: rank correlation with the metric over {self.count} scales {when}: {ranks}; "
-        text += f"most likely scale {self.calibrated:g}"
+        found = (
+            "most likely scale" if search_fault(self.calibrated) is None else "no most likely scale, search ended at"
+        )
+        text += f"{found} {self.calibrated:g}"
         if self.best is not None:
             text += f", best {self.best:g}"
             gap = "was not trained to the end" if self.lost is None else f"is {self.lost:.4f} below the best"

@@ -35,6 +35,8 @@ _MAX_BATCH = 4096
 _READERS = 2
 _LOWEST, _HIGHEST = 1.0, 1000.0  # search range of the most likely scale
 
+_AT_BOUND = 1.01  # ratio to a bound at which the search ends, since it stops within 0.005 of it in log scale
+
 #: Cosine similarities [B, B] of images with texts, by teacher and kind of text.
 Cosines = Mapping[str, Mapping[str, torch.Tensor]]
 
@@ -56,7 +58,7 @@ class ScaleMeasures:
 class TeacherScreening:
     """The measures of one teacher at every scale, its most likely scale, and its top-1 accuracy.
 
-    The field names are keys of screening.json.
+    The field names are keys of screening.json. With a ``fault`` the scale is a bound of the search, and not found.
     """
 
     scales: Sequence[ScaleMeasures]
@@ -66,8 +68,27 @@ class TeacherScreening:
     def curve(self, measure: str) -> list[float | None]:
         return [getattr(measured, measure) for measured in self.scales]
 
+    @property
+    def fault(self) -> str | None:
+        return search_fault(self.calibrated)
+
     def json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "fault": self.fault}
+
+
+def search_fault(calibrated: float) -> str | None:
+    """Why the search has found no most likely scale, and what to do; None unless it ended at a bound."""
+    if calibrated <= _LOWEST * _AT_BOUND:
+        return (
+            f"the search for the most likely scale ended at its lowest, {_LOWEST:g}: true pairs are hardly more alike "
+            "than others. Check that the captions belong to their images, or leave the teacher out"
+        )
+    if calibrated >= _HIGHEST / _AT_BOUND:
+        return (
+            f"the search for the most likely scale ended at its highest, {_HIGHEST:g}: nearly every true pair is the "
+            "most similar one. Raise screening.batch or screening.batches"
+        )
+    return None
 
 
 def screen(

@@ -56,6 +56,14 @@ def test_images_and_texts_are_encoded_as_open_clip_does(
     assert "dim=16" in repr(student)
 
 
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_a_student_refuses_to_preprocess_an_image_without_pixels(
+    student: reinforce.Student, size: tuple[int, int]
+) -> None:
+    with pytest.raises(UserError, match=rf"preprocess: the image has {size[0]} x {size[1]} pixels. Leave it out."):
+        student.preprocess(Image.new("RGB", size))
+
+
 def test_a_student_makes_the_inputs_of_training_examples(student: reinforce.Student, made: Path) -> None:
     item = reinforce.Examples(made, image=student.preprocess, tokenizer=student.tokenizer)[0]
     assert (item["image"].shape, item["caption"].shape) == ((3, 32, 32), (77,))

@@ -101,6 +101,24 @@ def test_accuracy_and_recall_equal_those_of_a_plain_open_clip_loop(
     assert all(abs(result[name] - fast[name]) <= 3 / 18 for name in recalls), "bf16 is close to fp32"
 
 
+def test_equal_captions_are_one_text_of_retrieval_and_the_report_counts_them(
+    names: dict[str, str], photos: list[bytes], tmp_path: Path
+) -> None:
+    captions = ["a cat", "a cat", "a dog", "a bird", "a cat"]
+    shard = write_shard(
+        tmp_path / "a.tar",
+        [(f"{i}", image, {"txt": text}) for i, (image, text) in enumerate(zip(photos, captions, strict=False))],
+    )
+    found = make_evaluator(retrieval={"set": {"pairs": shard}}).evaluate(load_teacher(names["squash"]), CPU)
+    assert str(found.sets["retrieval/set"]) == "5 images; 3 distinct texts of 5 captions, each counted once"
+    assert 3 * found.metrics["retrieval/set/text_to_image/r1"] == pytest.approx(
+        round(3 * found.metrics["retrieval/set/text_to_image/r1"])
+    )
+    other = write_shard(tmp_path / "b.tar", [(f"{i}", photos[i], {"txt": f"photo {i}"}) for i in range(3)])
+    found = make_evaluator(retrieval={"set": {"pairs": other}}).evaluate(load_teacher(names["squash"]), CPU)
+    assert str(found.sets["retrieval/set"]) == "3 images"
+
+
 # --- compared with known answers
 
 

@@ -277,3 +277,15 @@ def test_captions_come_from_the_first_field_that_has_any() -> None:
     sidecars = {"txt": b"a dog\na cat\n\na dog\n", "json": json.dumps(document).encode()}
     for fields, captions in CAPTIONS:
         assert read_captions(sidecars, fields, Limits()) == captions
+
+
+def test_two_folders_of_one_class_by_their_names_are_refused_unless_their_classes_are_named(tmp_path: Path) -> None:
+    for folder in ("red_thing", "red thing", "Blue"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(solid_image("red"))
+    with pytest.raises(
+        UserError, match="folders 'red thing' and 'red_thing' are one class, 'red thing', to every text"
+    ):
+        zero_shot(str(tmp_path))
+    names = ["sky", "apple", "rose"]
+    assert zero_shot(str(tmp_path), classes=names).classes == names

@@ -168,6 +168,10 @@ def test_screen_only_trains_nothing_and_asks_for_no_trials(
     assert set(json.loads((tmp_path / "out/screening.json").read_text())) == {"red"}
     assert tune({**without, "scales": {}, "lambda": [0.5, 1.0]}, tmp_path / "none", "--screen-only") == 2
     assert "has no scales to screen" in capfd.readouterr().err
+    before = Path(config["student"]).read_bytes()
+    assert tune(without, tmp_path / "recorded", "--screen-only", "--record") == 2
+    assert "--record writes the scales that trials found, and --screen-only trains none" in capfd.readouterr().err
+    assert (Path(config["student"]).read_bytes(), (tmp_path / "recorded").exists()) == (before, False)
 
 
 def with_student(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:

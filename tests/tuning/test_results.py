@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from rich.table import Table
 
 from reinforce.student.config import StudentConfig
-from reinforce.tuning.results import check_screening, make_curves, make_rows, results_table, screening_table, spearman
-from reinforce.tuning.screening import TeacherScreening, _read_batches, screen
+from reinforce.tuning.results import (
+    check_screening,
+    make_curves,
+    make_rows,
+    results_table,
+    screening_lines,
+    screening_table,
+    spearman,
+)
+from reinforce.tuning.screening import ScaleMeasures, TeacherScreening, _most_likely_scale, _read_batches, screen
 from reinforce.tuning.space import Setting, Trial
 from reinforce.tuning.trials import Outcome
 from tests.helpers.tuning import scale_curve, scale_outcomes, toy_screening, trial_student
@@ -151,6 +162,20 @@ def test_most_likely_scale_has_the_lowest_loss_on_a_grid(config: StudentConfig) 
     best = grid[int(np.argmin(losses))]  # type: ignore[arg-type]
     assert screening.calibrated == pytest.approx(best, rel=0.06)
     assert screening.curve("agreement") == [None] * 60  # undefined for a single teacher
+
+
+@pytest.mark.parametrize(("sign", "bound", "fix"), [(-1, 1.0, "captions belong"), (1, 1000.0, "Raise screening.batch")])
+def test_a_search_for_the_most_likely_scale_that_ends_at_a_bound_is_no_result(
+    sign: int, bound: float, fix: str
+) -> None:
+    cosines = torch.full((8, 8), 0.5) + sign * 0.001 * torch.eye(8)
+    assert _most_likely_scale([cosines]) == pytest.approx(bound, rel=0.01)
+    screening = TeacherScreening([ScaleMeasures(50.0, 0, 0, 0, 0, 0)], _most_likely_scale([cosines]), 0.0)
+    assert fix in str(screening.json()["fault"])
+    (line,) = screening_lines({"red": screening, "blue": replace(screening, calibrated=30.0)})
+    assert line.startswith("screening of red: the search for the most likely scale ended at its")
+    notes = [*screening_table({"red": screening}).columns[-1].cells]
+    assert notes == [f"not found, search ended at: {screening.calibrated:g}"]
 
 
 def test_screening_is_deterministic_and_depends_on_the_seed(

@@ -258,11 +258,17 @@ def _json_of(sample: RawSample | UnreadSample) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def first_folders(shard: Shard) -> list[str]:
+    """The folders of a listed folder that its images are in, sorted; the empty name for images in none."""
+    keys = (str(json.loads(line)["key"]) for line in shard.lines())
+    return sorted({folder if slash else "" for folder, slash, _ in (key.partition("/") for key in keys)})
+
+
 def class_folders(shard: Shard) -> tuple[str, ...]:
     """The classes of a folder whose images are all in folders of it, two or more; none if these are its parts."""
     if not find_format(shard.format).is_listed:
         return ()
-    found = {class_of(json.loads(line)["key"]) for line in shard.lines()}
+    found = {class_of(f"{folder}/") if folder else None for folder in first_folders(shard)}
     if None in found or len(found) < 2 or {str(name).lower() for name in found} <= _PARTS:
         return ()
     return tuple(sorted(map(str, found)))

@@ -16,7 +16,7 @@ import schemas
 from reinforce.config import Config
 from reinforce.engine.plan.check_output import overlaps
 from reinforce.engine.plan.source_shards import source_shards
-from reinforce.engine.starter.fields import CLASS_TEXTS, Fields, class_folders, find_fields
+from reinforce.engine.starter.fields import CLASS_TEXTS, Fields, class_folders, find_fields, first_folders
 from reinforce.errors import UserError
 from reinforce.input_config import Input
 from reinforce.markup import render_markdown
@@ -24,6 +24,7 @@ from reinforce.parallel.machines import nodes_of_run
 from reinforce.processes.cores import default_gpus
 from reinforce.settings import load_yaml
 from reinforce.source.formats.base import Shard, SourceFormat
+from reinforce.source.formats.folder import folders_of_one_class
 from reinforce.source.formats.recognise import files_of_folder, format_of_name
 from reinforce.source.urls import Info, canonical, filesystem
 from reinforce.terminal import format_bytes, plural
@@ -112,7 +113,10 @@ def _look_at(source: str, output: str) -> Look:
     shard = Shard(shards.urls[0], first, shards.format.name, b"".join(shards.lists.values()))
     sizes = [info.get("size") or 0 for info in listed.values()]
     found = _describe(len(shards.urls), shards.format, sum(sizes) if len(sizes) == len(shards.urls) else None)
-    return Look(source, found, shards.format, find_fields(shard, Input()), shards.notes, class_folders(shard))
+    classes, notes = class_folders(shard), list(shards.notes)
+    if classes and (same := folders_of_one_class(first_folders(shard))):
+        notes.append(f"warning: {same}")
+    return Look(source, found, shards.format, find_fields(shard, Input()), notes, classes)
 
 
 def _name(data: str) -> str:

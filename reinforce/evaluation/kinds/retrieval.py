@@ -59,17 +59,20 @@ def _score(distinct: bool, models: Models, images: ImageBatches, shared: str = "
 
     vectors, captions = models.encode_all(images, shared)
     metrics: dict[str, Metrics] = {}
+    note = ""
     if captions:
         texts = [text for of_image in captions for text in of_image]
         owners = np.repeat(np.arange(len(captions)), [len(of_image) for of_image in captions])
         row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         rows = [row_of[text] for text in texts] if distinct else range(len(texts))
+        if distinct and len(row_of) < len(texts):
+            note = f"{len(row_of):,} distinct texts of {len(texts):,} captions, each counted once"
         of_texts = models.encode_texts([*row_of] if distinct else texts)
         pairs = np.stack([owners, np.array(rows)]).astype(np.int64)
         for name, of_images in vectors.items():
             recalls = compute_recalls(of_images, of_texts[name], pairs, models.accelerator)
             metrics[name] = {**recalls} if distinct else _as_published(recalls)
-    return Outcome(metrics, len(captions) + len(images.refused), images.refused)
+    return Outcome(metrics, len(captions) + len(images.refused), images.refused, note=note)
 
 
 def _as_published(recalls: dict[str, float]) -> Metrics:

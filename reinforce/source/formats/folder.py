@@ -215,6 +215,19 @@ def class_of(path: str) -> str | None:
     return as_utf8(folder).replace("_", " ").strip() or None if slash else None
 
 
+def folders_of_one_class(folders: Iterable[str]) -> str | None:
+    """Two folders whose classes no text can tell apart, as their names differ in case, spaces and underscores alone.
+
+    Returns what to say of them; None if there are none.
+    """
+    first: dict[str, str] = {}
+    for folder in folders:
+        name = class_of(f"{folder}/") or ""
+        if (other := first.setdefault(" ".join(name.lower().split()), folder)) != folder:
+            return f"folders {other!r} and {folder!r} are one class, {name!r}, to every text: rename or join them"
+    return None
+
+
 def _with_class(item: RawSample, name: str) -> RawSample:
     """A sample with the name of its class as a member, and in its metadata."""
     stated = parse_json(item.sidecars.get("json", b"{}"))

@@ -199,6 +199,11 @@ def test_folders_of_classes_give_captions_of_their_names(folder: Path, capfd: py
     }  # fmt: skip
     assert "classes: 2 folders (cats, wild dogs); captions are made of them" in out
     assert "caption 'a photo of a cats.' and 3 more" in planned
+    assert "are one class" not in out
+    write(folder / "two", {f"{name}.png": picture(0) for name in ("red_thing/a", "Red thing/b", "blue/c")})
+    status, out, _ = run_command(capfd, "init", str(folder / "two"), "two.yaml")
+    assert status == 0
+    assert "warning: folders 'Red thing' and 'red_thing' are one class, 'red thing', to every text" in out
     write(folder / "s", {"loose.png": picture(4)})
     assert init_again(capfd, root)["captions"] == "none", "an image without a folder has no class"
     parts = write(folder / "parts", {f"{name}.png": picture(0) for name in ("train/cats/a", "Val/cats/b")})
