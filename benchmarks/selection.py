@@ -101,6 +101,7 @@ def copies(url: str, count: int) -> str:
             for number in range(count):
                 os.link(path, folder / layer / f"copy{number}-{path.name}")
     manifest["layers"] = {name: entry for name, entry in manifest["layers"].items() if name in layers}
+    manifest.pop("digest", None)  # of all layers
     (folder / "dataset.json").write_text(json.dumps(manifest))
     return str(folder)
 

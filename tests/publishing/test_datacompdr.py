@@ -29,7 +29,7 @@ from reinforce.publishing.embeddings import export_embeddings
 from reinforce.publishing.labels import export_labels
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.images import encode
-from tests.helpers.reinforced import reinforce_here
+from tests.helpers.reinforced import manifest_to_change, reinforce_here
 from tests.helpers.views import make_view
 
 
@@ -118,7 +118,7 @@ def signed_sample(key: str) -> list[tuple[str, bytes]]:
 def test_no_secret_of_the_metadata_and_no_local_path_is_published(tmp_path: Path) -> None:
     write_dataset(tmp_path, *signed_sample("private"))
     stored = tmp_path / "out" / "dataset.json"
-    manifest = json.loads(stored.read_text())
+    manifest = manifest_to_change(stored.parent)
     for models, name in (("teachers", "red"), ("captioners", "namer")):
         manifest[models][name]["model"] = "local-dir:/home/me/model"
     stored.write_text(json.dumps(manifest))
@@ -311,7 +311,7 @@ def test_folders_of_the_dataset_and_teachers_whose_vectors_do_not_fit_together_a
             export(plain, tmp_path / "tars", teachers=teachers)
     shutil.copytree(plain / "out", tmp_path / "out")
     manifest = tmp_path / "out" / "dataset.json"
-    document = json.loads(manifest.read_text())
+    document = manifest_to_change(manifest.parent)
     del document["layers"]["embeddings/red/namer"]
     manifest.write_text(json.dumps(document))
     with pytest.raises(UserError, match=r"has no embeddings/red/namer, and the format holds vectors of all teachers"):

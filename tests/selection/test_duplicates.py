@@ -27,7 +27,7 @@ from reinforce.selection.parts import Parts
 from reinforce.selection.select import select
 from reinforce.settings import parse
 from tests.helpers.data import config_of, members_of, picture, write_tar
-from tests.helpers.reinforced import reinforce_here
+from tests.helpers.reinforced import manifest_to_change, reinforce_here
 from tests.helpers.views import keys_of, make_view, reasons_of
 
 ROWS = 16
@@ -215,7 +215,7 @@ def test_a_dataset_that_cannot_be_compared_is_one_error(url: str, evaluation: Pa
     assert "no teacher 'blue' has embedded the images of this dataset. Those that have: red." in message("x", "blue")
     shutil.copytree(evaluation, tmp_path / "other")
     path = tmp_path / "other/dataset.json"
-    content = json.loads(path.read_text())
+    content = manifest_to_change(path.parent)
     for change in ({"augmentations": {**content["augmentations"], "size": 20}}, {"teachers": {}}):
         path.write_text(json.dumps({**content, **change}))
         assert fix in message(str(tmp_path / "other"))

@@ -21,7 +21,7 @@ from reinforce.training.step import backpropagate
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of_tar, members_of
 from tests.helpers.evaluation import encode_png
-from tests.helpers.reinforced import reinforce_here, small_dataset
+from tests.helpers.reinforced import manifest_to_change, reinforce_here, small_dataset
 from tests.helpers.students import first_batch, losses_of, student_config
 from tests.helpers.trainings import gradients_of, rows
 
@@ -138,7 +138,7 @@ def test_a_dataset_without_the_classifiers_that_a_training_needs_is_named(tmp_pa
     changed, unfinished = str(tmp_path / "changed"), str(tmp_path / "unfinished")
     for folder, entry in ((changed, {"top": 2, "temperature": 3.0}), (unfinished, {"dim": None})):
         manifest = Path(shutil.copytree(alone, folder), "dataset.json")
-        content = json.loads(manifest.read_text())
+        content = manifest_to_change(folder)
         content["layers"]["probabilities/near.by"] |= entry
         manifest.write_text(json.dumps(content))
     cases: list[tuple[Any, dict[str, Any], str]] = [

@@ -19,7 +19,7 @@ from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, picture, write_tar
-from tests.helpers.reinforced import reinforce_here
+from tests.helpers.reinforced import manifest_to_change, reinforce_here
 from tests.helpers.tables import outcomes, read_table
 from tests.helpers.tables import samples_config as config
 from tests.helpers.tables import stored_rows as rows
@@ -94,7 +94,7 @@ def test_a_view_of_a_source_that_was_made_again_is_refused_with_what_differs(vie
             make_plan(parse_config({**values, "input": {"view": view}}))
     manifest = viewed / "embed" / "dataset.json"
     fingerprint = read_json(manifest)["layers"]["samples"]["fingerprint"]
-    manifest.write_text(manifest.read_text().replace(fingerprint, "0" * 16))
+    manifest.write_text(json.dumps(manifest_to_change(manifest.parent)).replace(fingerprint, "0" * 16))
     message = f"samples has changed since view some was made ({fingerprint} then, {'0' * 16} now). Make it again"
     with pytest.raises(UserError, match=re.escape(message)):
         make_plan(parse_config({**values, "output": f"{viewed}/other"}))
