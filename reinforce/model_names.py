@@ -143,15 +143,16 @@ def _exported_class(name: str, stack: contextlib.ExitStack) -> TeacherSpec | Non
 
 
 def _model_folder(url: str, stack: contextlib.ExitStack) -> str:
-    """Return a local folder with a model: the folder itself, or its ``student``; a remote one is copied."""
+    """Return a local folder with a model: the folder itself, or its ``student`` (of a training run) or ``model`` (of an
+    adaptation); a remote one is copied."""
     fs, path = filesystem(url)
-    for folder in (path.rstrip("/"), posixpath.join(path, "student")):
+    for folder in (path.rstrip("/"), posixpath.join(path, "student"), posixpath.join(path, "model")):
         if any(fs.isfile(posixpath.join(folder, config)) for config in (_CONFIG, networks.CONFIG)):
             break
     else:
         raise UserError(
-            f"{url} is not the folder of a model: neither it nor its `student` has {_CONFIG}, or the "
-            f"{networks.CONFIG} of a network of images. Finish the training, or give another folder."
+            f"{url} is not the folder of a model: neither it nor its `student` or `model` has {_CONFIG}, or "
+            f"the {networks.CONFIG} of a network of images. Finish the training, or give another folder."
         )
     if "://" not in url:
         return folder

@@ -6,8 +6,9 @@ Each step continues where a stopped command ended, and can be run separately by 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,26 +16,28 @@ import yaml
 
 from reinforce import settings
 from reinforce.adapting import steps
-from reinforce.adapting.config import DOMAIN, FEWEST_IMAGES, RELEASED, AdaptConfig
+from reinforce.adapting.config import DOMAIN, FEWEST_IMAGES, HELD_OUT, RELEASED, TRAIN, AdaptConfig
+from reinforce.adapting.division import divide, encode_images
+from reinforce.adapting.gain import Gain, cross_fit, one_class
+from reinforce.adapting.held_out import HeldOut, Queries
 from reinforce.adapting.interpolate import GRID, Sweep, sweep
 from reinforce.adapting.mixtures import Mixtures, percent
 from reinforce.adapting.page import write_page
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.manifest.manifest import find_manifest, read_manifest
+from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.reading.dataset import Dataset
-from reinforce.dataset.view import View, open_view
 from reinforce.engine.plan.check_output import check_output
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.estimate_bytes import source_statistics
 from reinforce.engine.run import run
 from reinforce.errors import TooManyQuarantined, UserError
+from reinforce.evaluation.config import Evaluation
+from reinforce.evaluation.encoding import Models
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.markup import notebook_table
 from reinforce.model_names import loading_call, resolve_models
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
 from reinforce.storage import Storage
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.config import StudentConfig
@@ -51,17 +54,24 @@ CONFIG = "adapt.json"
 RUN_FILE, TRAINING_FILE, MODEL = "run.yaml", "train.yaml", "model"
 _PROBE = 8  # images of the measurement of the rate
 _MANY_EPOCHS = 100
+_TOO_FEW = "held-out images: too few to tell what was gained. Add images, or hold out more: --set held_out=0.4"
 
 Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """The finished adaptation: the sweep between the weights, and where the model and the page are."""
+    """The finished adaptation: the sweep between the weights, and where the model and the page are.
+
+    ``gain`` is what is gained on held-out images by shares that are chosen on others; None if these are too few.
+    ``notes`` are lines about copies, captions, templates and predictions.
+    """
 
     output: str
     sweep: Sweep
     page: str
+    gain: Gain | None
+    notes: Sequence[str]
 
     @property
     def model(self) -> str:
@@ -80,15 +90,18 @@ class Adapted:
 
     @property
     def after(self) -> Mapping[str, float]:
-        """Metrics of the adapted model, between 0 and 1."""
+        """Metrics of the adapted model, between 0 and 1; of the held-out images, by which it was chosen, too high."""
         return self.sweep.chosen.metrics
 
     def table(self) -> Any:
         return self.sweep.table()
 
     def lines(self) -> Sequence[str]:
+        gained = [_TOO_FEW] if self.gain is None else self.gain.lines()
         return [
             *self.sweep.lines(),
+            *gained,
+            *self.notes,
             f"model: {self.model}",
             f"load it: {loading_call(self.model)}",
             f"page: {self.page}",
@@ -101,7 +114,9 @@ class Adapted:
         return notebook_table(redact(self.output), facts, heads, rows)
 
     def as_json(self) -> dict[str, Any]:
-        return {"output": self.output, "model": MODEL, "page": self.page, **self.sweep.as_json()}
+        gain = None if self.gain is None else {**asdict(self.gain), "gain": self.gain.gain}
+        made = {"output": self.output, "model": MODEL, "page": self.page, **self.sweep.as_json()}
+        return {**made, "gain": gain, "notes": [*self.notes]}
 
 
 def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None = None) -> Adapted:
@@ -133,7 +148,10 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
     _check_captions(data, config.source)
     begun = TRAINING_FILE in storage.names()
     domain = _domain_of_training(storage, domain) if begun else domain
-    held_out, trained_on = (_divide(one, data.shards, begun) for one in steps.views(config, len(data)))
+    division = divide(config, domain, data, begun, partial(encode_images, config, len(data)))
+    held_out, trained_on = (division.views[name] for name in (HELD_OUT, TRAIN))
+    for line in division.lines:
+        log(line)
     if newer := len(data) - len(held_out) - len(trained_on):
         log(f"warning: {plural(newer, 'image')} came after the training began and are not used. Name another folder.")
     training = steps.training_config(config, domain, len(trained_on))
@@ -146,9 +164,30 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
     with resolve_models([trained]) as found_models:
         specs = {RELEASED: _spec(config), "trained": found_models[trained]}
         mixtures = Mixtures(specs, out, sets, precision=training.train.compute.precision)
-        found = sweep(mixtures, specs, out, steps.rule_of(config, domain), config.alphas or GRID, log)
-    page = write_page(config, sets, found, mixtures)
-    return Adapted(config.output, found, page)
+        rule = steps.rule_of(config, domain, division.unequal)
+        found = sweep(mixtures, specs, out, rule, config.alphas or GRID, log)
+    held_out_sets = HeldOut.every(sets)
+    answers = {point.alpha: _answers(mixtures, found.shares(point.alpha), held_out_sets) for point in found.points}
+    gain = cross_fit(found.points, rule, answers, division.units, config.seed)
+    notes = [*one_class(answers[found.chosen.alpha], domain.classes), *division.lines, *_templates(sets)]
+    page = write_page(config, found, gain, notes, held_out_sets, mixtures)
+    return Adapted(config.output, found, page, gain, notes)
+
+
+def _answers(mixtures: Mixtures, weights: Mapping[str, float], sets: Mapping[str, HeldOut]) -> Mapping[str, Queries]:
+    """The queries of the held-out images that a mixture answers right; they are kept with its metrics."""
+
+    def compute(models: Models) -> dict[str, Any]:
+        return {name: queries for one in sets.values() for name, queries in one.queries(models).items()}
+
+    return {name: Queries(**queries) for name, queries in mixtures.kept(weights, "held_out", compute).items()}
+
+
+def _templates(sets: Evaluation) -> Iterator[str]:
+    """The templates of sets of classes, on which their metrics depend."""
+    for name, one in sets.zero_shot.items():
+        named = one.templates if isinstance(one.templates, str) else ", ".join(map(repr, one.templates))
+        yield f"templates of zero_shot/{name}: {named}; other templates give other numbers"
 
 
 def _load(config: AdaptConfig) -> Student:
@@ -165,9 +204,14 @@ def _spec(config: AdaptConfig) -> ModelSpec:
 
 
 def _check_repeated(storage: Storage, config: AdaptConfig) -> dict[str, Any]:
-    """The config without secrets. Raises UserError if a former command that has stored samples had another."""
+    """The config without secrets.
+
+    Raises UserError if a former command that has stored samples had another, or if the folder has other files.
+    """
     stated: dict[str, Any] = redact_values(config.model_dump(mode="json"))
     before = storage.read_json(CONFIG)
+    if (before is None and storage.names()) or (before is not None and "released" not in before):
+        raise UserError(f"{storage.url} is not empty, and no folder of `reinforce adapt`. Name another folder for it.")
     if before not in (None, stated) and find_manifest(Store(steps.dataset_of(config))) is not None:
         changed = [key for key in stated if before is not None and before.get(key) != stated[key]]
         raise UserError(
@@ -197,22 +241,6 @@ def _yaml(config: Any) -> bytes:
     """A config as a file for its own command, with the keys that were set, without secrets."""
     keys = redact_values(config.model_dump(mode="json", exclude_unset=True, by_alias=True))
     return yaml.safe_dump(keys, sort_keys=False).encode()
-
-
-def _divide(config: SelectConfig, shards: Collection[str], begun: bool) -> View:
-    """The view of a config, which is made unless it exists with these rules and of the samples of these shards.
-
-    One by which a training has ``begun`` stays as it is.
-    """
-    store = Store(config.dataset)
-    rules = [rule.model_dump(exclude_none=True) for rule in config.rules]
-    try:
-        view = open_view(store, read_manifest(store), config.name)
-        if begun or ([*view.rules] == rules and view.seed == config.seed and {*view.counts} == {*shards}):
-            return view
-    except UserError:  # there is none, or one of other samples
-        pass
-    return select(config, log=lambda line: None, processes=1)
 
 
 def _domain_of_training(storage: Storage, domain: steps.Domain) -> steps.Domain:
@@ -251,7 +279,8 @@ def _log_estimate(config: AdaptConfig, plan: Any, student: Student, general: int
     training = steps.training_config(config, no_domain, max(2, round((1 - config.held_out) * images)))
     seen = (training.train.steps or 0) * training.train.batch
     evaluated = config.held_out * images + general
-    passes = images * crops + 3 * seen + (shares + 2) * evaluated  # before and after the training, too
+    evaluated = (shares + 2) * evaluated + shares * config.held_out * images  # before and after the training, too
+    passes = images * (crops + 1) + 3 * seen + evaluated
     unknown = "" if teachers == 1 else ", without the other teachers"
     time_taken = format_duration(passes * _seconds_of_image(student))
     log(f"estimate: {time_taken} on this machine by the rate of one image{unknown}")

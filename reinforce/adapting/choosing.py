@@ -23,17 +23,6 @@ def mean(metrics: Mapping[str, float], names: Sequence[str]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def chance(gained: int, lost: int) -> float:
-    """The probability that as unequal numbers of images are gained and lost by chance: the two-sided sign test."""
-    total = gained + lost
-
-    def probability(count: int) -> float:  # by logarithms, since the factors are too large for many images
-        ways = math.lgamma(total + 1) - math.lgamma(count + 1) - math.lgamma(total - count + 1)
-        return math.exp(ways - total * math.log(2))
-
-    return min(1.0, 2 * sum(map(probability, range(min(gained, lost) + 1))))
-
-
 @dataclass(frozen=True)
 class Rule:
     """Of points that lose at most ``allow`` of the mean of ``general``, the one with the best mean of ``domain``.

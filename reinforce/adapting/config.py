@@ -44,6 +44,9 @@ class AdaptConfig(Section):
     released: Released
     seed: int = Field(0, ge=0, description="seed of the held-out part, of augmentations and of the training")
     held_out: float = Field(0.2, gt=0, lt=1, description="share of the images that are evaluated and not trained on")
+    copies: float = Field(
+        0.95, gt=0, le=1, description="cosine of the released model's vectors from which two images are near copies"
+    )
     allow: float = Field(0.5, ge=0, description="points (%) that the mean of the general metrics may lose")
     alphas: list[float] | None = Field(
         None, min_length=1, description="shares of the trained weights to evaluate; default: 0, 0.1, ... 1"

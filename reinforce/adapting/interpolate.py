@@ -34,6 +34,10 @@ class Sweep:
     rule: Rule
     chosen: Point
 
+    def shares(self, alpha: float) -> dict[str, float]:
+        """The weights of both models in the mixture of a share ``alpha``."""
+        return dict(zip(self.models, (1 - alpha, alpha), strict=True))
+
     @property
     def shown(self) -> list[Point]:
         """The points of tables: the first model, the chosen share and the largest one."""

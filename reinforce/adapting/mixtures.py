@@ -5,8 +5,11 @@ Evaluated on the sets of a config, results are kept in a file, and none is compu
 
 from __future__ import annotations
 
+import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -186,6 +189,16 @@ class Mixtures:
         self._results.append({"weights": weights, "metrics": metrics})
         self._storage.write_json({"of": self._of, "mixtures": self._results}, KEPT)
         return metrics
+
+    def kept(self, weights: Mapping[str, float], name: str, compute: Callable[[Models], dict[str, Any]]) -> Any:
+        """What ``compute`` gives of a mean whose metrics are known: JSON, which is kept with them, compressed."""
+        used = {one: weight for one, weight in weights.items() if weight}
+        result = next(one for one in self._results if one["weights"] == used)
+        if not isinstance(result.get(name), str):
+            found = zlib.compress(json.dumps(compute(self.loaded(weights))).encode())
+            result[name] = base64.b64encode(found).decode()
+            self._storage.write_json({"of": self._of, "mixtures": self._results}, KEPT)
+        return json.loads(zlib.decompress(base64.b64decode(result[name])))
 
     def loaded(self, weights: Mapping[str, float]) -> Models:
         """The mean of some models with weights, in eval mode, to encode images and texts."""

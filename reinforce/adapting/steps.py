@@ -23,6 +23,7 @@ from reinforce.training.config import Training
 _EPOCHS, _LARGEST_BATCH = 10, 256
 _CROPS, _SCALE = 4, [0.5, 1.0]
 _ANCHORS = {"similarities": 1.0, "features": 1.0}
+PER_CLASS = "mean_per_class"
 _RETRIEVAL = ("text_to_image/r1", "image_to_text/r1")
 
 
@@ -37,10 +38,9 @@ class Domain:
     captions: bool
     notes: Sequence[str]
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The metrics of the held-out images by which a model is chosen."""
-        of_classes = (f"zero_shot/{DOMAIN}/top1",) if self.classes else ()
+    def metrics(self, unequal: bool) -> tuple[str, ...]:
+        """The metrics of the held-out images by which a model is chosen; ``unequal``: classes of unequal sizes."""
+        of_classes = (f"zero_shot/{DOMAIN}/{PER_CLASS if unequal else 'top1'}",) if self.classes else ()
         return of_classes + tuple(f"retrieval/{DOMAIN}/{way}" for way in _RETRIEVAL if self.captions)
 
     def sets(self, dataset: str) -> dict[str, Any]:
@@ -95,8 +95,8 @@ def run_config(config: AdaptConfig, domain: Domain, size: int) -> Config:
     return parse_config(settings.merge(base, config.run), "the run of the adaptation")
 
 
-def views(config: AdaptConfig, images: int) -> Iterator[SelectConfig]:
-    """The views that divide the images: held out at random by key, and the others. Raises UserError for too few."""
+def held_out_images(config: AdaptConfig, images: int) -> int:
+    """How many of so many images are held out. Raises UserError for too few."""
     if images < FEWEST_IMAGES:
         raise UserError(
             f"{config.source} has {images} usable images, and an adaptation needs {FEWEST_IMAGES}: with fewer, its "
@@ -105,8 +105,14 @@ def views(config: AdaptConfig, images: int) -> Iterator[SelectConfig]:
     held_out = max(1, round(config.held_out * images))
     if held_out >= images - 1:
         raise UserError(f"held_out: {config.held_out:g} of {images} images leaves nothing to train on. Lower it.")
+    return held_out
+
+
+def views(config: AdaptConfig, held_out: int, copies: Sequence[Sequence[str]]) -> Iterator[SelectConfig]:
+    """The views that divide the images: so many held out at random, with ``copies`` on one side, and the others."""
+    drawn = {"count": held_out, "together": [[*group] for group in copies]}
     for name, rule in ((HELD_OUT, "sample"), (TRAIN, "all_but")):
-        keys = {"dataset": dataset_of(config), "name": name, "rules": [{rule: held_out}], "seed": config.seed}
+        keys = {"dataset": dataset_of(config), "name": name, "rules": [{rule: drawn}], "seed": config.seed}
         yield settings.parse(SelectConfig, keys)
 
 
@@ -149,9 +155,9 @@ def sets_of(config: AdaptConfig, domain: Domain) -> Evaluation:
     return settings.parse(Evaluation, settings.merge(general, domain.sets(dataset_of(config))), "general")
 
 
-def rule_of(config: AdaptConfig, domain: Domain) -> Rule:
-    """How a share of the trained weights is chosen."""
-    return Rule(domain.metrics, tuple(general_metrics(config.general)), config.allow / 100)
+def rule_of(config: AdaptConfig, domain: Domain, unequal: bool) -> Rule:
+    """How a share of the trained weights is chosen; ``unequal``: classes have unequal numbers of images."""
+    return Rule(domain.metrics(unequal), tuple(general_metrics(config.general)), config.allow / 100)
 
 
 def general_metrics(general: Evaluation) -> Iterator[str]:

@@ -77,15 +77,28 @@ class Decontaminate(Section):
     )
 
 
+Count = Annotated[int, Field(ge=1)]
+
+
+class Together(Section):
+    """A number of samples of which copies are taken together."""
+
+    count: Count = Field(description="number of samples; a last group may add some")
+    together: list[list[str]] = Field(
+        description="groups of samples by SHARD/KEY; one of more than half of `count` is never taken"
+    )
+
+
 class Rule(Section):
     """One rule: ``where``, ``keep``, ``sample``, ``all_but``, ``deduplicate`` or ``decontaminate``."""
 
     where: str | None = Field(None, description="an expression of SQL that is true for the samples to keep")
     keep: Keep | None = Field(None, description="the samples with the largest values")
-    sample: int | None = Field(None, ge=1, description="so many samples, at random by seed and key")
-    all_but: int | None = Field(
+    sample: Count | Together | None = Field(
+        None, description="so many samples, at random by seed and key; with `together`, groups of samples as one"
+    )
+    all_but: Count | Together | None = Field(
         None,
-        ge=1,
         description="the samples that `sample` of this number leaves out, with equal seed and rules before it",
     )
     deduplicate: Deduplicate | None = Field(None, description="one sample of each group of duplicates")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 import schemas
 from reinforce.dataset.layers import SAMPLES
@@ -107,7 +108,7 @@ class Duplicates:
         return {"trained": np.array(len(vectors))}
 
     def of(self, group: Group) -> npt.NDArray[Any]:
-        values, valid = self.rule.vectors(group) if self.buckets.dim else _digests(group)
+        values, valid = self.rule.vectors(group) if self.buckets.dim else digests(group.tables[SAMPLES], group.shard)
         group.codes[group.kept & ~valid] = 2 * self.rule.number + 1
         kept = np.flatnonzero(group.kept)
         records = np.zeros(len(kept), self.buckets.dtype)
@@ -165,15 +166,14 @@ def training_places(
     return [(shards[shard], int(index)) for shard, index in sorted(map(tuple, groups[order[:enough], :2].tolist()))]
 
 
-def _digests(group: Group) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
-    """Digest of each image [rows], and whether there is one [rows]."""
-    samples = group.tables[SAMPLES]
+def digests(samples: pa.Table, shard: str) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+    """Digest of each image [rows], and whether there is one [rows], of rows of the samples of a shard."""
     if "image" in samples.column_names:
         found = np.array([image_digest(image.as_buffer()) for image in samples["image"]], np.uint64)
         return found, np.ones(len(found), np.bool_)
     if schemas.IMAGE_DIGEST not in samples.column_names:
         raise UserError(
-            f"{SAMPLES}/{group.shard}.parquet has no digests of images: an earlier version made it. Make the dataset "
+            f"{SAMPLES}/{shard}.parquet has no digests of images: an earlier version made it. Make the dataset "
             "again, or deduplicate by a `teacher`: copies of an image have other crops, so set a `threshold` below 1."
         )
     column = samples[schemas.IMAGE_DIGEST].combine_chunks()

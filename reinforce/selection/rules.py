@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import schemas
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES, embeddings_layer
 from reinforce.errors import UserError
-from reinforce.selection.config import Rule
+from reinforce.selection.config import Rule, Together
 from reinforce.selection.expressions import Expression, check, comparable, numbers
 from reinforce.selection.neighbours import Reference, load_faiss, mean_vectors
 from reinforce.selection.thresholds import HASH_BITS, Ordered, Search, ordered
@@ -60,6 +60,7 @@ class BoundRule:
         images: columns of the samples with the images that it compares.
         search: the values above which it keeps samples, once they are known.
         reference: the vectors that must not be found, once they are known.
+        drawn_with: of a sample in a group, by shard and key: the sample as which it is drawn; None: it never is.
     """
 
     number: int
@@ -71,6 +72,7 @@ class BoundRule:
     images: tuple[str, ...] = ()
     search: Search | None = None
     reference: Reference | None = None
+    drawn_with: Mapping[tuple[str, str], tuple[str, str] | None] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -79,7 +81,10 @@ class BoundRule:
     @property
     def top(self) -> int | float | None:
         """The number or share of samples it keeps, if that depends on all of them."""
-        return self.spec.sample or self.spec.all_but or (self.spec.keep.top if self.spec.keep else None)
+        drawn = self.spec.sample or self.spec.all_but
+        if isinstance(drawn, Together):
+            return drawn.count
+        return drawn or (self.spec.keep.top if self.spec.keep else None)
 
     @property
     def bits(self) -> int:
@@ -125,10 +130,12 @@ class BoundRule:
     def ordered(self, group: Group) -> tuple[Ordered, Ordered, Mask]:
         """The group of each row, the number by which it is kept as an integer, and whether it has both [rows]."""
         if self.value is None:
-            # A key is unique in its shard only.
-            salt = hashlib.blake2b(f"{self.seed}\0{group.shard}".encode(), digest_size=8).hexdigest()
-            hashes = hash_array(group.keys.to_numpy(zero_copy_only=False), hash_key=salt, categorize=False)
-            order = hashes >> np.uint64(64 - HASH_BITS)
+            keys = group.keys.to_numpy(zero_copy_only=False)
+            order = _draw(self.seed, group.shard, keys)
+            for row, key in enumerate(keys if self.drawn_with else ()):
+                if (group.shard, key) in self.drawn_with:
+                    first = self.drawn_with[group.shard, key]
+                    order[row] = 0 if first is None else _draw(self.seed, first[0], np.array(first[1:], object))[0]
             return np.zeros(len(order), np.uint64), order, np.ones(len(order), np.bool_)
         values, valid = comparable(group.values[self.value.text], self.value)
         groups = np.zeros(len(values), np.uint64)
@@ -149,6 +156,22 @@ class BoundRule:
         """The vectors that it compares [rows, D], and whether a row has one [rows]."""
         assert self.layer is not None
         return mean_vectors(group.tables[self.layer])
+
+
+def _draw(seed: int, shard: str, keys: npt.NDArray[Any]) -> Ordered:
+    """Numbers of ``HASH_BITS`` by which samples are drawn, the largest first; a key is unique in its shard only."""
+    salt = hashlib.blake2b(f"{seed}\0{shard}".encode(), digest_size=8).hexdigest()
+    hashes: Ordered = hash_array(keys, hash_key=salt, categorize=False)
+    return hashes >> np.uint64(64 - HASH_BITS)
+
+
+def _drawn_with(drawn: Together) -> dict[tuple[str, str], tuple[str, str] | None]:
+    """As which sample each one of a group is drawn: the first of the group, none of a large one."""
+    found: dict[tuple[str, str], tuple[str, str] | None] = {}
+    for names in drawn.together:
+        places = [(shard, key) for shard, _, key in (name.partition("/") for name in names)]
+        found |= dict.fromkeys(places, None if 2 * len(places) > drawn.count else places[0])
+    return found
 
 
 def bind(number: int, spec: Rule, seed: int, manifest: Mapping[str, Any]) -> BoundRule:
@@ -174,7 +197,8 @@ def bind(number: int, spec: Rule, seed: int, manifest: Mapping[str, Any]) -> Bou
     if spec.decontaminate is not None:
         layer = _image_layer(spec.decontaminate.teacher, manifest, f"{where}.decontaminate.teacher")
         return replace(rule, layer=layer)
-    return rule
+    drawn = spec.sample or spec.all_but
+    return replace(rule, drawn_with=_drawn_with(drawn)) if isinstance(drawn, Together) else rule
 
 
 def _image_layer(teacher: str, manifest: Mapping[str, Any], where: str) -> str:

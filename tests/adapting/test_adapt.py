@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 import reinforce
 from reinforce.adapting import adapt as adapting
 from reinforce.adapting import mixtures
-from reinforce.adapting.choosing import Point, Rule, chance
+from reinforce.adapting.choosing import Point, Rule
 from reinforce.adapting.config import AdaptConfig
+from reinforce.adapting.gain import Gain
 from reinforce.adapting.interpolate import Sweep
 from reinforce.adapting.page import advice
 from reinforce.storage import Storage
@@ -127,7 +128,7 @@ def test_a_killed_adaptation_goes_on_with_the_step_that_was_interrupted(
     tmp_path: Path, released: str, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["adapt", photos(tmp_path), f"{tmp_path}/out", "--model", released, *FAST, "--json", "-"]
-    for function in ("run", "_divide", "train", "sweep", "write_page"):
+    for function in ("run", "divide", "train", "sweep", "cross_fit", "write_page"):
         with monkeypatch.context() as patch:
             patch.setattr(adapting, function, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
             status, _, error = command(*words)
@@ -228,23 +229,17 @@ def test_too_few_images_equal_captions_and_too_many_steps_are_said(
 def test_the_page_advises_by_what_the_points_show() -> None:
     rule = Rule(("d",), ("g",), allow=0.01)
 
-    def advised(*rows: tuple[float, float, float], chosen: int, by_chance: float = 0.0) -> str:
+    def advised(*rows: tuple[float, float, float], chosen: int, p: float = 0.0, gained: float | None = None) -> str:
         points = [Point(alpha, {"d": domain, "g": general}) for alpha, domain, general in rows]
-        return " ".join(advice(Sweep(("a", "b"), points, rule, points[chosen]), points[0], points[-1], by_chance))
+        after = rows[chosen][1] if gained is None else rows[0][1] + gained
+        gain = Gain(rows[0][1], after, -1, 1, p, [rows[chosen][0]], [])
+        return " ".join(advice(Sweep(("a", "b"), points, rule, points[chosen]), gain, points[0], points[-1]))
 
     assert "did not help" in advised((0, 0.5, 0.5), (1, 0.4, 0.5), chosen=0)
     assert "train for longer" in advised((0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1)
     assert "loss.anchor.similarities" in advised((0, 0.5, 0.5), (0.5, 0.6, 0.5), (1, 0.7, 0.3), chosen=1)
     assert "Another seed" in advised((0, 0.5, 0.5), (0.5, 0.6, 0.5), (1, 0.5, 0.5), chosen=1)
-    assert "too few to tell this gain from chance (p = 0.50" in advised(
-        (0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1, by_chance=0.5
-    )
-    assert "too few" not in advised((0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1, by_chance=0.01)
-    assert "too few" not in advised((0, 0.5, 0.5), (1, 0.4, 0.5), chosen=0, by_chance=1.0), "there is no gain"
-
-
-@pytest.mark.parametrize(
-    ("gained", "lost", "expected"), [(0, 0, 1), (1, 0, 1), (5, 0, 1 / 16), (0, 6, 1 / 32), (2, 1, 1)]
-)
-def test_few_images_that_change_are_likely_by_chance(gained: int, lost: int, expected: float) -> None:
-    assert chance(gained, lost) == pytest.approx(expected, rel=1e-2)
+    assert "too few to tell a gain from chance" in advised((0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1, p=0.5)
+    assert "too few" not in advised((0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1, p=0.01)
+    assert "too few" not in advised((0, 0.5, 0.5), (1, 0.4, 0.5), chosen=0, p=1.0), "there is no gain"
+    assert "did not help" in advised((0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1, gained=-0.1), "on images not chosen by"

@@ -21,7 +21,7 @@ import open_clip
 import torch
 from PIL import Image
 
-from reinforce.adapting.choosing import chance
+from reinforce.adapting.gain import chance
 from reinforce.cli import main as reinforce
 from tests.helpers.students import inside
 from tests.photos.pictures import Photo, read_photos, write_captioned, write_classes
@@ -138,7 +138,7 @@ def show(folds: Sequence[Fold]) -> None:
         print(f"{name} - released, {_GENERAL}: {statistics.mean(lost):+.1f}, +-{statistics.stdev(lost):.1f}")
         pairs = [pair for fold in folds for pair in zip(fold.ranks[0], fold.ranks[model], strict=True)]
         better, worse = (sum(sign * (before - after) > 0 for before, after in pairs) for sign in (1, -1))
-        by_chance = chance(better, worse)
+        by_chance = chance([1.0] * better + [-1.0] * worse)
         verdict = "clear" if by_chance < CLEAR else "too few photos to tell"
         print(f"{name}: {better} of {len(pairs)} photos rank better, {worse} worse: p = {by_chance:.2f}, {verdict}")
 
