@@ -243,3 +243,47 @@ def test_the_page_advises_by_what_the_points_show() -> None:
     assert "too few" not in advised((0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1, p=0.01)
     assert "too few" not in advised((0, 0.5, 0.5), (1, 0.4, 0.5), chosen=0, p=1.0), "there is no gain"
     assert "did not help" in advised((0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1, gained=-0.1), "on images not chosen by"
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_unequal_classes_with_copies_are_chosen_by_class_and_the_folder_loads_as_a_student(
+    tmp_path: Path, released: str, command: Command
+) -> None:
+    source = Path(photos(tmp_path))
+    for number in range(6):
+        shutil.copy(source / "red/0.png", source / f"red/copy-{number}.png")
+    words = ["adapt", str(source), f"{tmp_path}/out", "--model", released, *FAST, "--json", "-"]
+    status, text, error = command(*words)
+    assert status == 0, error
+    report = json.loads(text)
+    assert report["rule"]["domain"] == ["zero_shot/domain/mean_per_class"]
+    copies, templates = report["notes"][-2:]
+    assert copies.startswith("copies: 7 of 36 images have the bytes of another")
+    assert "templates of zero_shot/domain: 'a photo of a {}.'" in templates
+    [counted], page = report["gain"]["counted"], (tmp_path / "out/index.html").read_text()
+    train, held_out = (
+        [one.image for one in reinforce.open(f"{tmp_path}/out/dataset", view=view)] for view in ("train", "held-out")
+    )
+    assert counted["queries"] == len(held_out) == 7
+    assert train.count((source / "red/0.png").read_bytes()) == 7, "such a large group is trained on"
+    assert not {*train} & {*held_out}
+    assert f"{counted['before']} -&gt; {counted['after']} of 7 right" in page
+    assert "cross-fitting" in page
+    assert copies in page
+    student = reinforce.Student.load(f"{tmp_path}/out")
+    assert student.encode_texts("red").equal(reinforce.Student.load(f"{tmp_path}/out/model").encode_texts("red"))
+    assert json.loads(command(*words)[1]) == report, "a second run keeps the division and what was counted"
+
+
+def test_a_folder_with_other_files_is_refused_before_anything_is_written(
+    tmp_path: Path, released: str, command: Command
+) -> None:
+    source, out = photos(tmp_path), tmp_path / "out"
+    out.mkdir()
+    for name, content in (("mine.txt", "my notes"), ("adapt.json", '{"of": "another program"}')):
+        (out / name).write_text(content)
+        before = {path.name: path.read_text() for path in out.iterdir()}
+        status, _, error = command("adapt", source, str(out), "--model", released)
+        assert (status, "is not empty, and no folder of `reinforce adapt`" in error) == (2, True), error
+        assert {path.name: path.read_text() for path in out.iterdir()} == before
+        (out / name).unlink()

@@ -390,3 +390,19 @@ def test_rows_of_a_view_are_refused_where_the_samples_got_other_keys_while_it_is
     rewrite(path, lambda table: table.set_column(column, "key", table["key"].take(np.arange(ROWS)[::-1])))
     with pytest.raises(UserError, match=r"view some is of other samples of .*\. Make it again"):
         list(data)
+
+
+def test_samples_of_a_group_are_drawn_together_and_a_large_group_never(url: str) -> None:
+    [first, second, third] = (shard for shard in reinforce.open(url).shards)
+    pairs = [[f"{first}/000000{n:02}", f"{second}/001000{n:02}"] for n in range(6)]
+    large = [f"{third}/002000{n:02}" for n in range(8)]
+    for seed in range(4):
+        drawn = {"count": 14, "together": [*pairs, large]}
+        make_view(url, {"sample": drawn}, name="some", seed=seed)
+        make_view(url, {"all_but": drawn}, name="others", seed=seed)
+        some, others = {*keys_of(url)}, {*keys_of(url, "others")}
+        assert (some & others, some | others) == (set(), {*keys_of(url, None)})
+        assert 14 <= len(some) <= 15
+        names = [{name.partition("/")[2] for name in group} for group in pairs]
+        assert all(len(group & some) in (0, 2) for group in names)
+        assert not some & {name.partition("/")[2] for name in large}
