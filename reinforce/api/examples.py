@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -22,20 +24,23 @@ from reinforce.dataset.augment.device_records import DEVICE_BACKEND
 from reinforce.dataset.kinds.registry import KINDS, kind_of, owner_of
 from reinforce.dataset.layers import model_of
 from reinforce.dataset.reading.dataset import Dataset as ReinforcedDataset
-from reinforce.dataset.reading.samples import KeptGroups, RowPlaces
+from reinforce.dataset.reading.samples import KeptGroups, RowPlaces, checked_number
 from reinforce.errors import UserError
+from reinforce.seeds import Ints
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.examples import Example
 from reinforce.student.data.parts import PartMaker
 from reinforce.student.data.reader import StreamedDataset
 from reinforce.student.data.stream import StreamReader, make_orders
+from reinforce.terminal import plural
 from reinforce.training.distributed import gather
 from reinforce.training.order import GroupChunk, share
 
 _LOG = logging.getLogger(__name__)
 #: Rows that are searched for a usable one in place of another.
 _MOST_UNUSABLE = 10_000
+_COUNTED_SHARDS = 64  # of datasets whose usable rows are counted when they are opened
 _READERS = 2  # threads of a stream that read row groups
 _AT_ONCE = 8  # examples of a stream that are made together
 
@@ -63,9 +68,11 @@ class Examples(Dataset[dict[str, Any]]):
     With ``columns``, items are flat: a list of names, or a dict of your names for them, such as
     ``{"pixel_values": "image", "labels": "dfn2b/image"}``.
 
-    Each access picks an augmentation and captions by torch's random numbers; after ``set_epoch`` by ``seed`` and the
-    epoch. A row that cannot be used, since a layer is null there, is replaced by the next one that can. To read large
-    datasets in a random order, use ``stream``: here a row group is read for a sample that is in none of the last ones.
+    Samples that lack a text or a vector that an example has are left out: ``len(examples)`` counts the others, and a
+    warning states how many are left out and why. They are counted here, by reading texts and the footers of files; with
+    more than 64 shards by the first ``len`` or access. Each access picks an augmentation and captions by torch's random
+    numbers; after ``set_epoch`` by ``seed`` and the epoch. To read large datasets in a random order, use ``stream``:
+    here a row group is read for a sample that is in none of the last ones.
 
     Raises UserError for a dataset that does not exist, lacks layers or is unfinished.
     """
@@ -104,6 +111,8 @@ class Examples(Dataset[dict[str, Any]]):
         self._maker = PartMaker(self.size, self.targets, _no_tokens, scaled=self.data.translations != "stored")
         self._columns = _checked_columns(columns, self.names)
         self._connect()
+        if sum(len(dataset.shards) for dataset in self.datasets) <= _COUNTED_SHARDS:
+            len(self)
 
     @property
     def names(self) -> list[str]:
@@ -111,9 +120,15 @@ class Examples(Dataset[dict[str, Any]]):
         return ["key", "image", *self.kinds, *(f"{target.model}/{target.name}" for target in self.targets)]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._stored)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return self.__getitems__(range(*index.indices(len(self))))
         [item] = self.__getitems__([index])
         return item
 
@@ -122,7 +137,7 @@ class Examples(Dataset[dict[str, Any]]):
         if self._process != os.getpid():
             self._connect()
         epoch = int(torch.randint(2**31, ())) if self.epoch is None else self.epoch
-        return self.make([self._usable(int(index), epoch) for index in indices])
+        return self.make([self._usable(index, epoch) for index in indices])
 
     def set_epoch(self, epoch: int) -> None:
         """Pick augmentations and captions by ``seed`` and this epoch, instead of torch's random numbers.
@@ -158,24 +173,45 @@ class Examples(Dataset[dict[str, Any]]):
         assert self._columns is not None
         return {name: values[of] for name, of in self._columns.items()}
 
+    @functools.cached_property
+    def _stored(self) -> Ints:
+        """The numbers of the rows that have all that an example takes. Raises UserError if there is none."""
+        masks = []
+        for dataset in self.datasets:
+            usable, unusable = dataset.find_stored()
+            reasons = ", ".join(f"{reason}: {count:,}" for reason, count in unusable.most_common())
+            if not usable.any():
+                raise UserError(
+                    f"{dataset.url}: none of {plural(len(usable), 'sample')} can be used ({reasons}). "
+                    f"{dataset.hint(unusable)}"
+                )
+            if reasons:
+                _LOG.warning(
+                    "%s: %s of %s cannot be used and are left out: %s",
+                    dataset.url, f"{(~usable).sum():,}", plural(len(usable), "sample"), reasons,
+                )  # fmt: skip
+            masks.append(usable)
+        return np.flatnonzero(np.concatenate(masks))
+
     def _usable(self, index: int, epoch: int) -> Example:
-        """The example of a row, or else of the next one that can be used. Raises UserError if there is none."""
-        group, place = self._rows.find(index)
-        searched, unusable = 0, Counter[str]()
-        for number in itertools.chain(range(group, len(self._rows.groups)), range(group + 1)):
-            which, in_dataset, rows = self._rows.groups[number].tolist()
-            for row in range(place if not searched else 0, rows):
-                found = self.datasets[which].load(GroupChunk(in_dataset, row, row + 1), epoch, keep=True)
-                if (example := found.rows[0]) is not None:
-                    return example
-                unusable.update(found.unusable)
-                searched += 1
-                if searched >= min(_MOST_UNUSABLE, len(self)):
-                    raise UserError(
-                        f"{self.datasets[which].url}: none of {searched:,} rows can be used ({', '.join(unusable)}). "
-                        f"{self.datasets[which].hint(unusable)}"
-                    )
-        raise AssertionError
+        """The example of a number. In place of one with values that cannot be trained on, another one: those of
+        neighbours are apart, and as different as can be. Raises UserError if there is none.
+        """
+        total, unusable = len(self), Counter[str]()
+        number = checked_number(index, total)
+        step = next(one for one in itertools.count(round(0.618 * total) or 1) if math.gcd(one, total) == 1)
+        searched = min(_MOST_UNUSABLE, total)
+        for attempt in range(searched):
+            group, place = self._rows.find(int(self._stored[(number + attempt * step) % total]))
+            which, in_dataset, _ = self._rows.groups[group].tolist()
+            found = self.datasets[which].load(GroupChunk(in_dataset, place, place + 1), epoch, keep=True)
+            if (example := found.rows[0]) is not None:
+                return example
+            unusable.update(found.unusable)
+        raise UserError(
+            f"{self.datasets[which].url}: none of {searched:,} rows can be used ({', '.join(unusable)}). "
+            f"{self.datasets[which].hint(unusable)}"
+        )
 
     def _connect(self) -> None:
         """Open files in this process, since clients of object stores are not fork-safe."""
@@ -250,7 +286,7 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
 
     @property
     def _total(self) -> int:
-        return self.examples.data.samples or len(self.examples)
+        return self.examples.data.samples or sum(dataset.rows for dataset in self.examples.datasets)
 
     def _lengths(self, streams: int, epoch: int) -> list[int]:
         """Examples of each stream in an epoch; of equal numbers if there are several ranks."""

@@ -18,8 +18,9 @@ from torchvision.transforms import v2
 
 import reinforce
 from reinforce.errors import UserError
+from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.models.tiny_models import tokenizer as save_tokenizer
-from tests.helpers.reinforced import rewrite
+from tests.helpers.reinforced import reinforce_here, rewrite
 
 TRANSFORM = v2.Compose([v2.Resize(20), v2.CenterCrop(20), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 TOKENIZER = open_clip.get_tokenizer("ViT-B-32")
@@ -153,17 +154,87 @@ def test_an_opened_dataset_decides_teachers_captioners_and_shards(made: Path) ->
     assert (len(both), both[12]["key"]) == (24, whole[0]["key"])
 
 
-def test_a_row_that_cannot_be_used_is_replaced_by_the_next_one(dataset: Path) -> None:
-    def lose(table: pa.Table) -> pa.Table:
+@pytest.fixture(scope="module")
+def partly_captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 30 and 10 samples: in the first one, those from number 8 to 27 have no caption."""
+    folder = tmp_path_factory.mktemp("partly")
+    first = [(name, data) for name, data in members_of(0, 30) if name[-3:] != "txt" or not 8 <= int(name[3:8]) < 28]
+    write_tar(folder / "source" / "0.tar", first)
+    write_tar(folder / "source" / "1.tar", members_of(1, 10))
+    made = reinforce_here(config_of(f"{folder}/source/*.tar", folder / "out"))
+    reinforce.select(dataset=made, name="some", rules=[{"sample": 30}])
+    return Path(made)
+
+
+def test_samples_without_a_caption_are_left_out_of_access_by_number_and_no_batch_has_one_twice(
+    partly_captioned: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = reinforce.Examples(partly_captioned, columns=["key", "caption"])
+    assert "20 of 40 samples cannot be used and are left out: no caption: 20" in caplog.text
+    kept = [sample.key for sample in reinforce.open(partly_captioned) if sample.caption]
+    assert [data[i]["key"] for i in range(len(data))] == kept
+    assert len(kept) == 20
+    assert sorted(keys_of(DataLoader(data, batch_size=4, shuffle=True))) == sorted(kept)
+    assert [item["key"] for item in data[-3:]] == kept[-3:]
+    assert len(list(data.stream())) == 40, "a stream has as many examples as a training run"
+
+
+def test_which_samples_without_a_caption_are_left_out_depends_on_texts_views_and_shards(partly_captioned: Path) -> None:
+    made = partly_captioned
+    without = {sample.key for sample in reinforce.open(made) if not sample.caption}
+    assert len(reinforce.Examples(made, captions="none")) == 40
+    assert len(reinforce.Examples(made, captions="mixed")) == 40, "the others have synthetic ones"
+    assert len(reinforce.Examples([made, made], captioners=[])) == 40
+    assert len(reinforce.Examples(reinforce.open(made)[1])) == 10
+    of_view = reinforce.open(made, view="some")
+    keys = [sample.key for sample in of_view if sample.key not in without]
+    data = reinforce.Examples(of_view, columns=["key"])
+    assert [data[i]["key"] for i in range(len(data))] == keys
+    assert 0 < len(keys) < 30
+
+
+def with_vectors(dataset: Path, of_row: Callable[[int, Any], Any]) -> None:
+    def change(table: pa.Table) -> pa.Table:
         column = table.schema.get_field_index("embeddings")
-        values = [None if row in (0, 8) else one for row, one in enumerate(table["embeddings"].to_pylist())]
+        values = [of_row(row, one) for row, one in enumerate(table["embeddings"].to_pylist())]
         return table.set_column(column, table.schema.field(column), pa.array(values, table["embeddings"].type))
 
-    rewrite(next((dataset / "embeddings/red/images").glob("00000*.parquet")), lose)
+    rewrite(next((dataset / "embeddings/red/images").glob("00000*.parquet")), change)
+
+
+def test_null_rows_of_a_layer_are_left_out(dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with_vectors(dataset, lambda row, one: None if row in (0, 8) else one)
     data = reinforce.Examples(dataset, columns=["key"])
     keys = [sample.key for sample in reinforce.open(dataset)]
-    assert [data[i]["key"] for i in (0, 1, 8)] == [keys[1], keys[1], keys[9]]
+    assert "2 of 12 samples cannot be used and are left out: embeddings/red/images is null: 2" in caplog.text
+    assert [data[i]["key"] for i in range(len(data))] == [*keys[1:8], *keys[9:]]
     assert len({item["key"] for item in data.stream()}) == 10
+
+
+def test_rows_of_zero_vectors_are_replaced_by_rows_that_differ(dataset: Path) -> None:
+    with_vectors(dataset, lambda row, one: [0.0] * len(one) if row in (2, 3, 4) else one)
+    data = reinforce.Examples(dataset, columns=["key"])
+    keys = [sample.key for sample in reinforce.open(dataset)]
+    found = [data[i]["key"] for i in range(len(data))]
+    assert [*found[:2], *found[5:]] == [*keys[:2], *keys[5:]]
+    assert len({*found[2:5]}) == 3
+    assert not {*found[2:5]} & {*keys[2:5]}
+
+
+def test_a_dataset_without_a_usable_sample_is_refused_with_the_reason(dataset: Path) -> None:
+    with_vectors(dataset, lambda row, one: None)
+    made = reinforce.open(dataset)[0]
+    with pytest.raises(UserError, match=r"none of 9 samples can be used \(embeddings/red/images is null: 9\)"):
+        reinforce.Examples(made)
+
+
+@pytest.mark.parametrize("number", ["a", 1.5, None])
+def test_what_is_no_number_of_a_sample_is_refused(made: Path, number: Any) -> None:
+    for samples in (reinforce.Examples(made, columns=["key"]), reinforce.open(made).samples):
+        with pytest.raises(UserError, match=r"a sample has a whole number, from 0 to 11; got"):
+            samples[number]
+        assert samples[np.int64(3)]
+        assert samples[torch.tensor(3)]
 
 
 @pytest.mark.parametrize(

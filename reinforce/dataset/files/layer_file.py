@@ -180,6 +180,13 @@ class LayerFile:
                 self._source.fetch([])
             return self._with_tensors(table)
 
+    def has_nulls(self, number: int, column: str) -> bool:
+        """Whether rows of a tensor may be null, by the footer alone, in which a null row has one value."""
+        with naming_refused(self._name):
+            group = self._row_group(number)
+            sides, [leaf] = self._shapes.get(column, []), self._leaves(group, [column])
+            return math.prod(sides) < 2 or leaf.num_values != group.num_rows * math.prod(sides)
+
     def stored_keys(self, number: int, most_bytes: int) -> StoredKeys | None:
         """The keys of a row group without decoding them; None if they take more than ``most_bytes``.
 

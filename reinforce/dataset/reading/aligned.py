@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.dataset.files.damage import drop_shard_command
@@ -83,6 +85,11 @@ class AlignedShard:
         group = self.row_group(number)
         return {name: group.read(name) for name in self.layers}
 
+    def has_nulls(self, layer: str, number: int, column: str) -> bool:
+        """Whether rows of a layer's tensor may be null in a row group, by the footer alone."""
+        with layer_errors(self.store, layer, self.shard):
+            return self._files[layer].has_nulls(number, column)
+
     def read_unchecked(self, layer: str, number: int) -> pa.Table:
         """Read a row group of a layer without comparing its keys."""
         with layer_errors(self.store, layer, self.shard):
@@ -112,6 +119,12 @@ class RowGroup:
         if not table["key"].equals(self.samples["key"]):
             raise alignment_error(self._shard.store, layer, self._shard.shard)
         return table
+
+    def stored(self, layer: str, column: str) -> npt.NDArray[np.bool_]:
+        """The rows of a layer's tensor that are not null; it is not read if the footer shows that all are stored."""
+        if not self._shard.has_nulls(layer, self._number, column):
+            return np.ones(len(self.samples), np.bool_)
+        return np.asarray(self.read(layer)[column].is_valid())
 
 
 def _with_current_urls(table: pa.Table, moved: Mapping[str, str]) -> pa.Table:

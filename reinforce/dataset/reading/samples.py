@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -128,6 +129,20 @@ class _Rows(Protocol):
     def samples_of(self, shard: str, tables: Mapping[str, pa.Table], places: Sequence[int]) -> list[Sample]: ...
 
 
+def checked_number(number: Any, total: int) -> int:
+    """The number of one of ``total`` samples, from 0 on; a negative one counts from the end.
+
+    Raises IndexError if there is none of it, and UserError if it is none.
+    """
+    try:
+        index = operator.index(number)
+    except TypeError:
+        raise UserError(f"a sample has a whole number, from 0 to {total - 1:,}; got {number!r:.100}") from None
+    if not -total <= index < total:
+        raise IndexError(f"sample {index} is out of range: there are {total:,}")
+    return index % total
+
+
 class RowPlaces:
     """Row groups [groups, 3], as ``row_group_table`` gives them, of which rows are found by their number."""
 
@@ -143,9 +158,7 @@ class RowPlaces:
 
         Raises IndexError. A negative number counts from the end.
         """
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"sample {number} is out of range: there are {len(self):,}")
-        number %= len(self)
+        number = checked_number(number, len(self))
         group = int(np.searchsorted(self._ends, number, side="right"))
         return group, number - int(self._ends[group] - self.groups[group, 2])
 

@@ -35,6 +35,8 @@ SampleCrop: TypeAlias = Callable[[int, int], Augmentation]
 _TEXTS = pa.list_(pa.string())
 #: Reads one layer of a row group.
 ReadLayer: TypeAlias = Callable[[str], pa.Table]
+#: Takes one value of every row [rows] of a layer, by its name and the places of the values in their rows.
+PickValues: TypeAlias = Callable[[str, Ints], PickedValues]
 
 
 @dataclass(frozen=True)
@@ -157,32 +159,69 @@ def make_examples(
     samples = samples.slice(first, stop - first)
     keys: list[str] = samples["key"].to_pylist()
     picks = _Picks(spec, epoch, keys)
-    usable, unusable = np.ones(len(keys), bool), {}
 
     def rows_of(layer: str) -> pa.Table:
         return read(layer).slice(first, stop - first)
+
+    def pick(layer: str, index: Ints) -> PickedValues:
+        return kind_of(layer).pick(rows_of(layer), index)
+
+    augmentations: Sequence[Augmentation | None] = [None] * len(keys)
+    crops = np.zeros(len(keys), np.intp)
+    if spec.images:
+        records = _ListColumn(samples["augmentations"])
+        crops = picks.index(0, records.counts)
+        augmentations = from_records(records.take(crops))
+    usable, unusable, texts, blocks = _pick_rows(samples, rows_of, pick, crops, spec, picks, file.limits)
+    places = np.flatnonzero(usable).tolist()
+    examples: list[Example | None] = [None] * len(keys)
+    images: Iterable[bytes] = itertools.repeat(b"", len(places))
+    if spec.images and spec.pixels:
+        images = _read_images(samples, places, file.roots)
+    for i, image in zip(places, images, strict=True):
+        targets = tuple(block[i] for block in blocks)
+        examples[i] = Example(file, keys[i], image, augmentations[i], tuple(text[i] for text in texts), targets)
+    return Examples(examples, unusable)
+
+
+def find_stored(
+    samples: pa.Table, read: ReadLayer, stored: Callable[[str], Bools], spec: ExampleSpec, limits: Limits
+) -> tuple[Bools, dict[str, int]]:
+    """The rows [rows] of a row group that have all that an example takes, and counts of the others by reason.
+
+    ``stored`` is where the values of a layer are not null. No value is read, so that a row with one that cannot be
+    trained on, such as a vector of zeros, counts as usable.
+    """
+
+    def pick(layer: str, _: Ints) -> PickedValues:
+        return PickedValues((), rows := stored(layer), rows)
+
+    picks, first = _Picks(spec, 0, samples["key"].to_pylist()), np.zeros(len(samples), np.intp)
+    usable, unusable, _, _ = _pick_rows(samples, read, pick, first, spec, picks, limits)
+    return usable, unusable
+
+
+def _pick_rows(
+    samples: pa.Table, read: ReadLayer, pick: PickValues, crops: Ints, spec: ExampleSpec, picks: _Picks, limits: Limits
+) -> tuple[Bools, dict[str, int], list[list[str]], list[npt.NDArray[Any]]]:
+    """The usable rows, counts of the others by reason, the texts of each kind, and the arrays of ``spec.targets``."""
+    usable, unusable = np.ones(len(samples), bool), dict[str, int]()
 
     def require(present: Bools, reason: str) -> None:
         if lost := int((usable & ~present).sum()):
             unusable[reason] = lost
             usable[~present] = False
 
-    augmentations: Sequence[Augmentation | None] = [None] * len(keys)
-    if spec.images:
-        records = _ListColumn(samples["augmentations"])
-        crops = picks.index(0, records.counts)
-        augmentations = from_records(records.take(crops))
     blocks: list[npt.NDArray[Any]] = []
     for layer in spec.crops:
-        kind = kind_of(layer)
-        picked = kind.pick(rows_of(layer), crops)
+        picked = pick(layer, crops)
         require(picked.stored, f"{layer} is null")
-        require(picked.usable, f"{layer} is {kind.unusable}")
+        require(picked.usable, f"{layer} is {kind_of(layer).unusable}")
         blocks += picked.arrays
     texts: list[list[str]] = []
     for number, of_text in enumerate(spec.kinds):
         weights = spec.sources(of_text)
-        sources = [_pick_texts(samples, rows_of, name, spec, picks, file.limits) for name in weights]
+        sources = [_pick_texts(samples, read, pick, name, spec, picks, limits) for name in weights]
         chosen, found = picks.source(2 + number, [source.complete for source in sources], list(weights.values()))
         name = "caption" if of_text == TRUE_CAPTION else "synthetic caption"
         lacking = NO_CAPTION if of_text == TRUE_CAPTION else f"no {name}"
@@ -193,17 +232,8 @@ def make_examples(
         texts.append([sources[source].texts[row] or "" for row, source in enumerate(chosen.tolist())])
         for of_sources in zip(*(source.picked.values() for source in sources), strict=True):
             for arrays in zip(*(of_source.arrays for of_source in of_sources), strict=True):
-                blocks.append(np.stack(arrays)[chosen, np.arange(len(keys))])
-
-    places = np.flatnonzero(usable).tolist()
-    examples: list[Example | None] = [None] * len(keys)
-    images: Iterable[bytes] = itertools.repeat(b"", len(places))
-    if spec.images and spec.pixels:
-        images = _read_images(samples, places, file.roots)
-    for i, image in zip(places, images, strict=True):
-        targets = tuple(block[i] for block in blocks)
-        examples[i] = Example(file, keys[i], image, augmentations[i], tuple(text[i] for text in texts), targets)
-    return Examples(examples, unusable)
+                blocks.append(np.stack(arrays)[chosen, np.arange(len(samples))])
+    return usable, unusable, texts, blocks
 
 
 class _Picks:
@@ -249,7 +279,13 @@ class _PickedTexts(NamedTuple):
 
 
 def _pick_texts(
-    samples: pa.Table, read: ReadLayer, source: str, spec: ExampleSpec, picks: _Picks, limits: Limits
+    samples: pa.Table,
+    read: ReadLayer,
+    pick: PickValues,
+    source: str,
+    spec: ExampleSpec,
+    picks: _Picks,
+    limits: Limits,
 ) -> _PickedTexts:
     if is_in_json(source):
         rows = [{"json": (metadata or "{}").encode()} for metadata in samples["metadata"].to_pylist()]
@@ -269,7 +305,7 @@ def _pick_texts(
     if source in spec.parallel:  # several texts of the first true caption
         index = np.zeros(len(texts), np.intp)
     layers = [embeddings_layer(teacher, spec.target_of(source)) for teacher in spec.texts]
-    picked = {layer: kind_of(layer).pick(read(layer), index) for layer in layers}
+    picked = {layer: pick(layer, index) for layer in layers}
     complete = np.logical_and.reduce([has_text, *(of_layer.usable for of_layer in picked.values())])
     return _PickedTexts(texts, picked, has_text, complete)
 

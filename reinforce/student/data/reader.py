@@ -15,8 +15,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.dataset.files.damage import drop_shard_command
+from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.reading.aligned import RowGroup, row_errors
+from reinforce.dataset.reading.aligned import AlignedShard, RowGroup, row_errors
 from reinforce.dataset.reading.dataset import AlignedLayers
 from reinforce.dataset.reading.sample import ImagePolicies
 from reinforce.dataset.reading.samples import KeptGroups
@@ -29,6 +30,7 @@ from reinforce.student.data.examples import (
     ExampleSpec,
     ReadLayer,
     SampleFile,
+    find_stored,
     make_examples,
 )
 from reinforce.training.order import GroupChunk, Order, Window
@@ -36,6 +38,7 @@ from schemas import image_columns
 
 #: Rows that are searched for a usable one before the training run fails.
 _MAX_UNUSABLE_ROWS = 100_000
+_SCANNERS = 16  # threads that look for null rows
 
 
 class Target(NamedTuple):
@@ -128,15 +131,47 @@ class StreamedDataset:
         with self._open(shard, place, rows) as group:
             return self._make_examples(shard, group.samples, group.read, chunk, epoch)
 
+    def find_stored(self) -> tuple[npt.NDArray[np.bool_], Counter[str]]:
+        """The rows [rows] that have all that an example takes, and counts of the others by reason.
+
+        Texts are read, and of other layers the footers, and values where some are null. Raises UserError as ``load``.
+        """
+        spec = replace(self.spec, images=False)
+        layers = replace(self.layers, columns=spec.columns("embed"))
+        ends = np.searchsorted(self.groups[:, 0], np.arange(len(self.shards) + 1))
+
+        def of_shard(number: int) -> list[tuple[npt.NDArray[np.bool_], dict[str, int]]]:
+            found, shard = [], self.shards[number]
+            with layers.open(shard, whole=False) as files, row_errors(f"{self.url}: shard {shard}"):
+                for _, place, rows in self.groups[ends[number] : ends[number + 1]].tolist():
+                    group = self._checked(files, place, rows)
+
+                    def stored(layer: str, group: RowGroup = group) -> npt.NDArray[np.bool_]:
+                        return group.stored(layer, str(kind_of(layer).values))
+
+                    found.append(find_stored(group.samples, group.read, stored, spec, self.policies.limits))
+            return found
+
+        with ThreadPoolExecutor(_SCANNERS, "scanner") as pool:
+            numbers = np.flatnonzero(np.diff(ends)).tolist()
+            found = [one for of_groups in pool.map(of_shard, numbers) for one in of_groups]
+        unusable = Counter[str]()
+        for _, reasons in found:
+            unusable.update(reasons)
+        return np.concatenate([usable for usable, _ in found]), unusable
+
     @contextlib.contextmanager
     def _open(self, shard: str, place: int, rows: int) -> Iterator[RowGroup]:
         with self.layers.open(shard, whole=False) as layers:
-            group = layers.row_group(place)
-            if group.samples.num_rows != rows:
-                raise UserError(
-                    f"{self.url}: samples/{shard}.parquet changed after the training started. Start it again."
-                )
-            yield group
+            yield self._checked(layers, place, rows)
+
+    def _checked(self, layers: AlignedShard, place: int, rows: int) -> RowGroup:
+        group = layers.row_group(place)
+        if group.samples.num_rows != rows:
+            raise UserError(
+                f"{self.url}: samples/{layers.shard}.parquet changed after the training started. Start it again."
+            )
+        return group
 
     def _make_examples(self, shard: str, samples: pa.Table, read: ReadLayer, chunk: GroupChunk, epoch: int) -> Examples:
         path, policies = self.layers.store.layer_path(SAMPLES, shard), self.policies
