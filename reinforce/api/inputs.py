@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from reinforce.errors import UserError
+from reinforce.images.policy import ImageRefused, decode, to_rgb
+from reinforce.input_config import Limits
 from teachers.preprocessing.fit import fit
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
@@ -33,10 +35,24 @@ class Preprocess:
         self.spec = spec
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        if not image.width or not image.height:
-            raise UserError(f"preprocess: the image has {image.width} x {image.height} pixels. Leave it out.")
-        pixels = torch.from_numpy(fit(image.convert("RGB"), self.spec).copy())
+        pixels = torch.from_numpy(fit(as_rgb(image, "the image"), self.spec).copy())
         return to_pixels(pixels[None], self.spec)[0]
+
+
+def as_rgb(image: Any, where: str) -> Image.Image:
+    """RGB of an image of Pillow, of uint8 [H, W, 3], or of encoded bytes, by one policy. Raises UserError."""
+    try:
+        if isinstance(image, bytes):
+            return decode(image, Limits())
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise UserError(f"{where}: want uint8 [H, W, 3], got {image.dtype} {[*image.shape]}.")
+            image = Image.fromarray(image)
+        if isinstance(image, Image.Image):
+            return to_rgb(image, Limits())
+    except ImageRefused as error:
+        raise UserError(f"{where} cannot be decoded ({error}). Leave it out.") from error
+    raise UserError(f"{where}: want an image of Pillow, an array, bytes or a path, got {type(image).__name__}.")
 
 
 def image_transform(image: Any) -> ImageTransform:

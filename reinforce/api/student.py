@@ -12,12 +12,10 @@ import torch
 from PIL import Image
 
 from reinforce import settings
-from reinforce.api.inputs import Preprocess
+from reinforce.api.inputs import Preprocess, as_rgb
 from reinforce.errors import UserError
 from reinforce.evaluation.command import build_evaluation
 from reinforce.evaluation.encoding import encode_texts, load_encoders
-from reinforce.images.policy import ImageRefused, decode
-from reinforce.input_config import Limits
 from reinforce.model_names import resolve_models, short_name
 from reinforce.processes.cores import available_cores
 from teachers.open_clip.teacher import OpenClipTeacher
@@ -41,7 +39,7 @@ class Student:
         dim: length of its embeddings.
         image: size and normalisation of its images.
         logit_scale: by which cosines become logits.
-        preprocess: transform of a Pillow image to float32 [3, H, W].
+        preprocess: transform of an image to float32 [3, H, W], converted as ``encode_images`` does.
         tokenizer: N texts -> int64 [N, context].
     """
 
@@ -76,8 +74,9 @@ class Student:
     def encode_images(self, images: ImageLike | Sequence[ImageLike], batch: int = 64) -> torch.Tensor:
         """Encode N images -> float32 [N, dim] on the CPU, unit norm; a single image gives [1, dim].
 
-        Images are Pillow's, uint8 [H, W, 3], encoded bytes or paths, and are resized as the model's evaluation does.
-        Raises UserError for one that cannot be decoded.
+        Images are Pillow's, uint8 [H, W, 3], encoded bytes or paths. All are converted by one policy, that of datasets:
+        EXIF orientation is applied, transparency is over white, and 16 bits are scaled. They are resized as the model's
+        evaluation does. Raises UserError for one that cannot be decoded.
         """
         several = [images] if isinstance(images, (Image.Image, np.ndarray, bytes, str, os.PathLike)) else images
         rows = [fit(self._opened(n, image), self.image) for n, image in enumerate(_checked_list("images", several))]
@@ -153,23 +152,14 @@ class Student:
     def _opened(self, number: int, image: Any) -> Image.Image:
         """One image of the user's. Raises UserError."""
         where = f"image {number}"
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise UserError(f"{where}: want uint8 [H, W, 3], got {image.dtype} {[*image.shape]}.")
-            return Image.fromarray(image)
-        try:
-            if isinstance(image, (str, os.PathLike)):
-                where = os.fspath(image)
+        if isinstance(image, (str, os.PathLike)):
+            where = os.fspath(image)
+            try:
                 image = Path(where).read_bytes()
-            if isinstance(image, bytes):
-                return decode(image, Limits())
-        except OSError as error:
-            raise UserError(f"{where}: {error.strerror or error}. Give the path of an image.") from error
-        except ImageRefused as error:
-            raise UserError(f"{where} cannot be decoded ({error}). Leave it out.") from error
-        raise UserError(f"{where}: want an image of Pillow, an array, bytes or a path, got {type(image).__name__}.")
+            except (OSError, ValueError) as error:  # ValueError: of a path with a null character
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"{where}: {reason}. Give the path of an image.") from error
+        return as_rgb(image, where)
 
 
 def _checked_list(name: str, values: Any) -> list[Any]:

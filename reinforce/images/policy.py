@@ -140,13 +140,32 @@ def decode(data: bytes, limits: Limits, strict: bool = False, policy: str = IMAG
             _check_complete(image, data, strict)
             if policy == PUBLISHED_POLICY:
                 image = image.convert("RGBA") if image.mode == "P" else image  # same colours, no warning
-                return image if image.mode == "RGB" else image.convert("RGB")
-            return _apply_orientation(_to_rgb(image, data), image)
+                return _plain(image if image.mode == "RGB" else image.convert("RGB"))
+            depth = png.header(data).depth if image.format == "PNG" else 8
+            return _plain(_apply_orientation(_to_rgb(image, depth), image))
     except ImageRefused:
         raise
     except Image.DecompressionBombError as error:
         raise ImageRefused(Reason.IMAGE_PIXELS, _describe(error)) from error
     except Exception as error:  # decoders raise many types of exceptions for broken files
+        raise ImageRefused(Reason.IMAGE_BROKEN, _describe(error)) from error
+
+
+def to_rgb(image: Image.Image, limits: Limits) -> Image.Image:
+    """Convert what Pillow has opened or made to RGB, by policy ``rgb-1``, as ``decode`` its encoded bytes.
+
+    What ``decode`` returns stays as it is. The orientation is that of the image's EXIF, which copies of Pillow keep.
+    Pillow states the transparent colour of a PNG in the samples of its file: it is scaled to 8 bits in the image, too.
+    One of 2 or 4 bits is known only before the pixels are loaded. Raises ImageRefused.
+    """
+    try:
+        _check_size(image.size, limits)
+        depth = _stated_depth(image)
+        image.load()
+        return _apply_orientation(_to_rgb(image, depth), image)
+    except ImageRefused:
+        raise
+    except Exception as error:  # as in decode
         raise ImageRefused(Reason.IMAGE_BROKEN, _describe(error)) from error
 
 
@@ -280,8 +299,8 @@ def _check_complete(image: Image.Image, data: bytes, strict: bool) -> None:
             raise ImageRefused(Reason.IMAGE_BROKEN, "the JPEG lacks scan data")
 
 
-def _to_rgb(image: Image.Image, data: bytes) -> Image.Image:
-    """Convert a loaded image of any mode to RGB, over white."""
+def _to_rgb(image: Image.Image, depth: int) -> Image.Image:
+    """Convert a loaded image of any mode to RGB, over white; ``depth`` is the bits of a sample of its file."""
     if image.mode == "F" or image.mode.startswith("I"):
         return _grey_to_rgb(image)
     transparency = image.info.get("transparency")
@@ -289,13 +308,22 @@ def _to_rgb(image: Image.Image, data: bytes) -> Image.Image:
         image = image.convert("LA")
     if transparency is None and image.mode not in ("LA", "PA", "RGBA", "RGBa"):
         return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
-    if transparency is not None and image.format == "PNG" and image.mode in ("L", "RGB"):
-        image.info["transparency"] = _to_8_bits(transparency, png.header(data).depth)
+    if transparency is not None and depth != 8 and image.mode in ("L", "RGB"):
+        image.info["transparency"] = _to_8_bits(transparency, depth)
     white = Image.new("RGB", image.size, _WHITE)
     for top, strip in _strips(image):
         rgba = strip.convert("RGBA")
         white.paste(rgba, (0, top), mask=rgba.getchannel("A"))
     return white
+
+
+def _stated_depth(image: Image.Image) -> int:
+    """Bits of a sample of an image's file, as far as they decide its transparent colour: 8 if they are not known."""
+    modes = {"L;2": 2, "L;4": 4, "RGB;16B": 16}
+    raw = [modes[tile[3]] for tile in getattr(image, "tile", []) if tile[3] in modes]
+    colour = image.info.get("transparency")
+    large = isinstance(colour, tuple) and max(colour) > 255
+    return next(iter(raw), 16 if large else 8)
 
 
 def _to_8_bits(colour: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:
@@ -344,6 +372,13 @@ def _apply_orientation(rgb: Image.Image, original: Image.Image) -> Image.Image:
         return rgb
     method = _TRANSPOSE_BY_ORIENTATION.get(orientation) if isinstance(orientation, int) else None
     return rgb if method is None else rgb.transpose(method)
+
+
+def _plain(rgb: Image.Image) -> Image.Image:
+    """The pixels without what states how they are to be shown: the policy has applied it."""
+    plain = rgb._new(rgb.im)
+    plain.info = {}
+    return plain
 
 
 def _describe(error: Exception) -> str:

@@ -14,7 +14,10 @@ from PIL import Image
 
 import reinforce
 from reinforce.errors import UserError
+from reinforce.images.policy import decode
+from reinforce.input_config import Limits
 from tests.helpers.data import picture
+from tests.helpers.images import encode, noise
 from tests.helpers.models.tiny_models import open_clip_model
 
 LOAD = reinforce.Student.load
@@ -56,12 +59,40 @@ def test_images_and_texts_are_encoded_as_open_clip_does(
     assert "dim=16" in repr(student)
 
 
-@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
-def test_a_student_refuses_to_preprocess_an_image_without_pixels(
-    student: reinforce.Student, size: tuple[int, int]
+def photo_of_a_telephone() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encode(noise(60, 40), "JPEG", exif=exif)
+
+
+def transparent() -> bytes:
+    image = noise(60, 40, seed=1)
+    image.putalpha(noise(60, 40, "L", seed=2))
+    return encode(image)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        photo_of_a_telephone(),
+        transparent(),
+        encode(Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60) * 27)),
+        encode(noise(60, 40).quantize(16), "GIF", transparency=3),
+        encode(noise(60, 40, "CMYK"), "JPEG"),
+    ],
+    ids=["telephone", "transparent", "16 bits", "palette", "CMYK"],
+)
+def test_paths_bytes_and_pillow_have_equal_vectors_by_one_image_policy(
+    student: reinforce.Student, tmp_path: Path, data: bytes
 ) -> None:
-    with pytest.raises(UserError, match=rf"preprocess: the image has {size[0]} x {size[1]} pixels. Leave it out."):
-        student.preprocess(Image.new("RGB", size))
+    (tmp_path / "one").write_bytes(data)
+    image, copied = Image.open(io.BytesIO(data)), Image.open(io.BytesIO(data)).copy()
+    same = [data, tmp_path / "one", Image.open(tmp_path / "one"), image, image, copied, decode(data, Limits())]
+    found = student.encode_images(same)
+    assert torch.equal(found, found[:1].expand(len(same), -1))
+    assert torch.equal(student.preprocess(image), student.preprocess(decode(data, Limits())))
+    plain = student.encode_images(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert "CMYK" in str(image.mode) or (found[0] @ plain[0]) < 0.9999, "the conversion of Pillow differs"
 
 
 def test_a_student_makes_the_inputs_of_training_examples(student: reinforce.Student, made: Path) -> None:
@@ -88,6 +119,11 @@ def test_a_student_is_exported_once_and_by_the_names_of_the_command(student: rei
         (lambda one, tmp: one.encode_images([tmp / "missing.png"]), "missing.png: No such file.*Give the path"),
         (lambda one, tmp: one.encode_images([b"no image"]), "image 0 cannot be decoded"),
         (lambda one, tmp: one.encode_images(np.zeros((4, 4), np.uint8)), r"want uint8 \[H, W, 3\], got uint8 \[4, 4\]"),
+        (lambda one, tmp: one.encode_images([np.zeros((0, 0, 3), np.uint8)]), "image 0 cannot be decoded .*0x0 pixels"),
+        (lambda one, tmp: one.encode_images(Image.new("L", (0, 5))), "image 0 cannot be decoded .*0x5 pixels"),
+        (lambda one, tmp: one.preprocess(Image.new("L", (0, 5))), "the image cannot be decoded .*0x5 pixels"),
+        (lambda one, tmp: one.encode_images(Image.open(io.BytesIO(picture(3)[:-400]))), "image 0 cannot be decoded"),
+        (lambda one, tmp: one.encode_images("a\0b"), "Give the path of an image"),
         (lambda one, tmp: one.encode_images([None]), "image 0: want an image of Pillow.*got NoneType"),
         (lambda one, tmp: one.encode_images(3), "images: want a list, got int"),
         (lambda one, tmp: one.encode_texts(["a", 3]), "texts: want strings, got 3"),

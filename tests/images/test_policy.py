@@ -10,7 +10,7 @@ import struct
 import numpy as np
 import PIL
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from reinforce.errors import UserError
 from reinforce.images import png
@@ -18,11 +18,11 @@ from reinforce.images.policy import (
     FORMATS,
     PUBLISHED_POLICY,
     ImageRefused,
-    _to_rgb,
     check_header,
     decode,
     format_extension,
     is_plain,
+    to_rgb,
 )
 from reinforce.input_config import Limits
 from reinforce.source.file_types import IMAGE_EXTENSIONS
@@ -34,8 +34,12 @@ WHITE, RED, BLACK = (255, 255, 255), (255, 0, 0), (0, 0, 0)
 
 
 def pixels(data: bytes, limits: Limits = LIMITS) -> list[tuple[int, int, int]]:
+    """The pixels of encoded bytes, and by the way those of the same image when Pillow has opened it."""
     image = decode(data, limits)
     assert image.mode == "RGB"
+    opened = Image.open(io.BytesIO(data))
+    for same in (to_rgb(opened, limits), to_rgb(opened, limits), to_rgb(image, limits)):
+        assert np.array_equal(same, image), "a second conversion and that of converted pixels change nothing"
     return [tuple(pixel) for pixel in np.asarray(image).reshape(-1, 3).tolist()]
 
 
@@ -113,7 +117,7 @@ def test_alpha_modes_without_a_common_file_format_are_composited():
     palette = green.convert("P").convert("PA")
     palette.putalpha(0)
     for image in (Image.new("LA", (1, 1), (0, 0)).convert("La"), green.convert("RGBa"), palette):
-        assert _to_rgb(image, b"").getpixel((0, 0)) == WHITE
+        assert to_rgb(image, LIMITS).getpixel((0, 0)) == WHITE
 
 
 def test_16_bit_grey_is_divided_by_257():
@@ -162,9 +166,15 @@ def test_exif_orientation_is_applied_once(format, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(format, {})
-    image = decode(encode(Image.fromarray(np.ascontiguousarray(stored)), format, exif=exif, **options), LIMITS)
+    data = encode(Image.fromarray(np.ascontiguousarray(stored)), format, exif=exif, **options)
+    image = decode(data, LIMITS)
     assert image.size == (32, 16)
     assert np.abs(np.asarray(image).astype(int) - upright).max() <= 8
+    opened = Image.open(io.BytesIO(data))
+    for same in (opened, opened.copy(), opened.convert("RGB"), ImageOps.exif_transpose(opened), image):
+        assert np.array_equal(to_rgb(same, LIMITS), image), "once, whoever applies it"
+    published = decode(data, LIMITS, policy=PUBLISHED_POLICY)
+    assert np.array_equal(to_rgb(published, LIMITS), published), "an image that was decoded is not turned"
 
 
 def test_conversion_in_strips_equals_conversion_at_once(monkeypatch):
