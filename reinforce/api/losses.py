@@ -23,7 +23,7 @@ from reinforce.student.loss_config import Loss
 from reinforce.student.task import read_stored
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from reinforce.student.terms.anchor_weights import distance_from_start
-from reinforce.student.terms.base import MAP, Rows, Tensors, unit
+from reinforce.student.terms.base import MAP, Rows, Tensors, as_scalar, check_rows, unit
 from reinforce.student.terms.dense import dense
 from reinforce.student.terms.features import features
 from reinforce.student.terms.interactive import interactive
@@ -52,6 +52,7 @@ def contrastive(
     form: Literal["softmax", "sigmoid"] = "softmax",
 ) -> torch.Tensor:
     """The loss of CLIP, or with ``form="sigmoid"`` of SigLIP, whose ``logit_bias`` is required."""
+    check_rows("contrastive", {"image": image, "text": text})
     return _pairs(Objective(0.0, _checked_form(form, logit_bias)), image, text, logit_scale, logit_bias, {})
 
 
@@ -69,9 +70,15 @@ def distillation(
     """
     if not teachers:
         raise UserError("distillation: teachers is empty. Give the vectors of a teacher, or use `contrastive`.")
+    if not isinstance(teachers, Sequence) or not all(isinstance(of, (tuple, list)) and len(of) == 3 for of in teachers):
+        raise UserError("distillation: teachers must be a list of (vectors of images, vectors of texts, logit scale).")
     names = [str(number) for number in range(len(teachers))]
+    of_teachers = [{f"image of teacher {n}": of[0], f"text of teacher {n}": of[1]} for n, of in enumerate(teachers)]
+    check_rows("distillation", {"image": image, "text": text}, *of_teachers)
     targets = {name: {IMAGE: unit(of[0]), CAPTION: unit(of[1])} for name, of in zip(names, teachers, strict=True)}
     scales = {name: of[2] for name, of in zip(names, teachers, strict=True)}
+    for name, scale in scales.items():
+        as_scalar(f"distillation: logit scale of teacher {name}", scale, image.device)
     objective = Objective(1.0, _checked_form(form, logit_bias), scales)
     return _pairs(objective, image, text, logit_scale, logit_bias, targets)
 
@@ -97,6 +104,7 @@ class StudentLoss(torch.nn.Module):
         self.terms = make_terms(loss, read_stored(config, {url: read_manifest(Store(url)) for url in urls}))
         self.notes = [*self.terms.notes]
         self.heads = torch.nn.ModuleDict(_heads(self.terms, width))
+        _check_targets(examples, self.terms)
         self._models = (model,)  # in a tuple, so that its parameters are not those of this module
         self.heads.update(self.terms.map_heads(self._map_width))
         self._start: dict[str, torch.Tensor] = {}
@@ -104,6 +112,8 @@ class StudentLoss(torch.nn.Module):
             named = self._model(self.terms.start_key).named_parameters()
             self._start = {name: weight.detach().clone() for name, weight in named if weight.requires_grad}
         self.scales = self.terms.scales()
+        self._rows = (*((IMAGE,) if examples.data.images != "none" else ()), *examples.kinds)
+        self._width = width
 
     def encode_image(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Features ``image`` [B, D] by the ``model``, and if a term needs it the ``map`` of its tower, in one pass."""
@@ -132,17 +142,13 @@ class StudentLoss(torch.nn.Module):
     ) -> dict[str, torch.Tensor]:
         """The weighted terms by name, such as ``distill/caption``, which add to the total."""
         maps = () if self.terms.stage() is None else (MAP,)
-        if unknown := features.keys() - {IMAGE, CAPTION, SYNTHETIC, *maps}:
-            raise UserError(f"features: {min(unknown)!r} is none of image, caption and synthetic.")
-        if maps and MAP not in features:
-            key = self.terms.map_key
-            raise UserError(f"features: `{key}` needs the `map` of the images: add what `encode_image` returns.")
+        self._check(features, targets, maps)
         of_rows = {what: rows if what in maps else unit(rows) for what, rows in features.items()}
         features = {what: rows for what, rows in of_rows.items() if what not in maps}
-        first = next(iter(features.values()), torch.zeros(()))
-        scalars = {"logit_scale": torch.as_tensor(logit_scale, device=first.device).reshape(())}
+        device = next(iter(features.values())).device
+        scalars = {"logit_scale": as_scalar("logit_scale", logit_scale, device)}
         if logit_bias is not None:
-            scalars["logit_bias"] = logit_bias.reshape(())
+            scalars["logit_bias"] = as_scalar("logit_bias", logit_bias, device)
         scalars |= self.terms.scalars(self.scales)
         own = {name: dict(of) for name, of in targets.items()}
         try:
@@ -153,6 +159,32 @@ class StudentLoss(torch.nn.Module):
             raise UserError(
                 f"the batch has no {error} that the loss needs: pass the `targets` of a batch of the same examples"
             ) from None
+
+    def _check(self, features: Any, targets: Any, maps: Sequence[str]) -> None:
+        """Raise UserError unless features are those that examples have, and targets those of as many examples."""
+        stated = [targets, *targets.values()] if isinstance(targets, Mapping) else [targets]
+        if not all(isinstance(one, Mapping) for one in (features, *stated)):
+            raise UserError("want features by what they are of, such as {'image': ...}, and the `targets` of a batch.")
+        if unknown := features.keys() - {*self._rows, *maps}:
+            raise UserError(f"features: the examples have no {min(unknown)!r}; they have: {', '.join(self._rows)}.")
+        if maps and MAP not in features:
+            key = self.terms.map_key
+            raise UserError(f"features: `{key}` needs the `map` of the images: add what `encode_image` returns.")
+        if missing := [name for name in self._rows if name not in features]:
+            raise UserError(
+                f"features: the examples have {missing[0]!r}, which is missing: encode it, or let the examples have "
+                "none, by `captioners=[]` or `captions`."
+            )
+        check_rows("features", {name: features[name] for name in self._rows})
+        rows, dim = features[self._rows[0]].shape
+        if self._width not in (None, dim):
+            raise UserError(f"features: have {dim} dimensions, and `width` is {self._width}. Set `width` to theirs.")
+        counts = {f"{name} of {model}": len(of) for model, own in targets.items() for name, of in own.items()}
+        counts |= {name: len(features[name]) for name in maps}
+        if other := [name for name, count in counts.items() if count != rows]:
+            raise UserError(
+                f"features have {rows:,} rows, and {other[0]} has {counts[other[0]]:,}: want those of one batch."
+            )
 
     def _losses_of_weights(self) -> dict[str, torch.Tensor]:
         if not self._start:
@@ -180,6 +212,14 @@ class StudentLoss(torch.nn.Module):
             raise ValueError(f"{type(model).__name__} has no map that is known here: {error}") from error
 
 
+def _check_targets(examples: Examples, terms: Terms) -> None:
+    """Raise UserError if examples lack the targets of a model, of classes or patches, that terms learn."""
+    own = {target.model for target in examples.targets if target.name not in (IMAGE, CAPTION, SYNTHETIC)}
+    for section, names in terms.models.items():
+        if section != "teachers" and (missing := [name for name in names if name not in own]):
+            raise UserError(f"the loss reads {section} that these examples lack: set {section}={missing} of Examples.")
+
+
 def _heads(terms: Terms, width: int | None) -> dict[str, torch.nn.Module]:
     """The heads of terms. Raises UserError if they need the width and it is not given."""
     try:
@@ -205,11 +245,8 @@ def _pairs(
     targets: Mapping[str, Tensors],
 ) -> torch.Tensor:
     rows = {IMAGE: unit(image), CAPTION: unit(text)}
-    if rows[IMAGE].ndim != 2 or rows[IMAGE].shape != rows[CAPTION].shape:
-        shapes = " and ".join(str([*tensor.shape]) for tensor in (image, text))
-        raise UserError(f"image and text must both be [B, D], of the same pairs, got {shapes}.")
-    scale = torch.as_tensor(logit_scale, device=image.device).reshape(())
-    bias = None if logit_bias is None else torch.as_tensor(logit_bias, device=image.device).reshape(())
+    scale = as_scalar("logit_scale", logit_scale, image.device)
+    bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image.device)
     [loss] = contrastive_losses(objective, rows, scale, bias, targets).values()
     return loss
 

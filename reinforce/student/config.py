@@ -11,7 +11,7 @@ from pydantic import (
     model_validator,
 )
 
-from reinforce.config_schema import ImagesFrom, InSchema, either
+from reinforce.config_schema import ImagesFrom, InSchema, OneOrMore, either
 from reinforce.evaluation.config import Evaluation
 from reinforce.images.policy import ReadLimits
 from reinforce.processes.fast_paths import Accelerated
@@ -23,7 +23,8 @@ from teachers.open_clip.family import PREPROCESS, Preprocess
 
 
 def _as_weights(value: Any) -> Any:
-    """Accept a list of names as equal weights."""
+    """Accept a name, or a list of names, as equal weights."""
+    value = [value] if isinstance(value, str) else value
     return dict.fromkeys(value, 1.0) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
 
 
@@ -43,7 +44,7 @@ def _sources_schema(sources: dict[str, Any]) -> dict[str, Any]:
 Weights = Annotated[
     dict[str, Annotated[float, Field(gt=0)]],
     BeforeValidator(_as_weights),
-    InSchema(lambda weights: either({"type": "array", "items": {"type": "string"}}, weights)),
+    InSchema(lambda weights: either({"type": "string"}, {"type": "array", "items": {"type": "string"}}, weights)),
 ]
 
 
@@ -65,10 +66,10 @@ class Data(Section):
     datasets: Annotated[list[Source], BeforeValidator(_as_sources), InSchema(_sources_schema)] = Field(
         min_length=1, description="a URL, or a list of URLs or {url, weight, view}"
     )
-    teachers: list[str] | None = Field(
+    teachers: OneOrMore | None = Field(
         None, description="teachers whose embeddings are read; default: all of the dataset"
     )
-    classifiers: list[str] | None = Field(
+    classifiers: OneOrMore | None = Field(
         None, description="classifiers whose probabilities are read for `loss.probabilities`; default: all"
     )
     captioners: Weights | None = Field(

@@ -150,6 +150,11 @@ def test_an_opened_dataset_decides_teachers_captioners_and_shards(made: Path) ->
     assert (len(whole), len(second)) == (12, 3)
     assert [item["key"] for item in second] == [sample.key for sample in data[1]]
     assert whole.names == ["key", "image", "caption", "red/image", "red/caption"]
+    named = reinforce.Examples(made, teachers="red", captioners="namer")
+    assert [(name, named.names) for name in ("red", "namer")] == [
+        (name, reinforce.Examples(reinforce.open(made, teachers="red", captioners="namer")).names)
+        for name in ("red", "namer")
+    ]
     both = reinforce.Examples([made, made], teachers=["red"], captioners=[])
     assert (len(both), both[12]["key"]) == (24, whole[0]["key"])
 

@@ -33,6 +33,9 @@ def rows(seed: int, pairs: int = 6, dim: int = 5) -> torch.Tensor:
     return torch.randn(pairs, dim, generator=torch.Generator().manual_seed(seed))
 
 
+FEATURES = {kind: rows(seed) for seed, kind in enumerate(("image", "caption", "synthetic"))}
+
+
 def test_functions_are_the_equations_of_the_papers() -> None:
     image, text, one, other = (normalize(rows(n), dim=-1) for n in range(4))
     diagonal, scale = torch.arange(6), torch.tensor(20.0)
@@ -102,7 +105,8 @@ def test_the_module_gives_the_losses_and_gradients_of_a_training_run(
     assert isinstance(task, StudentTask)
     batch = task.prepare(next(iter(feed.batches(0, 1, 8, 0))))
     model = open_clip.create_model(released)
-    own = losses.StudentLoss(reinforce.Examples(of_all_terms), width=16, model=model, lambda_=0.6, **keys)
+    all_targets = reinforce.Examples(of_all_terms, patches="dino", classifiers="colors")
+    own = losses.StudentLoss(all_targets, width=16, model=model, lambda_=0.6, **keys)
     assert [type(term).__module__ for term in own.terms.terms] == [module.__name__ for module in MODULES.values()]
     own.heads.load_state_dict(task.model.heads.state_dict())
     for clip in (task.model.clip, model):
@@ -138,14 +142,19 @@ def test_examples_have_the_targets_of_every_term_and_weights_move_with_the_model
     batch = torch.utils.data.default_collate([pairs[0], pairs[1]])
     assert {"dino/patches", "colors/probabilities"} <= {*pairs.names}
     features = own.encode_image(torch.rand(2, 3, 32, 32, dtype=torch.float64))
-    features["caption"] = model.encode_text(torch.ones(2, 16, dtype=torch.int64))
+    features |= {kind: model.encode_text(torch.ones(2, 16, dtype=torch.int64)) for kind in pairs.kinds}
     found = own.losses({**features, "map": features["map"].float()}, batch["targets"], 10.0)
     assert {name for name, value in found.items() if value > 0} == {
-        "clip/caption", "dense/dino", "probabilities/colors"
+        "clip/caption", "clip/synthetic", "dense/dino", "probabilities/colors"
     }  # fmt: skip
     assert found["anchor_weights"] == 0
     with pytest.raises(UserError, match=r"loss\.dense\.stage: SimpleNamespace has no map that is known here"):
         losses.StudentLoss(pairs, width=16, model=SimpleNamespace(visual=torch.nn.Linear(2, 2)), dense=1.0)
+    fewer = reinforce.Examples(of_all_terms, teachers=["dino"])
+    with pytest.raises(UserError, match=r"the loss reads classifiers .*: set classifiers=\['colors'\] of Examples"):
+        losses.StudentLoss(fewer, width=16, probabilities=0.3)
+    with pytest.raises(UserError, match=r"the loss reads patches .*: set patches=\['dino'\] of Examples"):
+        losses.StudentLoss(fewer, width=16, model=model, dense=1.0)
     with pytest.raises(UserError, match="`dense` needs the `map` of the images"):
         own({"image": features["image"]}, batch["targets"], 10.0)
 
@@ -169,14 +178,38 @@ def test_learnt_scales_are_parameters_of_the_module(made: Path) -> None:
         (lambda data: losses.StudentLoss(data, model=torch.nn.Linear(2, 2), anchor={"weights": 1.0},
                                          logit_scales={"blue": 9.0}), "a model of open_clip, got Linear"),
         (lambda data: SCALED(data).encode_image(rows(0)), "encode_image reads the model that is trained"),
-        (lambda data: SCALED(data)({"image": rows(0), "map": rows(0)}, {}, 1.0), "'map' is none of"),
-        (lambda data: SCALED(data)({"images": rows(0)}, {}, 1.0), "'images' is none of"),
-        (lambda data: SCALED(data)({"image": rows(0), "caption": rows(1)}, {}, 1.0), "the batch has no 'red'"),
-        (lambda data: losses.contrastive(rows(0), rows(1, pairs=5), 1.0), r"got \[6, 5\] and \[5, 5\]"),
+        (lambda data: SCALED(data)({"image": rows(0), "map": rows(0)}, {}, 1.0), "no 'map'; they have: image, "),
+        (lambda data: SCALED(data)({"images": rows(0)}, {}, 1.0), "no 'images'; they have: image, caption, synthetic"),
+        (lambda data: SCALED(data)(FEATURES, {}, 1.0), "the batch has no 'red'"),
+        (lambda data: SCALED(data)(FEATURES, None, 1.0), "the `targets` of a batch"),
+        (lambda data: SCALED(data)([rows(0)], {}, 1.0), "want features by what they are of"),
+        (lambda data: SCALED(data)({"caption": rows(0)}, {}, 1.0), "have 'image', which is missing: encode it"),
+        (lambda data: SCALED(data)({**FEATURES, "image": rows(0, 5)}, {}, 1.0), r"image \[5, 5\], caption \[6, 5\]"),
+        (lambda data: SCALED(data)(FEATURES, {"red": {"image": rows(0, 5)}}, 1.0),
+         "features have 6 rows, and image of red has 5"),
+        (lambda data: SCALED(data)({n: of[:0] for n, of in FEATURES.items()}, {}, 1.0), r"Got image \[0, 5\]"),
+        (lambda data: SCALED(data)(FEATURES, {}, rows(0)), "logit_scale: want a number, or a tensor of one"),
+        (lambda data: losses.StudentLoss(data, width=7, lambda_=0)(FEATURES, {}, 1.0), "have 5 dimensions, .* is 7"),
+        (lambda data: losses.contrastive(rows(0), rows(1, pairs=5), 1.0), r"Got image \[6, 5\], text \[5, 5\]"),
+        (lambda data: losses.contrastive(rows(0, 0), rows(1, 0), 1.0), r"contrastive: want .* Got image \[0, 5\]"),
+        (lambda data: losses.contrastive(rows(0).numpy(), rows(1), 1.0), r"Got image ndarray, text \[6, 5\]"),
+        (lambda data: losses.contrastive(rows(0), rows(1), None), "logit_scale: want a number, .* got None"),
+        (lambda data: losses.distillation(rows(0), rows(1), 1.0, [(rows(2, 5), rows(3, 5), 9.0)]),
+         r"distillation: .* image of teacher 0 \[5, 5\]"),
+        (lambda data: losses.distillation(rows(0), rows(1), 1.0, [(rows(2), rows(3))]), "vectors of texts, logit"),
+        (lambda data: losses.probabilities(rows(0), torch.zeros(5, 2).long(), rows(1, 5)[:, :2], torch.zeros(5)),
+         r"probabilities: .* Got logits \[6, 5\], classes \[5, 2\]"),
+        (lambda data: losses.probabilities(rows(0), torch.full((6, 2), 5), rows(1)[:, :2], torch.zeros(6)),
+         "want classes from 0 to 4"),
+        (lambda data: losses.probabilities(rows(0), torch.zeros(6, 2).long(), rows(1)[:, :2], torch.zeros(1)),
+         r"want rest \[6\]"),
+        (lambda data: losses.dense(torch.zeros(0, 2, 2, 3), torch.zeros(0, 2, 2, 3)), r"got \[0, 2, 2, 3\]"),
+        (lambda data: losses.distance_from_start({"w": rows(0)}, {"w": rows(0, 1)}), "'w' has another shape in start"),
+        (lambda data: losses.distance_from_start({"w": rows(0)}, {}), "start with one weight at least"),
         (lambda data: losses.contrastive(rows(0), rows(1), 1.0, form="sigmoid"), "needs `logit_bias`"),
         (lambda data: losses.contrastive(rows(0), rows(1), 1.0, form="hinge"), "want softmax or sigmoid, got 'hinge'"),
         (lambda data: losses.dense(rows(0), rows(1)), r"dense: want two grids .* got \[6, 5\] and \[6, 5\]"),
-        (lambda data: losses.features(rows(0), rows(1, 5)), r"two tensors .* got \[6, 5\] and \[5, 5\]"),
+        (lambda data: losses.features(rows(0), rows(1, 5)), r"Got projected \[6, 5\], vectors \[5, 5\]"),
         (lambda data: losses.features(rows(0), rows(1), "L2"), "want cosine, l2 or similarities, got 'L2'"),
         (lambda data: losses.interactive(rows(0), rows(1), rows(2), rows(3, 5), 1.0), r"interactive: .* \[5, 5\]"),
         (lambda data: losses.distillation(rows(0), rows(1), 1.0, []), "teachers is empty"),

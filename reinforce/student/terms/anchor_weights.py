@@ -39,6 +39,10 @@ def distance_from_start(weights: Mapping[str, torch.Tensor], start: Mapping[str,
 
     ``start`` has detached copies: ``{name: p.detach().clone() for name, p in model.named_parameters()}``.
     """
+    if not isinstance(weights, Mapping) or not isinstance(start, Mapping) or not start:
+        raise UserError("distance_from_start: want weights and start by name, and start with one weight at least.")
     if missing := start.keys() - weights.keys():
         raise UserError(f"distance_from_start: weights has no {min(missing)!r}, which start has. Name the same model.")
+    if other := [name for name, value in start.items() if weights[name].shape != value.shape]:
+        raise UserError(f"distance_from_start: {min(other)!r} has another shape in start. Name the same model.")
     return torch.stack([(weights[name] - value).square().sum() for name, value in start.items()]).sum() / 2

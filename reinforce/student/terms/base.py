@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.nn.functional import normalize
 
+from reinforce.errors import UserError
 from reinforce.student.teachers import CAPTION, SYNTHETIC, TeacherInfo
 from reinforce.student.terms.moments import Moments
 
@@ -44,6 +45,27 @@ class Models:
     def texts(self) -> bool:
         """Whether examples have texts."""
         return bool(self.kinds)
+
+
+def check_rows(where: str, *groups: Mapping[str, Any]) -> None:
+    """Raise UserError unless the tensors of each group are [B, D] of one shape, with one B, at least 1, for all."""
+    given = {name: rows for group in groups for name, rows in group.items()}
+    shapes = {name: [*rows.shape] if isinstance(rows, torch.Tensor) else None for name, rows in given.items()}
+    right = all(shape is not None and len(shape) == 2 for shape in shapes.values())
+    right = right and all(len({tuple(shapes[name] or ()) for name in group}) == 1 for group in groups)
+    if right and len(counts := {shape[0] for shape in shapes.values() if shape}) == 1 and counts != {0}:
+        return
+    together = "; ".join(" and ".join(group) for group in groups)
+    got = ", ".join(f"{name} {shapes[name] or type(rows).__name__}" for name, rows in given.items())
+    raise UserError(f"{where}: want tensors [B, D] of the same pairs, of one D: {together}. Got {got}.")
+
+
+def as_scalar(name: str, value: Any, device: Any) -> torch.Tensor:
+    """A number or a tensor of one as a scalar on a device. Raises UserError."""
+    try:
+        return torch.as_tensor(value, device=device).reshape(())
+    except (RuntimeError, TypeError, ValueError):
+        raise UserError(f"{name}: want a number, or a tensor of one, got {value!r:.100}") from None
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,10 @@ def dense(projected: torch.Tensor, patches: torch.Tensor, cosine: float = 0.9, s
     The student's are ``projected`` to the teacher's dimension; they are resized to its rows and columns. Patches are
     standardised by channel, as the stored ones are.
     """
-    if projected.ndim != 4 or patches.ndim != 4 or projected.shape[::3] != patches.shape[::3]:
-        shapes = " and ".join(str([*tensor.shape]) for tensor in (projected, patches))
-        raise UserError(f"dense: want two grids [B, rows, columns, D] of equal B and D, got {shapes}.")
+    shapes = [[*grid.shape] if isinstance(grid, torch.Tensor) else [] for grid in (projected, patches)]
+    if any(len(shape) != 4 or 0 in shape for shape in shapes) or shapes[0][::3] != shapes[1][::3]:
+        got = " and ".join(map(str, shapes))
+        raise UserError(f"dense: want two grids [B, rows, columns, D] of equal B and D, got {got}.")
     return distances(projected.float(), patches.float(), cosine, smooth_l1).mean()
 
 

@@ -31,7 +31,7 @@ from reinforce.student.chunks import Logits, cross_entropies
 from reinforce.student.loss import full_precision
 from reinforce.student.loss_config import FeatureLoss, Loss
 from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo
-from reinforce.student.terms.base import Models, Rows, Tensors, Term, head_name, unit
+from reinforce.student.terms.base import Models, Rows, Tensors, Term, check_rows, head_name, unit
 from reinforce.student.terms.moments import Moments, Standardise
 from reinforce.training.distributed import gather
 from teachers.runtime.determinism import tf32
@@ -171,9 +171,7 @@ def features(
     ``standardised`` vectors have mean 0 and deviation 1 in each dimension; others are normalised. ``temperature`` and
     the vectors of ``earlier`` batches [n, D] are for the distance ``similarities``.
     """
-    if projected.ndim != 2 or projected.shape != vectors.shape:
-        shapes = " and ".join(str([*tensor.shape]) for tensor in (projected, vectors))
-        raise UserError(f"features: want two tensors [B, D] of equal shape, got {shapes}.")
+    check_rows("features", {"projected": projected, "vectors": vectors})
     if distance == "l2":
         return squared_distance(projected, vectors if standardised else unit(vectors), standardised)
     if distance == "similarities":

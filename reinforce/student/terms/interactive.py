@@ -20,7 +20,7 @@ from reinforce.student.chunks import Logits, cross_entropies
 from reinforce.student.loss import full_precision
 from reinforce.student.loss_config import Loss
 from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo
-from reinforce.student.terms.base import Models, Rows, Tensors, Term, head_name, unit
+from reinforce.student.terms.base import Models, Rows, Tensors, Term, as_scalar, check_rows, head_name, unit
 from reinforce.training.distributed import gather
 from teachers.runtime.determinism import tf32
 
@@ -90,11 +90,10 @@ def interactive(
 
     All are [B, D]; ``image`` and ``text`` are projected to the teacher's dimension.
     """
-    rows = [unit(vectors) for vectors in (image, text, teacher_image, teacher_text)]
-    if rows[0].ndim != 2 or any(of.shape != rows[0].shape for of in rows):
-        shapes = ", ".join(str([*of.shape]) for of in rows)
-        raise UserError(f"interactive: want four tensors [B, D] of the same pairs, got {shapes}.")
-    return interactive_loss(rows[0], rows[1], rows[2], rows[3], logit_scale)
+    teacher = {"teacher_image": teacher_image, "teacher_text": teacher_text}
+    check_rows("interactive", {"image": image, "text": text, **teacher})
+    scale = as_scalar("logit_scale", logit_scale, image.device)
+    return interactive_loss(unit(image), unit(text), unit(teacher_image), unit(teacher_text), scale)
 
 
 def interactive_loss(

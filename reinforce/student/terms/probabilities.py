@@ -22,7 +22,7 @@ from reinforce.dataset.kinds.probabilities import probabilities_layer
 from reinforce.errors import UserError
 from reinforce.student.loss_config import Loss
 from reinforce.student.teachers import IMAGE
-from reinforce.student.terms.base import Models, Tensors, Term, head_name
+from reinforce.student.terms.base import Models, Tensors, Term, check_rows, head_name
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,14 @@ def probabilities(
 
     ``classes`` and ``values`` [B, k] are the stored ones, ``rest`` [B] the sum of those of other classes.
     """
+    check_rows("probabilities", {"logits": logits}, {"classes": classes, "values": values})
+    if not isinstance(rest, torch.Tensor) or rest.shape != classes.shape[:1]:
+        raise UserError(f"probabilities: want rest [{len(classes)}], one number for each row of classes.")
+    # Not on an accelerator: training runs do not wait for it, and check the classes when they read them.
+    if classes.device.type == "cpu" and not 0 <= int(classes.min()) <= int(classes.max()) < logits.shape[1]:
+        raise UserError(f"probabilities: want classes from 0 to {logits.shape[1] - 1:,}, as logits have.")
+    if temperature <= 0:
+        raise UserError(f"probabilities: temperature: want a number above 0, got {temperature}.")
     return temperature**2 * divergence(logits.float() / temperature, classes, values, rest).mean()
 
 
