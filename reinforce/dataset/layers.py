@@ -320,6 +320,11 @@ class LayerKind(ABC):
         before = mapping_at(manifest, self.section, layer.model, "model")
         return dict(before), dict(layer.recipe["model"]) if before else {}
 
+    def differs(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+        """How what a loaded model states ``now`` gives numbers another meaning than ``before``, by an entry of
+        dataset.json or by what another worker's model states; None if it does not."""
+        return None
+
     # -- rows
 
     def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:

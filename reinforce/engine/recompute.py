@@ -21,6 +21,7 @@ from reinforce.config import Config
 from reinforce.dataset.codecs import codebooks
 from reinforce.dataset.comparison import Comparison
 from reinforce.dataset.files.layer_file import RefusedFile
+from reinforce.dataset.files.origin import origin_entries
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.manifest.manifest import read_manifest
@@ -33,7 +34,7 @@ from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.recipe import build_layers, describe_models, resolve_layers, resolve_precisions
 from reinforce.engine.plan.source_shards import with_view
 from reinforce.engine.worker.shard import ShardProcess
-from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries
+from reinforce.engine.worker.stale_files import MisalignedLayer
 from reinforce.errors import UserError
 from reinforce.labels.taken import with_labels
 from reinforce.parallel.machines import nodes_of_run
@@ -180,6 +181,6 @@ def _compare_model(
 def _write(store: Store, layer: Layer, config: Config, rows: _Rows, table: pa.Table) -> None:
     schema = layer.schema(config.images)
     schema = pa.schema([column for column in schema if column.name in table.column_names])
-    with store.writer(layer, schema, rows.shard, rows.source) as writer:
+    with store.writer(layer, schema, rows.shard, rows.footer.get("source", "")) as writer:
         writer.write(table.select(schema.names).cast(schema))
         writer.commit(origin_entries(rows.footer))

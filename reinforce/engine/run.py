@@ -15,6 +15,7 @@ from reinforce.dataset.layers import SAMPLES, mapping_at
 from reinforce.dataset.manifest.claims import Claims
 from reinforce.dataset.manifest.class_code import check_classes, entry_keys
 from reinforce.dataset.manifest.manifest import (
+    check_loaded,
     find_manifest,
     forget_code,
     same_content,
@@ -157,6 +158,7 @@ def _complete_manifest(plan: Plan, store: Store, manifest: dict[str, Any] | None
         raise UserError(
             f"{path} was lost or is incomplete: restore a copy. A model cannot be loaded: {error}"
         ) from None
+    check_loaded(store, manifest, plan.layers, loaded)
     manifest = update_manifest(manifest, plan.config, plan.layers, loaded)
     write_manifest(store, manifest)
     return manifest

@@ -24,6 +24,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layers import REINFORCEMENTS, SAMPLES, TRUE_CAPTION, Layer, captions_layer, inputs_of
+from reinforce.dataset.reading.aligned import check_origin
 from reinforce.dataset.vectors import tensor_rows
 from reinforce.labels.crops import LabelCrops, parse_records
 from reinforce.labels.identities import DIGEST, KEY, Identity, columns_of_identities, stated
@@ -332,11 +333,13 @@ class _Files(IndexedRows):
     def _file(self, layer: str, shard: str) -> LayerFile:
         name = (layer, shard)
         if name not in self._open:
-            taken = self._labels.taken
+            taken, samples = self._labels.taken, None if layer == SAMPLES else self._file(SAMPLES, shard)
             fingerprint = taken.samples if layer == SAMPLES else str(taken.layers[layer]["fingerprint"])
             stack = contextlib.ExitStack()
             with stack:
                 file = stack.enter_context(self._reader.store.open_layer(layer, shard, fingerprint, whole=False))
+                if samples is not None:
+                    check_origin(self._reader.store, layer, shard, samples, file)
                 self._open[name] = (stack.pop_all(), file)
             while len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)[1][0].close()

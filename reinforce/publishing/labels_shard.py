@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 
 from reinforce.dataset.files.index import FileEntry
+from reinforce.dataset.files.origin import origin_entries
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import NO_IMAGES, SAMPLES, Layer
 from reinforce.dataset.reading.aligned import row_errors
@@ -75,7 +76,7 @@ def export_shard(export: LabelsExport, shard: str) -> ShardLabels:
         for layer in reversed(layers):
             _copy_reasons(export, store, output, layer.name, shard, keys)
             writer = writers[layer.name]
-            writer.commit()
+            writer.commit(origin_entries(opened.footer(SAMPLES)))
             written.files[layer.name] = FileEntry(writer.bytes, tuple(writer.groups))
     written.rows = len(keys)
     return written

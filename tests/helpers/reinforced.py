@@ -14,7 +14,7 @@ from reinforce.config import parse_config
 from reinforce.dataset.files.damage import set_aside
 from reinforce.dataset.files.index import IndexWriter
 from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.manifest.manifest import DIGEST_KEY, update_manifest, write_manifest
+from reinforce.dataset.manifest.manifest import DIGEST_KEY, check_loaded, update_manifest, write_manifest
 from reinforce.engine.codebooks import check_codebooks, fit_codebooks
 from reinforce.engine.decode.rows import GROUP_ROWS
 from reinforce.engine.inference.models import describe_loaded, load_models
@@ -47,6 +47,7 @@ def _compute(plan: Plan, group_rows: int, results: list[ShardResult] | None = No
     write_lists(store, plan.lists)
     models = load_models(parsed, plan.layers.values())
     loaded = describe_loaded(models, parsed)
+    check_loaded(store, store.read_json(MANIFEST), plan.layers, loaded)
     index = IndexWriter(store, plan.layers)
     for file in plan.recomputed:
         set_aside(store, file.layer, file.shard)

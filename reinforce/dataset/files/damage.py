@@ -1,12 +1,14 @@
 """Layer files that are not what a run has committed: found by their sizes, and set aside.
 
 A listing has the sizes of all files, and the index those that were committed, so looking for damage costs one request
-for each layer. Only a file whose size differs is opened. If its footer can be read, it was replaced by a complete file,
-and counts. A file that was set aside is no layer file any more: a run computes it again.
+for each layer. Only a file whose size differs is opened. If its footer can be read, and is of the source of the
+samples, it was replaced by a complete file, and counts. A file that was set aside is no layer file any more: a run
+computes it again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import shlex
@@ -18,8 +20,10 @@ import pyarrow as pa
 from reinforce.dataset.files.index import LayerIndex, read_index
 from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.listing import Listing
+from reinforce.dataset.files.origin import other_origin
 from reinforce.dataset.files.store import QUARANTINE, DamagedFile, Store, parse_footer
 from reinforce.dataset.kinds.registry import kind_of
+from reinforce.dataset.layers import SAMPLES
 from reinforce.terminal import first_lines
 
 SET_ASIDE = "set-aside"
@@ -61,13 +65,18 @@ def without_files(listings: Mapping[str, Listing], files: Sequence[DamagedFile])
 
 
 def footer_damage(store: Store, layer: str, shard: str) -> str | None:
-    """Why the footer of a file cannot be read, None if it can. Raises what the storage raises."""
+    """Why a file cannot be one of its shard, by its footer; None if it can. Raises what the storage raises."""
     try:
         with store.open_layer(layer, shard, whole=False) as file:
-            rows, stored = file.metadata.num_rows, parse_footer(file.metadata).get("rows")
+            rows, footer = file.metadata.num_rows, parse_footer(file.metadata)
     except RefusedFile as error:
         return str(error)
-    return None if stored in (None, str(rows)) else f"its footer states {stored[:20]} rows, its row groups {rows:,}"
+    if (stored := footer.get("rows")) not in (None, str(rows)):
+        return f"its footer states {stored[:20]} rows, its row groups {rows:,}"
+    opened = store.open_layer(SAMPLES, shard, whole=False)
+    with contextlib.suppress(RefusedFile, FileNotFoundError), opened as samples:  # damaged samples are found themselves
+        return other_origin(parse_footer(samples.metadata), footer)
+    return None
 
 
 def check_columns(layer: str, table: pa.Table) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -129,6 +130,22 @@ class ClassProbabilities(LayerKind):
         entry = mapping_at(manifest, "layers", layer.name)
         before, now = ({key: of[key] for key in ("model", *_SETTINGS) if key in of} for of in (entry, layer.recipe))
         return before, now if before else {}
+
+    def differs(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+        if before.get("dim") not in (None, now.get("dim")):
+            return f"it has {now.get('dim')} classes, before {before['dim']}"
+        names, found = before.get("names"), now.get("names")
+        if not names or names == found:
+            return None
+        if not found:
+            return f"its classes have no names, before {len(names):,}, the first {names[0]!r}"
+        pairs = [*itertools.zip_longest(names, found)]
+        places = [place for place, (one, other) in enumerate(pairs) if one != other]
+        one, other = pairs[places[0]]
+        return (
+            f"{len(places):,} of its {len(pairs):,} classes have other names than before, such as class {places[0]}: "
+            f"{other!r}, before {one!r}"
+        )
 
     def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
         expected = self.schema(layer, "")

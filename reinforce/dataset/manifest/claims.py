@@ -24,7 +24,7 @@ from reinforce.config import Config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer, mapping_at
 from reinforce.dataset.manifest.differences import check_recipes, difference_lines
-from reinforce.dataset.manifest.manifest import find_manifest, update_manifest, write_manifest
+from reinforce.dataset.manifest.manifest import check_loaded, find_manifest, update_manifest, write_manifest
 from reinforce.errors import StorageError, UserError
 
 FOLDER = "claims"
@@ -63,9 +63,10 @@ class Claims:
 
     def publish(self, loaded: Mapping[tuple[str, str], Mapping[str, Any]], computed: Collection[str]) -> None:
         """Write dataset.json, with arguments as of ``update_manifest``, and remove the claims. Raises UserError as
-        ``take``."""
+        ``take`` and ``check_loaded``."""
         self.take()
         found = find_manifest(self.store) or self._published
+        check_loaded(self.store, found, self.layers, loaded)
         self._published = update_manifest(found, self.config, self.layers, loaded, computed)
         write_manifest(self.store, self._published)
         for name in self._shared:  # dataset.json replaces them; a run that was killed does not remove its own

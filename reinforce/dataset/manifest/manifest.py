@@ -11,8 +11,8 @@ from typing import Any
 import schemas
 from reinforce.config import Config
 from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.kinds.registry import stored_layer
-from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.dataset.kinds.registry import drop_command, stored_layer, with_dependants
+from reinforce.dataset.layers import SAMPLES, Layer, mapping_at
 from reinforce.dataset.manifest.class_code import CODE_KEY, ClassCode, entry_keys, recorded_code
 from reinforce.dataset.manifest.schema import check_manifest
 from reinforce.errors import DamagedJson, StorageError, UserError
@@ -177,6 +177,36 @@ def update_manifest(
             **_code(before, made.get(owner)),
         }
     return manifest
+
+
+def check_loaded(
+    store: Store,
+    manifest: Mapping[str, Any] | None,
+    layers: Mapping[str, Layer],
+    loaded: Mapping[tuple[str, str], Mapping[str, Any]],
+) -> None:
+    """Raise UserError if a layer has files and dataset.json describes their numbers otherwise than the model that is
+    ``loaded`` now, such as with other names of classes."""
+    known = mapping_at(manifest or {}, "layers")
+    for name, layer in layers.items():
+        reason = describe_difference(layer, known.get(name, {}), loaded)
+        if reason is not None and store.shards(name):
+            command = drop_command(store.url, with_dependants([name], known), known)
+            raise UserError(
+                f"{reason}, by {MANIFEST}. Files of {name} are stored, and their numbers would get another meaning. "
+                f"Restore what the model reads its classes from; or to compute the layer again: {command} --yes, and "
+                "run again."
+            )
+
+
+def describe_difference(
+    layer: Layer, before: Mapping[str, Any], loaded: Mapping[tuple[str, str], Mapping[str, Any]]
+) -> str | None:
+    """``LayerKind.differs`` of the loaded model of a layer, with its name; None also if it is not loaded."""
+    section, model = str(layer.kind.section), str(layer.model)
+    now = loaded.get((section, model))
+    found = None if now is None else layer.kind.differs(before, now)
+    return None if found is None else f"{section[:-1]} {model}: {found}"
 
 
 def _moved(before: Mapping[str, str], config: Config) -> dict[str, str]:

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from reinforce.dataset.files.damage import drop_shard_command
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
+from reinforce.dataset.files.origin import other_origin
 from reinforce.dataset.files.store import Store, parse_footer
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.view import ShardRows, ViewRows, shard_rows
@@ -44,7 +45,7 @@ class AlignedLayers:
     def open(self, shard: str, *, whole: bool = True) -> Iterator[AlignedShard]:
         """Open a shard's files, to be read as a ``whole`` or for single row groups.
 
-        Raises UserError if one is missing, damaged, or has another fingerprint.
+        Raises UserError if one is missing, damaged, has another fingerprint, or is of another source than the samples.
         """
         rows = None if self.view is None else shard_rows(self.view, self.store, shard)
         with contextlib.ExitStack() as stack:
@@ -52,6 +53,7 @@ class AlignedLayers:
             for name, fingerprint in self.fingerprints.items():
                 with layer_errors(self.store, name, shard):
                     files[name] = stack.enter_context(self.store.open_layer(name, shard, fingerprint, whole=whole))
+                check_origin(self.store, name, shard, files[SAMPLES], files[name])
                 if files[name].num_row_groups != files[SAMPLES].num_row_groups:
                     raise alignment_error(self.store, name, shard)
             yield AlignedShard(self, shard, files, rows)
@@ -137,12 +139,23 @@ def _with_current_urls(table: pa.Table, moved: Mapping[str, str]) -> pa.Table:
     return table.set_column(index, column, pa.array(rows, column.type))
 
 
-def alignment_error(store: Store, layer: str, shard: str) -> MisalignedKeys:
-    """The error for a file whose rows are not those of the samples of its shard."""
+def check_origin(store: Store, layer: str, shard: str, samples: LayerFile, file: LayerFile) -> None:
+    """Raise MisalignedKeys if a layer's file is of another source than the samples of its shard."""
+    if file is not samples and (reason := other_origin(parse_footer(samples.metadata), parse_footer(file.metadata))):
+        raise alignment_error(store, layer, shard, reason)
+
+
+def alignment_error(store: Store, layer: str, shard: str, reason: str = "") -> MisalignedKeys:
+    """The error for a file whose rows are not those of the samples of its shard; without a ``reason``, by its keys."""
+    what = (
+        f"is not of {SAMPLES}/{shard}.parquet: {reason}."
+        if reason
+        else (f"does not have the keys of {SAMPLES}/{shard}.parquet: one of them was changed.")
+    )
     command = drop_shard_command(store.url, [layer], shard)
     return MisalignedKeys(
-        f"{layer}/{shard}.parquet does not have the keys of {SAMPLES}/{shard}.parquet: one of them was changed. "
-        f"Set the file of the layer aside by {command} --yes, and run again."
+        f"{layer}/{shard}.parquet {what} Restore the file that was replaced, or set the file of the layer aside by "
+        f"{command} --yes, and run again."
     )
 
 

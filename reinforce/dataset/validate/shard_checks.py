@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from reinforce.dataset.files.content import Hashes, digest_keys, hash_keys
 from reinforce.dataset.files.damage import check_columns, compute_again
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile, StoredKeys
+from reinforce.dataset.files.origin import other_origin
 from reinforce.dataset.files.store import DamagedQuarantine, Store, check_footer, parse_footer
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES
@@ -202,6 +203,8 @@ class _ShardCheck:
                     for number in range(file.num_row_groups):
                         file.read_row_group(number, ("key",) if self._quick else None)
                 elif not reason:
+                    if layer != SAMPLES and (other := other_origin(self._found.footer, footer)):
+                        raise alignment_error(self._store, layer, name, other)
                     yield from self._rows(layer, file, self._keys, refused)
         except MisalignedKeys as error:
             yield Finding("misplaced", str(error), layer, name)

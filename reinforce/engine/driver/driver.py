@@ -28,6 +28,7 @@ from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import MANIFEST, DamagedFile, Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.claims import Claims
+from reinforce.dataset.manifest.manifest import describe_difference
 from reinforce.dataset.runs.shard_records import RecordWriter, read_records
 from reinforce.engine.driver.policy.decisions import (
     DeathVerdict,
@@ -43,7 +44,7 @@ from reinforce.engine.driver.reporter import Reporter
 from reinforce.engine.driver.state import RunState
 from reinforce.engine.driver.worker_lifecycle import WorkerLifecycle
 from reinforce.engine.driver.worker_pool import Slot
-from reinforce.engine.messages.results import ShardResult, StorageFailure
+from reinforce.engine.messages.results import ShardResult, StorageFailure, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.messages.tracebacks import shorten
 from reinforce.engine.plan.plan import Plan
@@ -156,8 +157,9 @@ class Driver(RunState):
                 if ref in self.lifecycle.polled:
                     self.lifecycle.record_pulse(ref)
                 elif ref in self.pool.loading:
-                    info = self.lifecycle.finish_start(ref)
-                    self.loaded = info.models if info else self.loaded
+                    if (info := self.lifecycle.finish_start(ref)) is not None:
+                        self._check_models(info)
+                        self.loaded = info.models
                 elif ref in self.pool.leases:  # not if the other lease of its worker has failed just now
                     self._handle_lease_end(ref)
             self.lifecycle.poll()
@@ -214,6 +216,17 @@ class Driver(RunState):
                 f"{len(self.pool.started)} of {plural(self.least, 'worker')} (workers.min) started in {waited:.0f} s "
                 f"(workers.start_timeout): {cause}"
             )
+
+    def _check_models(self, info: WorkerInfo) -> None:
+        """Raise UserError if the numbers of a worker's models mean something else than those of the worker before."""
+        for name in self.needed:
+            layer = self.plan.layers[name]
+            before = (self.loaded or {}).get((str(layer.kind.section), str(layer.model)), {})
+            if reason := describe_difference(layer, before, info.models):
+                raise UserError(
+                    f"{reason}, at an earlier worker. The models of {info.id.place} read other files: give every host "
+                    "the same ones, and run again."
+                )
 
     def _write_manifest(self) -> None:
         """Write dataset.json once the ``least`` workers have started; while the storage fails, every few seconds."""

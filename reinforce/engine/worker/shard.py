@@ -7,7 +7,7 @@ import errno
 import itertools
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,6 +16,7 @@ from reinforce.config import Config
 from reinforce.dataset.files.damage import drop_shard_command, set_aside
 from reinforce.dataset.files.index import FileEntry
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile, naming_refused
+from reinforce.dataset.files.origin import origin_entries, other_origin
 from reinforce.dataset.files.store import LayerWriter, Store, parse_footer
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.runs.key_sample import ShardKeys
@@ -33,7 +34,7 @@ from reinforce.engine.plan.source_changes import describe_replaced, referenced_s
 from reinforce.engine.worker.producers.base import RowGroup
 from reinforce.engine.worker.producers.registry import make_producers
 from reinforce.engine.worker.refusals import Refusals
-from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries, set_inputs_aside, set_stale_aside
+from reinforce.engine.worker.stale_files import MisalignedLayer, set_inputs_aside, set_stale_aside
 from reinforce.labels.interface import LabelReader
 from reinforce.labels.rows import open_labels
 from reinforce.labels.unread import quarantine_of
@@ -113,17 +114,21 @@ class ShardProcess:
     def _run(self, start: float) -> ShardResult:
         with contextlib.ExitStack() as stack:
             writers = self._writers(stack)
+            samples = None if SAMPLES in self.layers else self._open_input(stack, SAMPLES)
+            self.origin = {} if samples is None else parse_footer(samples.metadata)
             inputs = {name: self._open_input(stack, name) for name in self._stored_inputs()}
             columns = {SAMPLES: self._sample_columns()}
             lease = self._lease(stack)
             self.batches = stack.enter_context(Batches(lambda: self.inference.rows_per_batch, self.watch))
-            with self._recording(), contextlib.closing(self._rows(stack, lease)) as rows:
+            with self._recording(), contextlib.closing(self._rows(samples, lease)) as rows:
                 for index, group in itertools.groupby(rows, key=lambda row: row.group):
                     if short := [name for name, file in inputs.items() if index >= file.num_row_groups]:
                         raise MisalignedLayer(short[0])
                     stored = {name: file.read_row_group(index, columns.get(name)) for name, file in inputs.items()}
                     self._write(RowGroup(*self._run_models(group, lease), stored), writers)
-            stale = self._commit(writers)
+            stale = self._commit(writers, inputs)
+            if not stale.keys().isdisjoint(inputs):
+                return ShardResult(shard=self.shard.name, seconds=time.perf_counter() - start, set_aside=stale)
             size = sum(writer.bytes for writer in writers.values())
         reason = self.refusals.shard_reason
         stages = self.session.meter.collect()
@@ -160,16 +165,14 @@ class ShardProcess:
         decoding = DecodeSpec(self.config, self.inference.layout, reader=self.labels.member_reader)
         return stack.enter_context(self.pool.lease(decoding, cells_per_shard(self.config), self.watch))
 
-    def _rows(self, stack: contextlib.ExitStack, lease: CellLease) -> Generator[Row]:
-        """The rows of the shard; records what is refused at reading."""
+    def _rows(self, samples: LayerFile | None, lease: CellLease) -> Generator[Row]:
+        """The rows of the shard, by its stored ``samples`` if it has some; records what is refused at reading."""
         window = rows_ahead(self.config)
-        if SAMPLES not in self.layers:
-            file = self._open_input(stack, SAMPLES)
-            self.origin = origin_entries(parse_footer(file.metadata))
+        if samples is not None:
             if (refusal := self.labels.shard_refusal) is not None:
                 layer = next(name for name, layer in self.layers.items() if layer.labels is not None)
                 raise LayerFailure(layer, f"{refusal.reason.value}: {refusal.detail}")
-            yield from self._stored_rows(file, lease, window)
+            yield from self._stored_rows(samples, lease, window)
             return
         for row in rows_from_source(self.config, self.shard.source, self.labels, lease, window, self.group_rows):
             if isinstance(row, Refusal):
@@ -279,13 +282,17 @@ class ShardProcess:
         }
 
     def _open_input(self, stack: contextlib.ExitStack, layer: str) -> LayerFile:
-        """Open a file that other layers are computed from. Raises RefusedFile, also if it does not exist."""
+        """Open a file that other layers are computed from. Raises RefusedFile, also if it does not exist, and
+        MisalignedLayer if it is not of the source of the stored samples."""
         with naming_refused((layer, self.shard.name)):
             try:
                 fingerprint = self.all_layers[layer].fingerprint
-                return stack.enter_context(self.store.open_layer(layer, self.shard.name, fingerprint))
+                file = stack.enter_context(self.store.open_layer(layer, self.shard.name, fingerprint))
             except FileNotFoundError as error:
                 raise RefusedFile("it does not exist") from error
+        if other_origin(self.origin, parse_footer(file.metadata)):
+            raise MisalignedLayer(layer)
+        return file
 
     def _refuse_unread(self) -> None:
         """Record the files of labels that could not be read; those of layers that are not computed now stay.
@@ -308,11 +315,12 @@ class ShardProcess:
             with contextlib.suppress(FileNotFoundError):
                 set_aside(self.store, layer, self.shard.name)
 
-    def _commit(self, writers: Mapping[str, LayerWriter]) -> dict[str, str]:
+    def _commit(self, writers: Mapping[str, LayerWriter], inputs: Container[str]) -> dict[str, str]:
         """Write the quarantine, then each layer after those it needs, so that a committed layer is complete.
 
-        Before samples that were missing, stored layers that do not fit them are set aside; returns these. Raises
-        ChangedSource before anything is written.
+        Before samples that were missing, stored layers that do not fit them are set aside; returns these. If one is
+        among the ``inputs``, no layer is written, because some were computed from it. Raises ChangedSource before
+        anything is written.
         """
         state = self._source_state()
         if self.refusals.shard_reason is None:
@@ -327,12 +335,14 @@ class ShardProcess:
         stale = {}
         if SAMPLES in writers:
             self.source_record = SourceRecord(canonical(self.shard.url), state)
-            self.origin = state.footer()
+            self.origin = {"source": self.source, **state.footer()}
             for producer in self.producers:
                 self.origin |= producer.footer()
             one = self.shard
             stale = set_stale_aside(self.store, one.name, one.stored, self.groups, self.origin, one.recorded)
+            if any(layer in inputs for layer in stale):
+                return stale
         for name, writer in writers.items():
             with self.watch.stage(WRITING, name):
-                writer.commit(self.origin)
+                writer.commit(origin_entries(self.origin))
         return stale

@@ -10,28 +10,21 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from reinforce.dataset.files.damage import file_damage, set_aside
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
+from reinforce.dataset.files.origin import other_origin
 from reinforce.dataset.files.store import Store, parse_footer
 from reinforce.dataset.layers import SAMPLES
 from reinforce.errors import UserError
 from reinforce.source.identity import SourceState
 
-#: Footer entry with a digest of all referenced images. Files of earlier versions do not have it.
-IMAGES = "images_digest"
 _MISSING = "it does not exist any more"
 _OTHER_ROWS = "its rows are not those of the samples"
 
 
 class MisalignedLayer(Exception):
-    """A layer of the shard, the first of ``args``, does not have the rows of its samples."""
+    """A layer of the shard, the first of ``args``, does not have the rows of its samples, or is of another source."""
 
     def __str__(self) -> str:
         return f"{self.args[0]} does not have the rows of the samples"
-
-
-def origin_entries(footer: Mapping[str, str]) -> dict[str, str]:
-    """What the footer of samples records about their source file, for the footers of other layers."""
-    images = {IMAGES: footer[IMAGES]} if IMAGES in footer else {}
-    return SourceState.from_footer(footer).footer() | images
 
 
 def set_inputs_aside(
@@ -49,7 +42,7 @@ def set_inputs_aside(
     """
     if isinstance(error, MisalignedLayer):
         if SAMPLES in layers:
-            return set_stale_aside(store, shard, layers, _stored_keys(store, shard), {}, None)
+            return set_stale_aside(store, shard, layers, *_stored_samples(store, shard), None, new=False)
         set_aside(store, error.args[0], shard)  # the samples are being computed
         return {error.args[0]: _OTHER_ROWS}
     if error.file is None:
@@ -77,12 +70,14 @@ def set_stale_aside(
     groups: Sequence[Sequence[str]],
     origin: Mapping[str, str],
     recorded: SourceState | None,
+    *,
+    new: bool = True,
 ) -> dict[str, str]:
     """Set aside the files of layers that do not fit the samples, whose row groups have the keys ``groups``.
 
-    ``origin`` are the footer entries of new samples about their source file. A file whose source had another content is
-    of other images, even if the keys are the same; its own footer records that content, else ``recorded`` does. Returns
-    the reasons.
+    ``origin`` are the footer entries of the samples about their source file. A file whose source had another content is
+    of other images, even if the keys are the same; its own footer records that content, else ``recorded`` does. Of
+    ``new`` samples, a file that does not exist is one that an earlier attempt has set aside. Returns the reasons.
     """
     reasons = {}
     for layer in layers:
@@ -91,7 +86,7 @@ def set_stale_aside(
                 set_aside(store, layer, shard)
                 reasons[layer] = reason
         except FileNotFoundError:
-            if origin:  # an earlier attempt at these samples has set it aside
+            if new:
                 reasons[layer] = _MISSING
     return reasons
 
@@ -104,26 +99,20 @@ def _stale_reason(
     origin: Mapping[str, str],
     recorded: SourceState | None,
 ) -> str | None:
-    state = SourceState.from_footer(origin)
     try:
         with store.open_layer(layer, shard) as file:
-            footer = parse_footer(file.metadata)
-            own = SourceState.from_footer(footer)
-            before = own if own.head is not None else recorded
-            if footer.get(IMAGES, origin.get(IMAGES)) != origin.get(IMAGES, footer.get(IMAGES)):
-                return "it is of other images"
-            if before is not None and before.same_content(state) is False:
-                return f"it is of another source file: {before.describe_change(state)}"
+            if reason := other_origin(origin, parse_footer(file.metadata), recorded):
+                return reason
             return None if _keys(file) == [*map(list, groups)] else _OTHER_ROWS
     except RefusedFile as error:
         return str(error)
 
 
-def _stored_keys(store: Store, shard: str) -> list[list[str]]:
-    """The keys of each row group of the stored samples. Raises UserError if they cannot be read."""
+def _stored_samples(store: Store, shard: str) -> tuple[list[list[str]], dict[str, str]]:
+    """The keys of each row group of the stored samples, and their footer. Raises UserError if they cannot be read."""
     try:
         with store.open_layer(SAMPLES, shard) as file:
-            return _keys(file)
+            return _keys(file), parse_footer(file.metadata)
     except RefusedFile as error:
         raise UserError(f"{store.layer_path(SAMPLES, shard)} cannot be read: {error}.") from error
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from reinforce.dataset.files.origin import IMAGES
 from reinforce.dataset.layers import Layer
 from reinforce.engine.worker.producers.base import Producer, RowGroup
-from reinforce.engine.worker.stale_files import IMAGES
 from reinforce.source.references import image_digest
 from reinforce.source.samples import RawSample
 from schemas import IMAGE_DIGEST, LABELLED, TRUE_CAPTIONS
