@@ -22,6 +22,7 @@ from reinforce.dataset.codecs import codebooks
 from reinforce.dataset.codecs.base import Codec
 from reinforce.dataset.codecs.registry import find_codec
 from reinforce.dataset.files.index import FileEntry, IndexWriter
+from reinforce.dataset.files.origin import origin_entries
 from reinforce.dataset.files.store import Store, parse_footer
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import Layer, embeddings_layer, inputs_of, mapping_at
@@ -29,13 +30,11 @@ from reinforce.dataset.manifest.manifest import read_manifest, same_content, wri
 from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.errors import UserError
 from reinforce.parallel.map_workers import open_workers
-from reinforce.source.identity import SourceState
 from reinforce.storage import as_seen_by_workers
 from reinforce.terminal import format_bytes, plural
 from schemas import Reason
 
 #: Entries of a footer that are not copied to the new file.
-_OWN = ("schema_version", "layer", "fingerprint", "rows", "codebook")
 
 
 @dataclass
@@ -203,7 +202,7 @@ def _convert_shard(url: str, pair: _Pair, shard: str) -> tuple[FileEntry, float]
         footer = parse_footer(file.metadata)
         groups: list[list[str]] = []
         zeros: list[str] = []
-        with store.writer(layer, schema, shard, footer.pop("source", "")) as writer:
+        with store.writer(layer, schema, shard, footer.get("source", "")) as writer:
             for number in range(file.num_row_groups):
                 table = file.read_row_group(number)
                 values = vectors.decode(table)
@@ -220,7 +219,6 @@ def _convert_shard(url: str, pair: _Pair, shard: str) -> tuple[FileEntry, float]
                 cosines.append(vectors.cosines(values[valid][..., : decoded.shape[2]], decoded[valid]).ravel())
             if zeros:
                 _quarantine(store, pair, shard, groups, zeros)
-            others = {key: value for key, value in footer.items() if key not in _OWN}
-            writer.commit({**SourceState.from_footer(footer).footer(), **others})  # in the order of a run
+            writer.commit(origin_entries(footer))
             every = np.concatenate(cosines)
             return FileEntry(writer.bytes, tuple(writer.groups)), float(every.mean()) if len(every) else 1.0

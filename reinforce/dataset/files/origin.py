@@ -11,15 +11,17 @@ from collections.abc import Mapping
 from reinforce.source.identity import SourceState
 from reinforce.terminal import escape
 
-#: Footer entry with a digest of all referenced images. Files of earlier versions do not have it.
-IMAGES = "images_digest"
+#: Footer entries with digests: of all referenced images; of the images and captions of samples that the state of the
+#: source file does not cover, where images are files of their own or the shard is a part of a table. Files of earlier
+#: versions do not have them.
+IMAGES, LINKED = "images_digest", "linked_digest"
 _SOURCE = "source"
 
 
 def origin_entries(footer: Mapping[str, str]) -> dict[str, str]:
-    """What the footer of samples records about their source file, for the footers of other layers."""
-    images = {IMAGES: footer[IMAGES]} if IMAGES in footer else {}
-    return SourceState.from_footer(footer).footer() | images
+    """What the footer of samples records about their source, for the footers of other layers."""
+    digests = {key: footer[key] for key in (IMAGES, LINKED) if key in footer}
+    return SourceState.from_footer(footer).footer() | digests
 
 
 def other_origin(
@@ -30,11 +32,12 @@ def other_origin(
     What one of the two does not record is not compared. ``recorded`` is the state of the source file of a layer's file
     that does not record it.
     """
-    source = footer.get(_SOURCE)
-    if source and source != samples.get(_SOURCE, source):
+    source, of_samples = footer.get(_SOURCE), samples.get(_SOURCE)
+    if source and of_samples and source != of_samples:
         return f"it is of the source shard {escape(source[:500])}"
-    if None not in (images := (samples.get(IMAGES), footer.get(IMAGES))) and images[0] != images[1]:
-        return "it is of other images"
+    for key, what in ((IMAGES, "images"), (LINKED, "images or captions")):
+        if key in samples and key in footer and samples[key] != footer[key]:
+            return f"it is of other {what}"
     now, own = SourceState.from_footer(samples), SourceState.from_footer(footer)
     before = own if own.head is not None or recorded is None else recorded
     if before.same_content(now) is False:

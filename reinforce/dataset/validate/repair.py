@@ -81,11 +81,11 @@ def repair(url: str, findings: Sequence[Finding], sources: Sequence[str] = ()) -
     with store.lock():
         _repair_quarantine(store, findings, done)
         for layer, shards in files.items():
-            if len(shards) == len(listings[layer]) > 1:
+            if len(shards) == len(listings[layer]) > 1 and not all(_is_of_other(store, layer, one) for one in shards):
                 command = drop_command(store.url, with_dependants([layer], manifest["layers"]), manifest["layers"])
                 done.kept.append(
-                    f"{layer}: none of its {len(shards):,} files was moved, because all are at fault, so {MANIFEST} is "
-                    f"more likely to be wrong. Restore it; or to compute the layer again: {command}"
+                    f"{layer}: none of its {len(shards):,} files was moved, because all are at fault, so {MANIFEST} or "
+                    f"the samples are more likely to be wrong. Restore them; or to compute the layer again: {command}"
                 )
                 continue
             kept = {shard: "it can be read now" for shard in shards if (layer, shard) in passed}
@@ -136,6 +136,16 @@ def _only_copies(store: Store, manifest: Mapping[str, Any], shards: Iterable[str
             reason = f"its source {url} {_WHY[state].format(change)}"
         reasons[shard] = f"{reason}, and the samples may be the only copy"
     return reasons
+
+
+def _is_of_other(store: Store, layer: str, shard: str) -> bool:
+    """Whether a file is one of another shard, by its footer."""
+    try:
+        with store.open_layer(layer, shard, whole=False) as file:
+            source = parse_footer(file.metadata).get("source")
+    except (RefusedFile, UserError, OSError):
+        return False
+    return bool(source) and shard_name(str(source)) != shard
 
 
 def _source_of(store: Store, manifest: Mapping[str, Any], shard: str) -> tuple[str | None, SourceState]:

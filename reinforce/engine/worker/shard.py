@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ from reinforce.config import Config
 from reinforce.dataset.files.damage import drop_shard_command, set_aside
 from reinforce.dataset.files.index import FileEntry
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile, naming_refused
-from reinforce.dataset.files.origin import origin_entries, other_origin
+from reinforce.dataset.files.origin import LINKED, origin_entries, other_origin
 from reinforce.dataset.files.store import LayerWriter, Store, parse_footer
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.runs.key_sample import ShardKeys
@@ -40,8 +41,8 @@ from reinforce.labels.rows import open_labels
 from reinforce.labels.unread import quarantine_of
 from reinforce.source.captions import CAPTIONS_REPLACED, REPLACED
 from reinforce.source.identity import OpenedStates, SourceState, former_url, probe_state, read_state
-from reinforce.source.references import ChangedImages
-from reinforce.source.samples import AbsentShard, Refusal
+from reinforce.source.references import ChangedImages, image_digest
+from reinforce.source.samples import AbsentShard, RawSample, Refusal
 from reinforce.source.urls import canonical, is_local
 from reinforce.source.whole_reads import ShortRead, watching_opened
 from schemas import IMAGE_DIGEST, Reason
@@ -82,6 +83,7 @@ class ShardProcess:
         self.keys = ShardKeys.of([])
         self.groups: list[list[str]] = []  # keys of each row group, if stored layers are compared with them
         self.origin: dict[str, str] = {}  # footer entries about the source file that the samples were read from
+        self.linked = hashlib.blake2b(digest_size=8)  # of samples that the state of the source file does not cover
         self.source_record: SourceRecord | None = None
         self.source_note: str | None = None
         self.opened: OpenedStates | None = None  # the states of the source file, if its samples are read
@@ -253,6 +255,10 @@ class ShardProcess:
 
     def _write(self, group: RowGroup, writers: Mapping[str, LayerWriter]) -> None:
         self.keys = self.keys.joined(ShardKeys.of(group.keys))
+        for row in group.rows if SAMPLES in self.layers else ():
+            if isinstance(row.sample, RawSample) and (row.sample.url is not None or not self.shard.is_file):
+                content = repr((image_digest(row.sample.image), row.captions))
+                self.linked.update(content.encode("utf-8", "surrogatepass"))
         if self.shard.stored:
             self.groups.append(group.keys)
         for producer in self.producers:
@@ -338,6 +344,8 @@ class ShardProcess:
             self.origin = {"source": self.source, **state.footer()}
             for producer in self.producers:
                 self.origin |= producer.footer()
+            if self.linked.digest() != hashlib.blake2b(digest_size=8).digest():
+                self.origin[LINKED] = self.linked.hexdigest()
             one = self.shard
             stale = set_stale_aside(self.store, one.name, one.stored, self.groups, self.origin, one.recorded)
             if any(layer in inputs for layer in stale):
