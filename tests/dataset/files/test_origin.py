@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -33,7 +32,6 @@ from reinforce.publishing.embeddings import export_embeddings
 from reinforce.publishing.labels import export_labels
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
-from reinforce.student.teachers import _vectors_of
 from schemas import Reason
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.decoding import decode_pool
@@ -209,15 +207,9 @@ def _inspect(dataset: Path) -> None:
         raise UserError("it is of the source shard: counted as problems")
 
 
-def _tune(dataset: Path) -> None:
-    store = Store(str(dataset))
-    list(itertools.chain.from_iterable(_vectors_of(store, layer, read_manifest(store)) for layer in (RED, TEXTS)))
-
-
 READERS: dict[str, tuple[str, Reader]] = {
     "train": (RED, _train),
     "Examples": ("probabilities/c", _examples),
-    "tune": (TEXTS, _tune),
     "inspect": (RED, _inspect),
     "select": (SCORES, lambda dataset: make_view(dataset, "scores.length.letters >= 0")),
     "samples": (CAPTIONS, lambda dataset: reinforce.open(str(dataset)).samples[0]),
