@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 import math
+import operator
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,7 +95,7 @@ class Examples(Dataset[dict[str, Any]]):
         self.data = settings.as_config(Data, None, datasets=sources, **{**defaults, **keys})
         if self.data.backend == DEVICE_BACKEND:
             raise UserError(f"backend {DEVICE_BACKEND} is for `reinforce train`; choose another, or none.")
-        self.seed, self.epoch = seed, None if self.data.pick == "random" else 0
+        self.seed, self.epoch = _checked_whole("seed", seed), None if self.data.pick == "random" else 0
         self.datasets = _restricted(open_datasets(self.data, seed, {**_models(self.data), **others}), datasets)
         self._image, self._tokens = image_transform(image), text_transform(tokenizer, context)
         recorded = max(dataset.size for dataset in self.datasets)
@@ -144,7 +145,7 @@ class Examples(Dataset[dict[str, Any]]):
 
         A ``DataLoader`` with ``persistent_workers`` does not pass it on.
         """
-        self.epoch = epoch
+        self.epoch = _checked_whole("epoch", epoch)
 
     def stream(self, *, window: int = 4096, rank: int | None = None, ranks: int | None = None) -> ExampleStream:
         """The same examples as a shuffled ``IterableDataset``, see ``ExampleStream``."""
@@ -243,7 +244,8 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
     def __init__(
         self, examples: Examples, window: int = 4096, rank: int | None = None, ranks: int | None = None
     ) -> None:
-        self.examples, self.window, self.epoch = examples, window, 0
+        self.examples, self.window, self.epoch = examples, _checked_whole("window", window, 1), 0
+        rank, ranks = (None if one is None else _checked_whole("rank and ranks", one) for one in (rank, ranks))
         self._stated: int | None = None  # by set_epoch
         if (rank is None) != (ranks is None) or (rank is not None and ranks is not None and not 0 <= rank < ranks):
             raise UserError(f"rank ({rank}) and ranks ({ranks}) belong together, with rank below ranks.")
@@ -257,7 +259,7 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Read the order of this epoch at the next iteration."""
-        self.epoch = self._stated = epoch
+        self.epoch = self._stated = _checked_whole("epoch", epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
@@ -298,6 +300,10 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
 def _sources(datasets: Any) -> tuple[Any, dict[str, Any]]:
     """The value of ``data.datasets``, and keys that an opened dataset decides."""
     if not isinstance(datasets, ReinforcedDataset):
+        if isinstance(datasets, (list, tuple)) and any(isinstance(one, ReinforcedDataset) for one in datasets):
+            raise UserError(
+                "datasets: want one opened dataset, or a list of URLs or {url, view}: give the URLs of these."
+            )
         return datasets, {}
     source = {"url": datasets.store.url, **({} if datasets.view is None else {"view": datasets.view.name})}
     keys = {section: names for section, names in datasets.models.items() if section in Data.model_fields}
@@ -336,11 +342,24 @@ def _checked_size(size: Any) -> int:
     return size
 
 
+def _checked_whole(name: str, value: Any, least: int = 0) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise UserError(f"{name}: want a whole number of at least {least}, got {value!r:.100}")
+    return number
+
+
 def _checked_columns(columns: Sequence[str] | Mapping[str, str] | None, names: Sequence[str]) -> dict[str, str] | None:
     """Your name of each column with ours. Raises UserError."""
     if columns is None:
         return None
-    chosen = {**columns} if isinstance(columns, Mapping) else {name: name for name in settings.as_names(columns)}
+    names_given = settings.as_names(columns)
+    if not isinstance(names_given, (list, dict)):
+        raise UserError(f"columns: want a list of names, or a dict of your names for them, got {columns!r:.100}")
+    chosen = names_given if isinstance(names_given, dict) else {name: name for name in names_given}
     if unknown := [name for name in chosen.values() if name not in names]:
         raise UserError(f"columns: there is no {unknown[0]!r}; there are: {', '.join(names)}.")
     return chosen

@@ -258,6 +258,12 @@ def test_what_is_no_number_of_a_sample_is_refused(made: Path, number: Any) -> No
         (lambda made: reinforce.Examples(made, size=0), "size: want the side"),
         (lambda made: reinforce.Examples(made, backend="device-1"), "device-1 is for `reinforce train`"),
         (lambda made: reinforce.Examples(made).stream(rank=2, ranks=2), "rank below ranks"),
+        (lambda made: reinforce.Examples(made).stream(rank="0", ranks=1), "rank and ranks: want a whole number .* '0'"),
+        (lambda made: reinforce.Examples(made).stream(window=0), "window: want a whole number of at least 1, got 0"),
+        (lambda made: reinforce.Examples(made).set_epoch("1"), "epoch: want a whole number of at least 0, got '1'"),
+        (lambda made: reinforce.Examples(made, seed=1.5), "seed: want a whole number of at least 0, got 1.5"),
+        (lambda made: reinforce.Examples(made, columns=3), "columns: want a list of names"),
+        (lambda made: reinforce.Examples([reinforce.open(made)]), "give the URLs of these"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_one_error_that_names_the_fix(
