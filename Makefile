@@ -8,10 +8,10 @@ SECONDS ?= 600
 ROUNDS ?= 10
 LOWEST_PYTHON ?= python3.10
 # The fake hub of tests/source/test_hub.py answers newer versions of huggingface_hub than the lowest.
-CORE_TESTS := --ignore=tests/source/test_hub.py tests/images tests/parquet \
+CORE_TESTS := --ignore=tests/source/test_hub.py tests/images \
 	tests/cli tests/test_config.py tests/test_init.py tests/test_storage.py \
-	tests/schemas tests/source tests/dataset tests/engine/inference/test_models.py tests/engine/plan/test_plan.py \
-	tests/engine/plan/test_recipe.py tests/engine/decode/test_rows.py tests/engine/worker/test_shard.py tests/teachers/coca/test_captioner.py \
+	tests/schemas tests/source tests/dataset tests/engine/worker/test_models.py tests/engine/plan/test_plan.py \
+	tests/engine/plan/test_recipe.py tests/engine/worker/test_rows.py tests/engine/worker/test_shard.py tests/teachers/coca/test_captioner.py \
 	tests/teachers/decoding/test_decode.py tests/teachers/open_clip/test_teacher.py tests/teachers/transformers/test_teacher.py \
 	tests/student/test_loss.py tests/student/test_distillation.py tests/integration/test_run.py
 # Otherwise every process of a run compiles its imports again: see below.

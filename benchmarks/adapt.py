@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.stored import markdown_table, mean_and_spread, replace_part, update_page, write_results
-from reinforce import plots, settings
-from reinforce.adapting.choosing import Point, Rule, mean
-from reinforce.adapting.interpolate import GRID
-from reinforce.adapting.mixtures import Mixtures
+from reinforce import reports as plots
+from reinforce import settings
 from reinforce.config import parse_config
 from reinforce.engine.run import run
 from reinforce.evaluation.config import Evaluation
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
+from reinforce.explore.config import SelectConfig
+from reinforce.explore.select import select
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import train as train_student
+from reinforce.tuning.adapt_config import Point, Rule, mean
+from reinforce.tuning.mixtures import GRID, Mixtures
 from teachers.spec import ModelSpec
 
 BUILD = Path("build/adapt")

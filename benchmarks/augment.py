@@ -33,14 +33,14 @@ from rich.table import Table
 from benchmarks.loader import photo
 from benchmarks.stored import write_results
 from reinforce.config import Augmentations
-from reinforce.dataset.augment import fixed_point
-from reinforce.dataset.augment.backends import BACKENDS, Replay, load_backend, sample_augmentation
-from reinforce.dataset.augment.device_records import CELL, fill_cell
-from reinforce.dataset.augment.records import Augmentation, replay
+from reinforce.images import backends as fixed_point
 from reinforce.images import jpeg
+from reinforce.images.backends import BACKENDS, Replay, load_backend, sample_augmentation
+from reinforce.images.device_records import CELL, fill_cell
 from reinforce.images.policy import decode
-from reinforce.input_config import Limits
-from teachers.preprocessing.pixels import to_pixels
+from reinforce.images.records import Augmentation, replay
+from reinforce.source.config import Limits
+from teachers.pixels import to_pixels
 from teachers.registry import load_model, teacher_spec
 
 RESULTS = Path(__file__).parent / "results" / "augment.json"

@@ -34,15 +34,15 @@ from benchmarks.loader import compare, sentence, write_source
 from benchmarks.step import model_folder
 from benchmarks.stored import write_results
 from reinforce.captioning.config import CaptionerConfig
+from reinforce.captioning.data import CaptionStreams, load_streams, predicted_lengths
+from reinforce.captioning.finetune import CaptioningTask
 from reinforce.captioning.model import build_captioner
-from reinforce.captioning.streams import CaptionStreams, load_streams, predicted_lengths
-from reinforce.captioning.task import CaptioningTask
 from reinforce.settings import parse
+from reinforce.training.checkpoints import make_adamw
 from reinforce.training.config import Optimizer
-from reinforce.training.optimizer import make_adamw
 from reinforce.training.step import backpropagate
 from teachers.open_clip.text import Tokenizer
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator
 
 RESULTS = Path(__file__).parent / "results" / "captioner.json"

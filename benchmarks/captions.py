@@ -42,11 +42,9 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.stored import write_results
-from teachers.coca.decoder import CocaDecoder
-from teachers.coca.network import CocaNetwork
+from teachers.coca.decoder import CocaDecoder, CocaNetwork
 from teachers.decoding.decode import sample
-from teachers.decoding.rules import DecodingRules
-from teachers.decoding.sampling import sample_nucleus, uniforms
+from teachers.decoding.sampling import DecodingRules, sample_nucleus, uniforms
 from teachers.fast_paths.frozen import FrozenLinear, freeze
 from teachers.runtime.accelerator import Accelerator
 

@@ -18,9 +18,8 @@ from rich.table import Table
 
 from benchmarks.stored import write_results
 from reinforce.dataset.codecs.base import FittedCodec, Floats
-from reinforce.dataset.codecs.codebooks import Codebook
-from reinforce.dataset.codecs.registry import find_codec, find_fitted
-from reinforce.dataset.codecs.standardised import Standardised
+from reinforce.dataset.codecs.codebooks import Codebook, find_codec, find_fitted
+from reinforce.dataset.codecs.plain import Standardised
 from reinforce.dataset.kinds.patches import PickedGrid
 from reinforce.dataset.vectors import normalized
 

@@ -22,9 +22,9 @@ import schemas
 from benchmarks.processes import in_own_process, own_peak
 from benchmarks.stored import write_results
 from reinforce.dataset.layers import SAMPLES, embeddings_layer
-from reinforce.selection import duplicates, neighbours
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
+from reinforce.explore import duplicates, neighbours
+from reinforce.explore.config import SelectConfig
+from reinforce.explore.select import select
 
 RESULTS = Path(__file__).parent / "results" / "duplicates.json"
 BUILD = Path("build/duplicates")

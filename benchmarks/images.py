@@ -31,12 +31,11 @@ from reinforce import settings
 from reinforce.config import parse_config
 from reinforce.engine.run import run
 from reinforce.evaluation.command import build_evaluation, evaluate_models
-from reinforce.model_names import resolve_models
+from reinforce.evaluation.model_names import resolve_models
 from reinforce.student.config import StudentConfig
 from reinforce.student.task import StudentTask
 from reinforce.student.train import train as train_student
-from teachers.backbones.classes import IMAGENET, build_class
-from teachers.backbones.folder import write_class
+from teachers.backbones import IMAGENET, build_class, write_class
 from teachers.open_clip.teacher import load_model
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec

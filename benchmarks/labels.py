@@ -27,10 +27,10 @@ from benchmarks.processes import in_own_process, own_peak
 from benchmarks.stored import write_results
 from reinforce.config import parse_config
 from reinforce.dataset import vectors
-from reinforce.dataset.files.store import Store
-from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.dataset.store import Store
+from reinforce.engine.plan.plan import build_layers, describe_models
 from reinforce.labels.building import build_index
-from reinforce.labels.interface import Wanted
+from reinforce.labels.members import Wanted
 from reinforce.labels.rows import open_labels
 from reinforce.labels.taken import with_labels
 

@@ -41,15 +41,15 @@ from torchvision import transforms
 from benchmarks.processes import Children, cpu_of_all, serve
 from benchmarks.stored import write_results, write_tar
 from reinforce.config import Augmentations, parse_config
-from reinforce.dataset.augment.backends import load_backend
-from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation
-from reinforce.dataset.files.store import Store
-from reinforce.dataset.manifest.manifest import update_manifest, write_manifest
-from reinforce.engine.decode.decode_pool import DecodePool
-from reinforce.engine.inference.models import describe_loaded, load_models
+from reinforce.dataset.manifest import update_manifest, write_manifest
+from reinforce.dataset.store import Store
 from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.worker.decode import DecodePool
+from reinforce.engine.worker.models import describe_loaded, load_models
 from reinforce.engine.worker.shard import ShardProcess
+from reinforce.images.backends import load_backend
 from reinforce.images.policy import decode
+from reinforce.images.records import AUGMENTATION_BACKEND, Augmentation
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.feed import StudentFeed

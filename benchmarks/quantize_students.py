@@ -3,7 +3,7 @@
 Students of the demo with a FastViT of five stages, trained from the stored targets alone. Those that differ by
 ``student.quantize`` share their steps before the last part, so it is trained once per seed. Each finished student is
 reparameterised and evaluated three times: in float32, with int8 weights, and with int8 weights and inputs, as torch
-computes them (`reinforce.student.layers.quantize`). Writes a table into docs/students.md. Finished trainings are kept.
+computes them (`reinforce.student.layers`). Writes a table into docs/students.md. Finished trainings are kept.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from benchmarks.stored import markdown_table, mean_and_spread, replace_part, upd
 from examples.demo.compare import student_config
 from examples.demo.data import write_tests
 from reinforce.evaluation.evaluator import Evaluator
+from reinforce.processes.signals import StopSignal
 from reinforce.shipping.checks import compare_on_sets
-from reinforce.shipping.towers import reparameterize, split_towers
+from reinforce.shipping.targets.base import reparameterize, split_towers
 from reinforce.storage import Storage
 from reinforce.student.config import Quantize, StudentConfig
-from reinforce.student.layers.quantize import quantize
+from reinforce.student.layers import quantize
 from reinforce.student.train import build, student_job
-from reinforce.training.distributed.ranks import join_ranks
+from reinforce.training.checkpoints import Checkpoints
 from reinforce.training.loop import run_rank
-from reinforce.training.saving import Checkpoints
-from reinforce.training.stop import StopSignal
+from reinforce.training.ranks import join_ranks
 from teachers.open_clip.teacher import image_spec, load_model
 from teachers.open_clip.text import Tokenizer
 from teachers.spec import ModelSpec

@@ -29,13 +29,12 @@ from benchmarks.loader import photo, sentence
 from benchmarks.processes import children, cpu_seconds
 from benchmarks.stored import write_results, write_tar
 from reinforce.config import parse_config
-from reinforce.dataset.files.store import Store
-from reinforce.engine.decode.decode_pool import DecodePool
-from reinforce.engine.inference.models import load_models
+from reinforce.dataset.store import Store
 from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.worker.decode import DecodePool
+from reinforce.engine.worker.models import load_models
 from reinforce.engine.worker.shard import ShardProcess
-from reinforce.source.formats.base import Shard
-from reinforce.source.formats.recognise import source_format
+from reinforce.source.formats.base import Shard, source_format
 from reinforce.source.reading import read_samples
 
 RESULTS = Path(__file__).parent / "results" / "sources.json"

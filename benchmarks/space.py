@@ -22,7 +22,7 @@ from examples.demo.data import UNSEEN_PICTURES, UNSEEN_STYLE, shared_concepts
 from reinforce import settings
 from reinforce.config import Config
 from reinforce.evaluation.command import EvaluationCommand, evaluate_models
-from reinforce.model_names import resolve_models
+from reinforce.evaluation.model_names import resolve_models
 from reinforce.student.config import StudentConfig
 
 BUILD = Path("build/space")

@@ -32,8 +32,8 @@ from benchmarks.stored import write_results
 from reinforce import settings
 from reinforce.student.config import StudentConfig
 from reinforce.student.task import StudentTask
+from reinforce.training.checkpoints import make_adamw
 from reinforce.training.config import Optimizer
-from reinforce.training.optimizer import make_adamw
 from reinforce.training.step import Prefetcher, backpropagate
 from teachers.runtime.accelerator import Accelerator
 from teachers.runtime.flops import counted_flops
@@ -170,7 +170,7 @@ def layer(target: str) -> dict[str, Any]:
 
 
 def random_batch(task: StudentTask, count: int) -> dict[str, Any]:
-    """Return a random batch with the shapes of ``reinforce.student.data.assembly``."""
+    """Return a random batch with the shapes of ``reinforce.student.data.feed``."""
     torch.manual_seed(0)
     size = task.model.image.height
     texts = {kind: [f"a {kind} text about thing {i} on a table" for i in range(count)] for kind in KINDS}

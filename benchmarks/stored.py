@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reinforce.shipping.machine import describe_machine
+from reinforce.shipping.latency import describe_machine
 
 
 def write_results(path: Path, packages: Sequence[str], results: Mapping[str, Any]) -> None:

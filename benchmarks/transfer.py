@@ -31,7 +31,7 @@ from examples.demo.compare import (
     student_config,
 )
 from examples.demo.students import train_side_by_side
-from reinforce.shipping.machine import machine_name
+from reinforce.shipping.latency import machine_name
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
 PAGE = Path(__file__).parents[1] / "docs" / "ablations.md"

@@ -23,8 +23,8 @@ from benchmarks.transfer import summarise
 from examples.demo.compare import MEASURES, arm_overrides, collect_measures, format_share
 from examples.demo.data import SHARE, write_tests
 from examples.demo.students import train_side_by_side
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
+from reinforce.explore.config import SelectConfig
+from reinforce.explore.select import select
 
 RESULTS = Path(__file__).parent / "results" / "view_students.json"
 PAGE = Path(__file__).parents[1] / "docs" / "choosing.md"

@@ -18,12 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reinforce.api import losses
-    from reinforce.api.commands import adapt, check, evaluate, init, inspect, plan, run, select, train
+    from reinforce.api.commands import (
+        adapt,
+        check,
+        evaluate,
+        init,
+        inspect,
+        plan,
+        run,
+        select,
+        train,
+    )
     from reinforce.api.examples import Examples
     from reinforce.api.student import Student
     from reinforce.config import Config, load_config
-    from reinforce.dataset.reading.dataset import Dataset, open
-    from reinforce.dataset.reading.sample import Sample
+    from reinforce.dataset.reading import Dataset, open
+    from reinforce.dataset.sample import Sample
     from reinforce.errors import UserError
 
 __version__ = "0.2.0"  # read by pyproject.toml; a job's checkout is not installed
@@ -38,14 +48,14 @@ _HOMES = {
         ("adapt", "check", "evaluate", "init", "inspect", "plan", "run", "select", "train"), "api.commands"
     ),
     "Config": "config",
-    "Dataset": "dataset.reading.dataset",
+    "Dataset": "dataset.reading",
     "Examples": "api.examples",
-    "Sample": "dataset.reading.sample",
+    "Sample": "dataset.sample",
     "Student": "api.student",
     "UserError": "errors",
     "load_config": "config",
     "losses": "api",
-    "open": "dataset.reading.dataset",
+    "open": "dataset.reading",
 }
 
 

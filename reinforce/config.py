@@ -9,14 +9,11 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from reinforce import settings
-from reinforce.config_schema import Batch, Named, OneOrMore
-from reinforce.input_config import SOURCES, Input
 from reinforce.processes.cores import Node, cores_per_process, default_gpus, describe_share
-from reinforce.processes.fast_paths import Accelerated
-from reinforce.settings import Section
-from teachers.custom.classifier import ClassifierSpec
-from teachers.custom.family import ClassScorerSpec
-from teachers.published.family import Join, Labels
+from reinforce.settings import Accelerated, Batch, Named, OneOrMore, Section
+from reinforce.source.config import SOURCES, Input
+from teachers.custom import ClassifierSpec, ClassScorerSpec
+from teachers.published import Join, Labels
 from teachers.registry import AnyCaptioner, AnyTeacher
 from teachers.spec import ModelSpec
 

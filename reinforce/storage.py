@@ -1,8 +1,4 @@
-"""Atomic publishing of files to a local folder or an object store.
-
-A file is finished elsewhere before it is published: on a local disk by ``os.replace`` of a synced temporary file in the
-same file system, in an object store by one put of the finished file.
-"""
+"""A lock of a file on a local disk: it ends with the process that has it, also by a kill."""
 
 from __future__ import annotations
 
@@ -12,24 +8,61 @@ import logging
 import os
 import posixpath
 import shutil
+import socket
 import stat
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import DamagedJson, StorageError, UserError
-from reinforce.processes.attempts import CONDITIONAL_PUTS, FIRST_WRITE, READS
-from reinforce.processes.file_lock import lock_file
-from reinforce.source.urls import filesystem
-from reinforce.source.whole_reads import ShortRead, is_conflict, is_full, is_unsupported, list_whole, read_start
+from reinforce.processes.attempts import CLAIMS, CONDITIONAL_PUTS, FIRST_WRITE, READS
+from reinforce.source.urls import (
+    ShortRead,
+    filesystem,
+    is_conflict,
+    is_full,
+    is_unsupported,
+    list_whole,
+    read_start,
+)
 from teachers.redact import redact
 from teachers.weights import replacing
+
+
+@contextlib.contextmanager
+def lock_file(path: str, busy: str, fix: str) -> Iterator[None]:
+    """Lock the file at ``path``. If another process has it, raises UserError: ``busy``, its owner, and the ``fix``."""
+    import fcntl
+
+    with contextlib.ExitStack() as stack:
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "a+"))
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error}. Check the disk and the permissions.") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read(100)
+            raise UserError(f"{busy}{f' ({owner})' if owner else ''}. {fix}") from error
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+# -- Atomic publishing of files to a local folder or an object store.
+#
+# A file is finished elsewhere before it is published: on a local disk by ``os.replace`` of a synced temporary file in
+# the same file system, in an object store by one put of the finished file.
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
@@ -391,3 +424,74 @@ def as_seen_by_workers(url: str) -> str:
     """A URL, or the absolute path of a local folder, because workers have other working folders."""
     storage = Storage(url)
     return storage.root if storage.local else url
+
+
+# -- A claim: a file that only one of several processes can create, by a conditional put, and that names its owner.
+#
+# Some stores ignore the condition, so the file is read back. A claim that was not written for long is over.
+
+_DAMAGED = "damaged"  # key of what a file is that is no claim
+
+
+@dataclass(frozen=True)
+class ClaimFile:
+    """A claim of the process with ``token``, which is over after ``seconds``.
+
+    ``over_here`` decides about one of another process of this machine before that. ``content`` is stored with it.
+    """
+
+    storage: Storage
+    path: tuple[str, ...]
+    token: str
+    seconds: float
+    over_here: Callable[[Mapping[str, Any]], bool]
+    content: Mapping[str, Any] = field(default_factory=dict)
+
+    def take(self, shared: Callable[[Mapping[str, Any]], bool] = lambda claim: False) -> dict[str, Any]:
+        """Create the claim unless another process has one -> the claim that is there. Raises StorageError.
+
+        One that is ``shared`` is kept although it is over.
+        """
+        why = "other processes remove it, or the storage loses it; run again"
+        for _ in range(CLAIMS.count):
+            found = self.read()
+            if found is None:
+                self.storage.create(self._json(), *self.path)
+            elif found.get("token") == self.token or shared(found) or not self.is_over(found):
+                return found
+            else:
+                if _DAMAGED in found:
+                    why = f"it is {found[_DAMAGED]}, each time that it is read back; check the storage, and run again"
+                self.storage.remove(*self.path)
+        raise StorageError(f"{self.storage.path(*self.path)} cannot be written: {why}.")
+
+    def read(self) -> dict[str, Any] | None:
+        """The claim that is there, without keys if it is none. Raises StorageError."""
+        try:
+            self.storage.fs.invalidate_cache()
+            return self.storage.read_json(*self.path)
+        except DamagedJson as error:  # no process has written it, or the storage has not stored it
+            return {_DAMAGED: error.args[1]}
+        except StorageError:
+            raise
+        except UserError:
+            return {}
+
+    def is_over(self, claim: Mapping[str, Any]) -> bool:
+        at = claim.get("time")
+        if not isinstance(at, (int, float)) or abs(time.time() - at) > self.seconds:
+            return True
+        return claim.get("host") == socket.gethostname() and self.over_here(claim)
+
+    def renew(self) -> None:
+        self.storage.write_bytes(self._json(), *self.path)
+
+    def release(self) -> None:
+        """Remove the claim if it is this process's, or no claim."""
+        with contextlib.suppress(StorageError, FileNotFoundError):
+            if (found := self.read()) and (found.get("token") == self.token or _DAMAGED in found):
+                self.storage.remove(*self.path)
+
+    def _json(self) -> bytes:
+        owner = {"token": self.token, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        return json.dumps({**self.content, **owner}, ensure_ascii=False).encode()

@@ -10,8 +10,8 @@ from typing import Any
 import reinforce
 from reinforce import errors
 from reinforce.api.examples import ExampleStream
-from reinforce.dataset.reading.samples import Samples
-from reinforce.dataset.reading.torch_dataset import TorchSamples
+from reinforce.dataset.sample import Samples
+from reinforce.dataset.torch_dataset import TorchSamples
 from teachers import protocols
 
 #: Title -> objects, in the order of the page.

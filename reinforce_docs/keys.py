@@ -13,12 +13,12 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from reinforce.adapting.config import AdaptConfig
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.config import Config
-from reinforce.selection.config import SelectConfig
+from reinforce.explore.config import SelectConfig
 from reinforce.settings import union_members
 from reinforce.student.config import StudentConfig
+from reinforce.tuning.adapt_config import AdaptConfig
 from reinforce.tuning.config import TuneConfig
 from reinforce_docs.tables import cell, code, table
 

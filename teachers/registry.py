@@ -29,16 +29,14 @@ class Family(NamedTuple):
 _CLASS = "class"
 #: Families by the value of ``family``.
 FAMILIES: dict[str, Family] = {
-    "open_clip": Family("teachers.open_clip.family:OpenClipTeacherSpec", "teachers.coca.family:CocaSpec"),
+    "open_clip": Family("teachers.open_clip.family:OpenClipTeacherSpec", "teachers.open_clip.family:CocaSpec"),
     "transformers": Family(
         "teachers.transformers.family:TransformersTeacherSpec", "teachers.transformers.family:TransformersCaptionerSpec"
     ),
     "timm": Family("teachers.timm.family:TimmTeacherSpec"),
-    "published": Family(
-        "teachers.published.family:PublishedTeacherSpec", "teachers.published.family:PublishedCaptionerSpec"
-    ),
+    "published": Family("teachers.published:PublishedTeacherSpec", "teachers.published:PublishedCaptionerSpec"),
     "openai": Family(captioner="teachers.server.family:ServerCaptionerSpec"),
-    _CLASS: Family("teachers.custom.family:ClassTeacherSpec", "teachers.custom.family:ClassCaptionerSpec"),
+    _CLASS: Family("teachers.custom:ClassTeacherSpec", "teachers.custom:ClassCaptionerSpec"),
 }
 
 

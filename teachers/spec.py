@@ -1,24 +1,75 @@
-"""What a config contains for one teacher or captioner of any family, and what its family must offer.
-
-A family derives from ``TeacherSpec``, ``CaptionerSpec`` or both, in ``teachers/<family>/family.py``: it adds its own
-keys and implements ``describe``, ``load`` and ``hosts``. ``teachers.registry.FAMILIES`` lists the families.
-"""
+"""What a config contains for the patch features of a teacher."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from teachers.patch_config import Patches
 from teachers.protocols import Teacher
 
 if TYPE_CHECKING:
     from typing import Self
+
+_PICKED = 16  # patches of an image
+_Side = Annotated[int, Field(ge=1, le=1024)]
+
+
+class Patches(BaseModel):
+    """Patch features of a teacher that are stored for each augmented image."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    grid: Annotated[
+        _Side | tuple[_Side, _Side], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+    ] = Field(description="patches on a side, or [rows, columns], as the model has them")
+    codec: str = Field("float16", description="how patch vectors are stored: float16, pca128, pq96, rq32 and others")
+    sample: int = Field(
+        32_768, ge=1, description="patch vectors of the first shards to which statistics and codebooks are fitted"
+    )
+    _picked: int | None = PrivateAttr(None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.grid if isinstance(self.grid, tuple) else (self.grid, self.grid)
+
+    @property
+    def picked(self) -> int | None:
+        """Random patches of each image that a run stores as the model gives them, to fit codebooks to; None: all are
+        stored by the codec."""
+        return self._picked
+
+    @property
+    def fewer(self) -> int:
+        """``picked`` patches of a run that stores some."""
+        return min(_PICKED, math.prod(self.shape))
+
+    def picking(self) -> Patches:
+        """A copy with ``picked`` patches."""
+        copy = self.model_copy()
+        copy._picked = self.fewer
+        return copy
+
+
+# -- What a config contains for one teacher or captioner of any family, and what its family must offer.
+#
+# A family derives from ``TeacherSpec``, ``CaptionerSpec`` or both, in ``teachers/<family>/family.py``: it adds its own
+# keys and implements ``describe``, ``load`` and ``hosts``. ``teachers.registry.FAMILIES`` lists the families.
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
 _LATER_KEYS = ("codec", "codec_sample", "patches")  # of teachers
@@ -390,3 +441,23 @@ DECODING_FIELDS = (
     *("strategy", "temperature", "top_p", "top_k", "beams", "groups", "diversity", "length_penalty"),
     *("repetition_penalty", *_LENGTHS, "compile", "graphs", "fused_attention"),
 )
+
+
+# -- Keys of captioners that may read the true caption, such as to translate it.
+
+#: Stands for the true caption in a prompt.
+CAPTION = "{caption}"
+
+
+class CaptionReaderSpec(CaptionerSpec):
+    sees: Literal["caption", "both"] | None = Field(
+        None,
+        description="openai and transformers: what the model sees. caption: the true caption, in place of {caption} in "
+        "the prompt, such as for its translation; both, of openai: the image, too; default: the image",
+    )
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> CaptionReaderSpec:
+        if self.sees is not None and self.prompt is not None and CAPTION not in self.prompt:
+            raise ValueError(f"`sees: {self.sees}` needs {CAPTION} in the prompt, where the true caption is to be")
+        return self

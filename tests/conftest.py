@@ -237,4 +237,4 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Printed:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings leave out the pictures of their curves, which take half a second each."""
-    monkeypatch.setattr("reinforce.training.record.log.draw_curves", lambda *_: None)
+    monkeypatch.setattr("reinforce.training.log.draw_curves", lambda *_: None)

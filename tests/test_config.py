@@ -10,15 +10,14 @@ import pytest
 from pydantic import BeforeValidator, Field
 
 from reinforce import settings
-from reinforce.adapting.config import AdaptConfig
-from reinforce.cli.config import schema_of
+from reinforce.cli.run import schema_of
 from reinforce.config import Workers, load_config, parse_config
 from reinforce.errors import UserError
 from reinforce.evaluation.command import EvaluationCommand
 from reinforce.settings import Section, flatten
-from reinforce.student.config import Data, StudentConfig
-from reinforce.student.loss_config import Loss
+from reinforce.student.config import Data, Loss, StudentConfig
 from reinforce.training.config import Training, describe_changes, fixed_config
+from reinforce.tuning.adapt_config import AdaptConfig
 from reinforce_docs import keys
 from tests.helpers.pages import ROOT
 

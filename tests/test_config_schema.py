@@ -13,7 +13,7 @@ import yaml
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
-from reinforce.cli.config import Kind, model_of, schema_of
+from reinforce.cli.run import Kind, model_of, schema_of
 from tests.helpers.pages import ROOT
 
 KINDS: tuple[Kind, ...] = get_args(Kind)

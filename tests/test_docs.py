@@ -21,15 +21,15 @@ from pydantic import BaseModel
 import reinforce
 from reinforce import settings
 from reinforce.cli import REMOVED
-from reinforce.cli.config import model_of
+from reinforce.cli.run import model_of
 from reinforce.config import Config
 from reinforce.images.policy import decode
-from reinforce.input_config import Limits
+from reinforce.source.config import Limits
 from reinforce.student.config import StudentConfig
 from reinforce_docs.keys import groups
 from schemas import Reason
+from teachers.fit import fit
 from teachers.open_clip.catalog import check_model
-from teachers.preprocessing.fit import fit
 from tests.helpers import pages_commands as commands
 from tests.helpers.commands import exit_status
 from tests.helpers.local_ray import local_ray
@@ -76,8 +76,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch, local_ray():
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
-        patch.setattr("reinforce.training.record.log.draw_curves", lambda *_: None)  # takes a second
-        patch.setattr("reinforce.parallel.map_workers.available_cores", lambda: 1)
+        patch.setattr("reinforce.training.log.draw_curves", lambda *_: None)  # takes a second
+        patch.setattr("reinforce.processes.parallel.available_cores", lambda: 1)
         write_inputs(folder)
         run_command("run", "my.yaml")
         run_once("select", "select.yaml")

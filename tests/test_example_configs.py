@@ -11,12 +11,11 @@ from open_clip.coca_model import CoCa
 
 from examples.demo.models import MODELS
 from reinforce import settings
-from reinforce.adapting.config import AdaptConfig
-from reinforce.adapting.steps import Domain, training_config
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.config import load_config
 from reinforce.source.urls import expand
 from reinforce.student.config import StudentConfig
+from reinforce.tuning.adapt_config import AdaptConfig, Domain, training_config
 from tests.helpers.demo import ROOT
 
 

@@ -17,18 +17,18 @@ PACKAGES = ("reinforce", "teachers", "schemas", "jobs", "benchmarks", "examples"
 #: A contract, a file, and an import in it that breaks the contract.
 BROKEN = [
     ("Programs use reinforce, reinforce uses teachers", "teachers/weights.py", "reinforce.errors"),
-    ("Inside reinforce imports point one way", "reinforce/source/captions.py", "reinforce.dataset.layers"),
-    ("The engine: messages, plan, decode", "reinforce/engine/plan/plan.py", "reinforce.engine.driver.worker_pool"),
+    ("Inside reinforce imports point one way", "reinforce/source/samples.py", "reinforce.dataset.layers"),
+    ("The engine: messages, plan, worker", "reinforce/engine/plan/plan.py", "reinforce.engine.driver.worker_pool"),
     (
         "The driver acts, its policy decides",
-        "reinforce/engine/driver/policy/no_fault.py",
+        "reinforce/engine/driver/faults.py",
         "reinforce.engine.driver.worker_pool",
     ),
-    ("Policy is pure", "reinforce/engine/driver/policy/no_fault.py", "ray"),
-    ("Datasets: files, manifest", "reinforce/dataset/files/damage.py", "reinforce.dataset.manifest.claims"),
+    ("Policy is pure", "reinforce/engine/driver/faults.py", "ray"),
+    ("Datasets: files, manifest", "reinforce/dataset/index.py", "reinforce.dataset.claims"),
     ("Sources: bytes, samples, formats", "reinforce/source/streams.py", "reinforce.source.reading"),
-    ("Teachers: families above", "teachers/runtime/accelerator.py", "teachers.coca.network"),
-    ("Training imports neither the engine", "reinforce/training/task.py", "reinforce.dataset.files.store"),
+    ("Teachers: families above", "teachers/runtime/accelerator.py", "teachers.coca.decoder"),
+    ("Training imports neither the engine", "reinforce/training/task.py", "reinforce.dataset.store"),
     ("What learns, and what judges it", "reinforce/student/task.py", "reinforce.engine.plan.plan"),
 ]
 #: An import that with one the other way breaks the contract "No circles".
@@ -36,7 +36,7 @@ CIRCLE = ("reinforce_docs/tables.py", "reinforce_docs.variables")
 #: Contracts that name every module of a folder, and a folder of each.
 EXHAUSTIVE = {
     "Inside reinforce imports point one way": "reinforce",
-    "The engine: messages, plan, decode": "reinforce/engine",
+    "The engine: messages, plan, worker": "reinforce/engine",
     "The driver acts, its policy decides": "reinforce/engine/driver",
     "Datasets: files, manifest": "reinforce/dataset",
     "Sources: bytes, samples, formats": "reinforce/source",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from reinforce.processes.attempts import Attempts
+from reinforce.processes.attempts import Attempts, prefetch
 from reinforce.processes.cores import (
     arithmetic_threads,
     available_cores,
@@ -25,7 +25,6 @@ from reinforce.processes.cores import (
     let_waiting_threads_sleep,
     loader_processes,
 )
-from reinforce.processes.prefetch import prefetch
 from reinforce.processes.shared_memory import SharedMemory
 from reinforce.processes.signals import stop_requests
 

@@ -15,19 +15,19 @@ import pytest
 import yaml
 
 import reinforce
-from reinforce import input_config
 from reinforce.config import parse_config
 from reinforce.dataset.drop import plan_drop
-from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import parts_of
-from reinforce.dataset.validate.validate import validate
+from reinforce.dataset.store import Store
+from reinforce.dataset.validate import validate
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.recompute import recompute
 from reinforce.engine.worker.producers.registry import PRODUCERS
 from reinforce.errors import UserError
-from reinforce.source.formats.recognise import all_formats
-from reinforce.student.loss_config import OF_IMAGES, OTHER_MODELS
+from reinforce.source import config as input_config
+from reinforce.source.formats.base import all_formats
+from reinforce.student.config import OF_IMAGES, OTHER_MODELS
 from teachers import registry
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, members_of, picture, write_tar
@@ -132,7 +132,7 @@ PROGRAMS = ("reinforce", "jobs", "benchmarks", "examples")
         (
             term_questions,
             ("reinforce",),
-            ("reinforce/dataset/kinds/", "worker/producers/", "student/terms/", "student/loss_config.py"),
+            ("reinforce/dataset/kinds/", "worker/producers/", "student/terms/", "student/config.py"),
             TERM_CODE,
             3,
         ),

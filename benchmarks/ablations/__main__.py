@@ -14,8 +14,8 @@ from benchmarks.ablations.encoders import prepare
 from benchmarks.ablations.questions import Question, make_questions
 from benchmarks.ablations.results import find_training, read_answer
 from reinforce.errors import UserError
+from reinforce.processes.signals import Stopped
 from reinforce.terminal import Screen
-from reinforce.training.stop import Stopped
 
 OUT = Path("demo/ablations")
 
@@ -23,7 +23,7 @@ OUT = Path("demo/ablations")
 def main(out: Path, names: Sequence[str], seeds: int, overrides: Sequence[str], address: str | None) -> None:
     """Answer the questions; finished trainings are kept. Raises UserError, and Stopped after a signal."""
     from benchmarks.ablations.trainings import make_datasets, train_all
-    from reinforce.cluster import ray_cluster
+    from reinforce.processes.cluster import ray_cluster
 
     study, screen = Study(out, overrides), Screen()
     questions = make_questions(study)

@@ -17,10 +17,10 @@ from benchmarks.ablations.encoders import Encoder
 from examples.demo.compare import CONFIG, student_config
 from examples.demo.models import WEIGHTS
 from reinforce.config import Config, load_config
-from reinforce.dataset.augment.records import AUGMENTATION_BACKEND
 from reinforce.errors import UserError
+from reinforce.images.records import AUGMENTATION_BACKEND
 from reinforce.student.config import StudentConfig
-from reinforce.training.job import total_steps
+from reinforce.training.config import total_steps
 from teachers import weights
 from teachers.open_clip.catalog import FOLDER_PREFIX, folder_config
 from teachers.spec import ModelSpec

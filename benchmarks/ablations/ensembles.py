@@ -21,7 +21,7 @@ from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.kinds.labels import read_labels
 from reinforce.student.config import StudentConfig
 from teachers.open_clip.teacher import OpenClipTeacher
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator
 
 RESULTS = Path(__file__).parents[1] / "results" / "ensembles.json"

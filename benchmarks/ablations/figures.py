@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.ablations.measures import ALL_MEASURES, Measure
 from benchmarks.ablations.results import Answer
-from reinforce import plots
+from reinforce import reports as plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,16 +15,16 @@ from benchmarks.ablations.encoders import read_milliseconds
 from benchmarks.ablations.measures import BYTES, REACHED_AT, RETAINED, Curve, Numbers, step_of_level
 from benchmarks.ablations.questions import Question
 from examples.demo.compare import MEASURES, read_measures
-from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.store import MANIFEST, Store
 from reinforce.errors import UserError
-from reinforce.shipping.machine import machine_name
+from reinforce.shipping.latency import machine_name
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import student_job
 from reinforce.training.config import describe_changes
-from reinforce.training.record.log import LOG
-from reinforce.training.record.results import Results, read_results
+from reinforce.training.log import LOG
+from reinforce.training.results import Results, read_results
 
 _TRAINING = "training.json"
 

@@ -15,17 +15,17 @@ from ray.exceptions import RayError
 from benchmarks.ablations.arms import WRONG, Study
 from benchmarks.ablations.results import Training
 from examples.demo.data import SHARE, write_wrong_captions
-from reinforce.cluster import cause_of
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.run import run
 from reinforce.errors import UserError
+from reinforce.processes.cluster import cause_of
+from reinforce.processes.signals import Stopped, StopSignal
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import build, student_job
 from reinforce.terminal import Screen, format_duration
-from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.loop import run_rank
-from reinforce.training.stop import Stopped, StopSignal
+from reinforce.training.ranks import join_ranks
 
 _TICK = 2.0
 _MAX_ERRORS = 3  # after so many failed trainings no further ones are started

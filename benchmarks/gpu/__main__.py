@@ -25,7 +25,7 @@ from benchmarks.gpu.sections import SECTIONS
 from benchmarks.pipeline.page import make_table, read_figures
 from benchmarks.processes import in_own_process
 from reinforce.processes.cores import available_cores
-from reinforce.shipping.machine import describe_machine
+from reinforce.shipping.latency import describe_machine
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "pyarrow", "numpy")
 MINUTES = 60.0

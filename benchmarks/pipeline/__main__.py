@@ -25,7 +25,7 @@ from benchmarks.pipeline.student import measure_loader
 from benchmarks.pipeline.texts import measure_texts
 from benchmarks.stored import update_page
 from reinforce.processes.cores import available_cores
-from reinforce.shipping.machine import describe_machine
+from reinforce.shipping.latency import describe_machine
 
 PACKAGES = ("torch", "torchvision", "pillow", "pyarrow", "numpy", "webdataset")
 #: What is measured after the host, which gives the accelerator its pace.

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 
 from benchmarks.pipeline.inputs import make_config
 from benchmarks.processes import serve
-from reinforce.dataset.augment.backends import load_backend, sample_augmentation
+from reinforce.images.backends import load_backend, sample_augmentation
 from reinforce.images.policy import decode, image_policy
 
 

@@ -13,8 +13,8 @@ from benchmarks import processes
 from benchmarks.pipeline.figures import Bench, Figure
 from benchmarks.pipeline.inputs import SIZE, make_config, write_shards
 from benchmarks.pipeline.workers import Job, WorkerSetup, start_workers
-from reinforce.engine.inference.inference import cells_per_shard
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT
+from reinforce.engine.worker.inference import cells_per_shard
 
 MEMORY = "memory"
 GROWTH = 1.05

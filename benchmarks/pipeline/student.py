@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import loader
 from benchmarks.pipeline.figures import Bench, Figure
-from reinforce.dataset.augment.backends import BACKENDS
+from reinforce.images.backends import BACKENDS
 
 STUDENT = "the student's data loader"
 _DISTINCT = 64  # photographs

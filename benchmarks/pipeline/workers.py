@@ -16,13 +16,12 @@ import torch
 from benchmarks.pipeline.inputs import make_config
 from benchmarks.pipeline.stand_ins import STAND_IN, FixedTimeTeacher, StandInAccelerator, skip_conversion
 from benchmarks.processes import Children, children, cpu_seconds, serve
-from reinforce.dataset.files.store import Store
-from reinforce.engine.decode.decode_pool import DecodePool
-from reinforce.engine.inference.models import Models
-from reinforce.engine.messages.task import PendingShard
-from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.dataset.store import Store
+from reinforce.engine.messages import PendingShard
+from reinforce.engine.plan.plan import build_layers, describe_models, make_plan
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, environment
+from reinforce.engine.worker.decode import DecodePool
+from reinforce.engine.worker.models import Models
 from reinforce.engine.worker.shard import ShardProcess, allocate_pixels
 from teachers.runtime.accelerator import Accelerator
 
@@ -77,7 +76,7 @@ def serve_worker(pipe: Connection, setup: WorkerSetup) -> None:
     layers = build_layers(config, describe_models(config))
     with contextlib.ExitStack() as stack:
         if stand_in:
-            target = "reinforce.engine.worker.producers.image_embeddings.to_pixels"
+            target = "reinforce.engine.worker.producers.embeddings.to_pixels"
             stack.enter_context(patch(target, skip_conversion))
         pool = stack.enter_context(DecodePool(setup.cores))
         allocate_pixels(pool, config, layers.values(), models, SHARDS_IN_FLIGHT)

@@ -39,7 +39,7 @@ def status(url: str) -> dict[str, Any]:
 
 def validate(url: str, sample: str = "") -> dict[str, Any]:
     """Validate a dataset by its keys, in this process."""
-    from reinforce.dataset.validate.validate import validate as validate_dataset
+    from reinforce.dataset.validate import validate as validate_dataset
 
     found = validate_dataset(url, quick=True, sample=int(sample) if sample else None, processes=1)
     kinds = sorted({finding.kind for finding in found.findings})
@@ -48,7 +48,7 @@ def validate(url: str, sample: str = "") -> dict[str, Any]:
 
 def job(url: str) -> dict[str, Any]:
     """The state of a running job."""
-    from reinforce.dataset.runs.progress import list_runs, running
+    from reinforce.dataset.runs import list_runs, running
     from reinforce.storage import Storage
 
     store = Storage(url)
@@ -64,7 +64,7 @@ def main(name: str, *arguments: str) -> None:
         import reinforce.student.data.datasets
     if name in ("status", "job", "validate"):
         import reinforce.dataset.status
-        import reinforce.dataset.validate.validate  # noqa: F401
+        import reinforce.dataset.validate  # noqa: F401
     began, cpu = time.perf_counter(), time.process_time()
     found = parts[name](*arguments)
     figures = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu, "MB": own_peak() / 1e6}

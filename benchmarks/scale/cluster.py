@@ -19,12 +19,10 @@ from unittest import mock
 import numpy as np
 from ray.exceptions import ActorDiedError
 
-from reinforce.dataset.files.index import FileEntry
-from reinforce.dataset.runs.key_sample import ShardKeys
-from reinforce.dataset.runs.shard_records import ShardRecord
-from reinforce.engine.messages.pulse import Pulse
-from reinforce.engine.messages.results import ShardResult, WorkerId, WorkerInfo
-from reinforce.engine.messages.task import PendingShard
+from reinforce.dataset.index import FileEntry
+from reinforce.dataset.runs import ShardKeys, ShardRecord
+from reinforce.engine.messages import PendingShard, ShardResult, WorkerId, WorkerInfo
+from reinforce.engine.pulse import Pulse
 
 _KEYS = 1024  # hashes of a shard's record
 _NEVER = float("inf")
@@ -231,8 +229,9 @@ def simulated(cluster: Cluster, layers: Sequence[str]) -> Iterator[SimulatedRay]
 @contextlib.contextmanager
 def in_place_of_ray(ray: Any) -> Iterator[None]:
     """Replace Ray in the modules of the driver."""
-    from reinforce import cluster
-    from reinforce.engine.driver import driver, worker_lifecycle, worker_pool
+    from reinforce.engine.driver import driver, worker_pool
+    from reinforce.engine.driver import driver as worker_lifecycle
+    from reinforce.processes import cluster
 
     with contextlib.ExitStack() as stack:
         for module in (driver, worker_pool, worker_lifecycle, cluster):

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from benchmarks.pipeline.figures import Figure
 from benchmarks.scale.cluster import Cluster, SimulatedRay, config_of, simulated
 from reinforce.config import parse_config
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.store import Store
 from reinforce.engine.driver.driver import Driver
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.record.progress import Progress
+from reinforce.engine.record import Progress
 
 #: CPU seconds of Ray 2.60 in the driver, measured on the machine of the table: to call a method, to get a result that
 #: is there, and for each reference that ``ray.wait`` looks at.

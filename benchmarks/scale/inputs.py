@@ -13,12 +13,12 @@ import pyarrow as pa
 
 from benchmarks.scale.object_store import Content
 from reinforce.config import Config, load_config
-from reinforce.dataset.files.index import FileEntry, LayerIndex, write_index
-from reinforce.dataset.files.store import MANIFEST, Store
+from reinforce.dataset.index import FileEntry, LayerIndex, write_index
 from reinforce.dataset.layers import SAMPLES, Layer
-from reinforce.dataset.manifest.manifest import update_manifest
-from reinforce.dataset.runs.progress import RunProgress
-from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.dataset.manifest import update_manifest
+from reinforce.dataset.runs import RunProgress
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.plan.plan import build_layers, describe_models
 from reinforce.source.urls import shard_names
 from schemas import Reason
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from reinforce import plots, settings
+from reinforce import reports as plots
+from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
-from reinforce.training.record.results import Results, read_results
+from reinforce.training.results import Results, read_results
 
 _PLAIN, _NOISY = ("loss.lambda=0", "data.captioners=[]"), ("data.datasets=demo/noisy-dataset",)
 #: Overrides of CONFIG for each student.

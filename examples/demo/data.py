@@ -26,8 +26,8 @@ from examples.demo import glyphs
 from examples.demo.names import Concept, select_concepts
 from examples.demo.styles import PIXELS, credits_text, openmoji, twemoji
 from reinforce.errors import UserError
-from reinforce.seeds import permutation
 from reinforce.source.urls import expand
+from schemas.seeds import permutation
 
 SAMPLES_PER_SHARD = 512
 #: Share of wrong captions in the demo's noisy shards.

@@ -20,7 +20,7 @@ from examples.demo.data import make_picture, shared_concepts, write_pictures
 from examples.demo.names import TONES, Concept, base_code
 from examples.demo.styles import Drawings, credits_text, openmoji, render_cropped, twemoji
 from reinforce.errors import UserError
-from reinforce.seeds import seed_for
+from schemas.seeds import seed_for
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from PIL import Image
 from examples.demo.data import encode_tar, shared_concepts, write_if_changed
 from examples.demo.names import Concept
 from examples.demo.styles import credits_text, twemoji
-from reinforce.seeds import seed_for
+from schemas.seeds import seed_for
 
 SIDE = 96
 SCENES = "scenes"

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
+from teachers.image_encoder import encoder_of_model
 from teachers.open_clip.teacher import OpenClipTeacher
-from teachers.patches.encoder import encoder_of_model
 from teachers.registry import teacher_spec
 from teachers.runtime.accelerator import Accelerator
 

@@ -1,38 +1,158 @@
-"""The commands of the program as functions: they take a config, a dict or keywords, and return what was found.
-
-Each raises ``UserError`` for what the user can fix. A ``config`` is the path of a YAML file, a mapping of its content
-or a validated config; keywords are keys of it, which change it section by section: ``run("my.yaml", workers={"cpus":
-2})``. Progress is shown on the terminal, in a notebook or in the log. Models and Ray are imported when they are needed.
-"""
+"""What functions of ``reinforce`` return, besides the results of commands; a notebook shows them as tables."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from reinforce import settings
-from reinforce.api.results import Planned, Selected, Starter
 from reinforce.config import Config
 from reinforce.errors import UserError
 from reinforce.processes.cores import let_waiting_threads_sleep
+from reinforce.reports import notebook_table
 from reinforce.settings import Address, Names, checked_arguments
-from reinforce.terminal import Screen
+from reinforce.terminal import Screen, format_bytes, format_duration, plural
 from teachers.redact import redact
 
 if TYPE_CHECKING:
-    from reinforce.adapting.adapt import Adapted
-    from reinforce.adapting.config import AdaptConfig
+    from rich.table import Table
+
+    from reinforce.config import Config
+    from reinforce.dataset.view import View
     from reinforce.engine.check_models import Report as Checked
-    from reinforce.engine.record.summary import RunSummary
+    from reinforce.engine.preflight.check_source import FirstSample
+    from reinforce.engine.preflight.estimate import PlanReport
+    from reinforce.engine.record import RunSummary
     from reinforce.evaluation.command import EvaluationCommand
     from reinforce.evaluation.report import Report
-    from reinforce.evaluation.suite.results import SuiteReport
-    from reinforce.inspection.report import Inspected
+    from reinforce.evaluation.suite import SuiteReport
+    from reinforce.explore.report import Inspected
     from reinforce.student.config import StudentConfig
-    from reinforce.training.record.results import Results
+    from reinforce.training.results import Results
+    from reinforce.tuning.adapt import Adapted
+    from reinforce.tuning.adapt_config import AdaptConfig
+
+
+@dataclass(frozen=True)
+class Starter:
+    """A config that ``init`` has written to ``path``; ``lines`` describe the data."""
+
+    path: Path
+    text: str = field(repr=False)
+    lines: Sequence[str]
+
+    @property
+    def config(self) -> Config:
+        """The config, validated."""
+        from reinforce.config import load_config
+
+        return load_config(self.path)
+
+    def __str__(self) -> str:
+        return "\n".join([*map(redact, self.lines), f"written: {self.path}"])
+
+    def _repr_html_(self) -> str:
+        return notebook_table(f"written: {self.path}", [("", line) for line in map(redact, self.lines)])
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run would compute: ``report`` has all of it, ``sample`` is the first one of the source.
+
+    ``warnings`` are lines about what may be wrong.
+    """
+
+    report: PlanReport
+    sample: FirstSample | None
+    warnings: Sequence[str]
+
+    @property
+    def shards(self) -> int:
+        """Shards of the source."""
+        return self.report.plan.shards
+
+    @property
+    def pending(self) -> int:
+        """Shards with something missing."""
+        return len(self.report.plan.pending)
+
+    @property
+    def bytes(self) -> int | None:
+        """Bytes to be written, None if those of a layer are unknown."""
+        return self.report.bytes
+
+    @property
+    def seconds(self) -> float | None:
+        """Expected duration, None if no rate is known."""
+        effort = self.report.effort
+        return None if effort is None or effort.hours is None else 3600 * effort.hours
+
+    def table(self) -> Table:
+        """Each layer with its state and expected bytes."""
+        from reinforce.engine.preflight.estimate import plan_table
+
+        return plan_table(self.report.plan, self.report.expected)
+
+    def lines(self) -> list[str]:
+        """Lines after the table."""
+        return [*self.report.lines(), *([] if self.sample is None else [self.sample.line()])]
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that docs/command-line.md describes."""
+        return self.report.as_json(self.sample, self.warnings)
+
+    def __str__(self) -> str:
+        return "\n".join(map(redact, [*self.lines(), *self.warnings]))
+
+    def _repr_html_(self) -> str:
+        size = "unknown" if self.bytes is None else f"about {format_bytes(self.bytes)}"
+        facts = [("shards", f"{self.shards:,}"), ("with something missing", f"{self.pending:,}"), ("to write", size)]
+        facts += [] if self.seconds is None else [("time", f"about {format_duration(self.seconds)}")]
+        facts += [("note", redact(line)) for line in [*self.report.plan.notes, *self.warnings]]
+        sizes = {name: format_bytes(size) for name, size in self.report.expected.items() if size is not None}
+        lines = [(name, f"{one.done:,}", sizes.get(name, "")) for name, one in self.report.plan.states.items()]
+        return notebook_table(
+            redact(self.report.plan.config.output), facts, ("layer", "finished shards", "to write"), lines
+        )
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The view that ``select`` has written: ``kept`` of ``samples``, and what each of its ``rules`` leaves out."""
+
+    dataset: str
+    name: str
+    kept: int
+    samples: int
+    rules: Sequence[Mapping[str, Any]]
+    text: Sequence[str]
+
+    @classmethod
+    def of(cls, dataset: str, view: View) -> Selected:
+        from reinforce.explore.select import report_lines
+
+        total = sum(view.counts.values())
+        return cls(dataset, view.name, len(view), total, view.report, [*report_lines(view)])
+
+    def __str__(self) -> str:
+        return "\n".join(map(redact, self.text))
+
+    def _repr_html_(self) -> str:
+        rules = [(redact(str(one["rule"])), f"{one['rows']:,}", f"{one['left_out']:,}") for one in self.rules]
+        facts = [("kept", f"{self.kept:,} of {plural(self.samples, 'sample')}"), ("dataset", redact(self.dataset))]
+        return notebook_table(f"view {self.name}", facts, ("rule", "samples", "left out"), rules)
+
+
+# -- The commands of the program as functions: they take a config, a dict or keywords, and return what was found.
+#
+# Each raises ``UserError`` for what the user can fix. A ``config`` is the path of a YAML file, a mapping of its content
+# or a validated config; keywords are keys of it, which change it section by section: ``run("my.yaml", workers={"cpus":
+# 2})``. Progress is shown on the terminal, in a notebook or in the log. Models and Ray are imported when they are
+# needed.
 
 #: The path of a YAML file, or its content.
 Content = str | PathLike[str] | Mapping[str, Any]
@@ -44,7 +164,7 @@ def init(data: Address, output: Address | None = None, *, force: bool = False) -
 
     Raises UserError if the data cannot be read, or the config exists and not ``force``.
     """
-    from reinforce.engine.starter.starter import default_path, make_starter
+    from reinforce.engine.starter import default_path, make_starter
 
     path = Path(output) if output is not None else default_path(data)
     if path.exists() and not force:
@@ -68,7 +188,7 @@ def plan(
     ``hours`` asks how many workers finish in this time; the key ``estimate={"rate": ..., "price": ...}`` has what it
     assumes. Reads one sample of the source, and raises UserError where a run would before it starts.
     """
-    from reinforce.engine.preflight.access import config_uses
+    from reinforce.engine.preflight.check_machines import config_uses
 
     checked = settings.as_config(Config, config, **keys)
     return plan_config(checked, config_uses(checked), address, hours)
@@ -82,15 +202,14 @@ def plan_config(
     show: Callable[[Planned], None] = lambda planned: None,
 ) -> Planned:
     """``plan`` of a config, whose ``used`` classes and places are known; ``show`` gets it before the last checks."""
-    from reinforce.dataset.files.store import Store
-    from reinforce.dataset.manifest.class_code import check_classes
-    from reinforce.engine.plan.check_output import check_output
+    from reinforce.dataset.manifest import check_classes
+    from reinforce.dataset.store import Store
     from reinforce.engine.plan.plan import make_plan
     from reinforce.engine.plan.source_changes import check_copies
+    from reinforce.engine.plan.source_shards import check_output
     from reinforce.engine.preflight.check_machines import machines_of_plan
     from reinforce.engine.preflight.check_source import check_source
-    from reinforce.engine.preflight.estimate_bytes import source_statistics
-    from reinforce.engine.preflight.report import make_report
+    from reinforce.engine.preflight.estimate import make_report, source_statistics
 
     with contextlib.ExitStack() as connection:
         check_output(config)
@@ -170,7 +289,7 @@ def train(config: StudentConfig | Content | None = None, *, address: str | None 
 
     Runs in this process, under torchrun as one of its ranks, or, with ``train.compute.ranks`` above 1 or an ``address``
     (or RAY_ADDRESS), on Ray Train. Raises UserError for errors that the user can fix, and
-    ``reinforce.training.stop.Stopped`` after a signal, when a checkpoint has been written.
+    ``reinforce.processes.signals.Stopped`` after a signal, when a checkpoint has been written.
     """
     from reinforce.student.config import StudentConfig
 
@@ -189,9 +308,9 @@ def adapt(config: AdaptConfig | Content | None = None, *, address: str | None = 
     ``keys`` are those of an adaptation's config: ``source``, ``output``, ``released``, which may be a name such as
     ``"MobileCLIP2-S0,dfndr2b"``, ``general={"zero_shot": {"pets": "pets/"}}``, and others. ``before`` and ``after`` of
     the result are metrics between 0 and 1, ``alpha`` is the share of the trained weights that was chosen. Raises
-    UserError, and ``reinforce.training.stop.Stopped`` after a signal.
+    UserError, and ``reinforce.processes.signals.Stopped`` after a signal.
     """
-    from reinforce.adapting.config import AdaptConfig
+    from reinforce.tuning.adapt_config import AdaptConfig
 
     if isinstance(released := keys.get("released"), (str, PathLike)):
         keys["released"] = released_model(str(released))
@@ -199,7 +318,7 @@ def adapt(config: AdaptConfig | Content | None = None, *, address: str | None = 
         keys["general"] = _with_places(general)
     checked = settings.as_config(AdaptConfig, config, **keys)
     let_waiting_threads_sleep()
-    from reinforce.adapting.adapt import adapt as adapt_model  # takes seconds, so the config is checked before
+    from reinforce.tuning.adapt import adapt as adapt_model  # takes seconds, so the config is checked before
 
     screen = Screen()
     return adapt_model(checked, lambda line: screen.log(redact(line)), address)
@@ -207,7 +326,7 @@ def adapt(config: AdaptConfig | Content | None = None, *, address: str | None = 
 
 def released_model(name: str) -> dict[str, str]:
     """The key ``released`` of an adaptation, for the name of a model. Raises UserError."""
-    from reinforce.model_names import resolve_models
+    from reinforce.evaluation.model_names import resolve_models
 
     if "://" in name:
         raise UserError(f"{name}: copy the model to this machine, and name its folder.")
@@ -272,15 +391,15 @@ def evaluate_sets(
 ) -> Report | SuiteReport:
     """Evaluate models by name on the sets of a config, or on its suite. Raises UserError."""
     from reinforce.evaluation.command import evaluate_models
+    from reinforce.evaluation.model_names import resolve_models
     from reinforce.evaluation.registry import TEXTLESS
-    from reinforce.model_names import resolve_models
 
     if not evaluation.metrics:
         raise UserError("nothing to evaluate on: name sets, such as `zero_shot` and `retrieval`, or a suite.")
     with resolve_models(models, pretrained, teachers=evaluation.suite in (None, *TEXTLESS)) as specs:
         if evaluation.suite is None:
             return evaluate_models(specs, evaluation, device, precision, page)
-        from reinforce.evaluation.suite.run import evaluate_suite
+        from reinforce.evaluation.suite import evaluate_suite
 
         return evaluate_suite(
             specs, evaluation, out, device=device, precision=precision, compare=compare, workers=workers,
@@ -300,14 +419,14 @@ def select(
     ``keys`` are ``dataset``, ``name``, ``rules`` and ``seed``. ``reinforce.open(dataset, view=name)`` reads it. Raises
     UserError, also if the rules keep no sample.
     """
-    from reinforce.selection.config import SelectConfig
+    from reinforce.explore.config import SelectConfig
 
     return select_config(settings.as_config(SelectConfig, config, **keys), Screen().log, address)
 
 
 def select_config(config: Any, log: Callable[[str], None], address: str | None) -> Selected:
     """``select`` of a validated config; ``log`` gets lines on the progress."""
-    from reinforce.selection.select import select as write_view
+    from reinforce.explore.select import select as write_view
 
     def compute(references: Config) -> None:
         from reinforce.engine.run import run as compute_layers
@@ -336,7 +455,7 @@ def inspect(
     Looks at no more than ``limit`` samples, which ``seed`` decides. Raises UserError.
     """
     from reinforce import __version__
-    from reinforce.inspection.report import inspect as write_report
+    from reinforce.explore.report import inspect as write_report
 
     if limit < 1:
         raise UserError(f"inspect: limit must be at least 1, got {limit}")

@@ -21,22 +21,20 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from reinforce import settings
 from reinforce.api.inputs import image_transform, replay_size, text_transform
-from reinforce.dataset.augment.device_records import DEVICE_BACKEND
 from reinforce.dataset.kinds.registry import KINDS, kind_of, owner_of
 from reinforce.dataset.layers import model_of
-from reinforce.dataset.reading.dataset import Dataset as ReinforcedDataset
-from reinforce.dataset.reading.samples import KeptGroups, RowPlaces, checked_number
+from reinforce.dataset.reading import Dataset as ReinforcedDataset
+from reinforce.dataset.sample import KeptGroups, RowPlaces, checked_number
 from reinforce.errors import UserError
-from reinforce.seeds import Ints
+from reinforce.images.device_records import DEVICE_BACKEND
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.examples import Example
-from reinforce.student.data.parts import PartMaker
-from reinforce.student.data.reader import StreamedDataset
-from reinforce.student.data.stream import StreamReader, make_orders
+from reinforce.student.data.stream import PartMaker, StreamedDataset, StreamReader, make_orders
 from reinforce.terminal import plural
-from reinforce.training.distributed import gather
+from reinforce.training import gather
 from reinforce.training.order import GroupChunk, share
+from schemas.seeds import Ints
 
 _LOG = logging.getLogger(__name__)
 #: Rows that are searched for a usable one in place of another.

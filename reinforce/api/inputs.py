@@ -12,9 +12,9 @@ from PIL import Image
 
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, decode, to_rgb
-from reinforce.input_config import Limits
-from teachers.preprocessing.fit import fit
-from teachers.preprocessing.pixels import to_pixels
+from reinforce.source.config import Limits
+from teachers.fit import fit
+from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 
 #: uint8 [size, size, 3] -> the image of an example.

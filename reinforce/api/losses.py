@@ -14,12 +14,11 @@ import open_clip
 import torch
 
 from reinforce import settings
-from reinforce.dataset.files.store import Store
-from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.store import Store
 from reinforce.errors import UserError
-from reinforce.student.config import StudentConfig
+from reinforce.student.config import Loss, StudentConfig
 from reinforce.student.loss import Objective, contrastive_losses
-from reinforce.student.loss_config import Loss
 from reinforce.student.task import read_stored
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from reinforce.student.terms.anchor_weights import distance_from_start

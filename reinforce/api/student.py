@@ -16,11 +16,11 @@ from reinforce.api.inputs import Preprocess, as_rgb
 from reinforce.errors import UserError
 from reinforce.evaluation.command import build_evaluation
 from reinforce.evaluation.encoding import encode_texts, load_encoders
-from reinforce.model_names import resolve_models, short_name
+from reinforce.evaluation.model_names import resolve_models, short_name
 from reinforce.processes.cores import available_cores
+from teachers.fit import fit
 from teachers.open_clip.teacher import OpenClipTeacher
-from teachers.preprocessing.fit import fit
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator
 

@@ -6,12 +6,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from reinforce.config_schema import ImagesFrom, LayerName
-from reinforce.evaluation.fields import CaptionFields
+from reinforce.evaluation.reading import CaptionFields
 from reinforce.evaluation.report import RECALLS
-from reinforce.input_config import Format, Limits
-from reinforce.processes.fast_paths import Accelerated
-from reinforce.settings import Section
+from reinforce.settings import Accelerated, ImagesFrom, LayerName, Section
+from reinforce.source.config import Format, Limits
 from reinforce.training.config import TrackersOfRun, Training
 from teachers.spec import CaptionerSpec, check_lengths
 

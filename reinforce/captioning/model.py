@@ -19,7 +19,7 @@ from teachers.coca.captioner import check_max_length, check_model, set_context
 from teachers.open_clip import catalog
 from teachers.open_clip.catalog import check_coca
 from teachers.open_clip.teacher import image_spec, load_model, model_name, random_model
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import upload
 from teachers.spec import CaptionerSpec

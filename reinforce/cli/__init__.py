@@ -15,7 +15,10 @@ import typer
 from typer.core import TyperGroup
 
 import reinforce
-from reinforce.cli import adapting, config, dataset, export, publish, run, status, training
+from reinforce.cli import adapting, dataset, export, run, training
+from reinforce.cli import dataset as status
+from reinforce.cli import export as publish
+from reinforce.cli import run as config
 from reinforce.cli.common import examples, removed
 from reinforce.errors import UserError
 from reinforce.processes.cores import let_waiting_threads_sleep

@@ -27,8 +27,8 @@ from reinforce.errors import UserError
 from reinforce.processes.imports import no_garbage_collection
 
 if TYPE_CHECKING:
-    from reinforce.adapting.choosing import Rule
     from reinforce.evaluation.config import Evaluation
+    from reinforce.tuning.adapt_config import Rule
 
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder or fsspec URI of the model; none may be there.")]
 Metric = Annotated[
@@ -78,10 +78,10 @@ def adapt(
     --zero-shot, --retrieval), and writes the best model and a page. The same command goes on where one was stopped.
     """
     from reinforce import settings
-    from reinforce.adapting.config import AdaptConfig
     from reinforce.api.commands import released_model
     from reinforce.evaluation.command import build_evaluation
-    from reinforce.model_names import short_name
+    from reinforce.evaluation.model_names import short_name
+    from reinforce.tuning.adapt_config import AdaptConfig
 
     raw: dict[str, Any] = {} if config is None else settings.read(config)
     raw |= {"source": data, "output": output} | ({} if allow is None else {"allow": allow})
@@ -110,7 +110,7 @@ def adapt(
     checked = settings.parse(AdaptConfig, raw, "the adaptation")
     with only_json(json_ == STDOUT) as print_json:
         with no_garbage_collection():  # takes seconds, so the config is checked before
-            from reinforce.adapting.adapt import adapt as adapt_model
+            from reinforce.tuning.adapt import adapt as adapt_model
         result = run_training(lambda: adapt_model(checked, _log, address))
         show_report(result, json_, print_json)
 
@@ -143,9 +143,9 @@ def interpolate(
     A fine-tuned model that is mixed with the one it began from often keeps most of both (WiSE-FT).
     Finished shares of a sweep are not evaluated again.
     """
-    from reinforce.adapting import interpolate as between
-    from reinforce.adapting.mixtures import Mixtures
-    from reinforce.model_names import loading_call, resolve_models
+    from reinforce.evaluation.model_names import loading_call, resolve_models
+    from reinforce.tuning import mixtures as between
+    from reinforce.tuning.mixtures import Mixtures
 
     alphas = alpha or []
     if not sweep:
@@ -181,9 +181,8 @@ def soup(
 
     Models are added in the order of their own metric (a greedy soup). Finished evaluations are not repeated.
     """
-    from reinforce.adapting.interpolate import greedy_soup
-    from reinforce.adapting.mixtures import Mixtures
-    from reinforce.model_names import resolve_models
+    from reinforce.evaluation.model_names import resolve_models
+    from reinforce.tuning.mixtures import Mixtures, greedy_soup
 
     if len(models) < 2:
         raise UserError("name two or more models, and then the folder of their mean.")
@@ -196,7 +195,7 @@ def soup(
 
 def _show(report: ShownReport, out: str, file: str | None, print_json: Callable[[Any], None]) -> None:
     """Show the report of the model that is in ``out``, and how it is loaded."""
-    from reinforce.model_names import loading_call
+    from reinforce.evaluation.model_names import loading_call
 
     show_report(report, file, print_json)
     if file != STDOUT:
@@ -216,7 +215,7 @@ def _sets(
 
 def _rule(evaluation: Evaluation, metric: Sequence[str] | None, general: Sequence[str] | None, allow: float) -> Rule:
     """The rule that chooses, whose metrics the sets have. Raises UserError."""
-    from reinforce.adapting.choosing import Rule
+    from reinforce.tuning.adapt_config import Rule
 
     domain = split_names(",".join(metric or ())) or [str(evaluation.best_metric)]
     others = split_names(",".join(general or ())) or []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,7 +16,9 @@ from reinforce.terminal import escape, print_table
 from teachers.redact import redact
 
 if TYPE_CHECKING:
-    from reinforce.api.results import Planned
+    from pydantic import BaseModel
+
+    from reinforce.api.commands import Planned
 
 
 def run(
@@ -85,7 +89,7 @@ def plan(
     """
     from reinforce.api.commands import plan_config
     from reinforce.config import load_config
-    from reinforce.engine.preflight.access import config_uses
+    from reinforce.engine.preflight.check_machines import config_uses
 
     given = {"rate": rate, "price": price}
     options = [f"estimate.{key}={value}" for key, value in given.items() if value is not None]
@@ -134,7 +138,7 @@ def check(
 
     if labels:
         from reinforce.config import load_config
-        from reinforce.engine.label_check import check_labels
+        from reinforce.engine.recompute import check_labels
 
         print_lines(check_labels(load_config(target, set_)))
         return
@@ -144,3 +148,82 @@ def check(
     print_lines(report.notes)
     if report.errors:
         raise UserError("\n".join(report.errors))
+
+
+# -- Commands that help to write configs: ``reinforce init`` and ``schema``.
+
+
+Kind = Literal["run", "student", "tune", "captioner", "select", "adapt"]
+_MODELS: dict[Kind, str] = {
+    "run": "config:Config", "student": "student.config:StudentConfig", "tune": "tuning.config:TuneConfig",
+    "captioner": "captioning.config:CaptionerConfig", "select": "explore.config:SelectConfig",
+    "adapt": "tuning.adapt_config:AdaptConfig",
+}  # fmt: skip
+
+
+def init(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Folder, file or pattern of any format of a source.")],
+    output: Annotated[
+        Path | None, typer.Argument(metavar="[OUTPUT.yaml]", help="Config to write. Default: named after DATA.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a config that exists.")] = False,
+    run_it: Annotated[
+        bool, typer.Option("--run", help="Also run the config; one that exists is kept, and its run continues.")
+    ] = False,
+) -> None:
+    """Write a commented config for the data, which `plan` and `run` accept as it is.
+
+    The format, the columns and the captions are recognised, and models are proposed for the GPU, or for CPUs.
+    """
+    from reinforce.api.commands import init as write_config
+    from reinforce.engine.starter import default_path
+
+    path = output or default_path(data)
+    if force or not (run_it and path.exists()):
+        written = write_config(data, str(path), force=force)
+        for line in written.lines:
+            typer.echo(escape(redact(line)))
+        typer.echo(escape(f"written: {written.path}" + f"; next: reinforce plan {written.path}" * (not run_it)))
+    if run_it:
+        run(path)
+
+
+def schema(
+    kind: Annotated[
+        Kind,
+        typer.Argument(metavar="KIND", help="run, student, tune, captioner, select or adapt: what the config is for."),
+    ],
+) -> None:
+    """Print the JSON schema of a config, by which editors complete and check YAML.
+
+    Editors with yaml-language-server use the schema that the first line of a config names.
+    """
+    typer.echo(json.dumps(schema_of(kind), indent=1))
+
+
+def model_of(kind: Kind) -> type[BaseModel]:
+    """The class of a kind of config."""
+    module, name = _MODELS[kind].split(":")
+    model: type[BaseModel] = getattr(importlib.import_module(f"reinforce.{module}"), name)
+    return model
+
+
+def schema_of(kind: Kind) -> dict[str, Any]:
+    """The JSON schema of a kind of config."""
+    from reinforce.settings import json_schema
+
+    return _tune_schema() if kind == "tune" else json_schema(model_of(kind))
+
+
+def _tune_schema() -> dict[str, Any]:
+    """The schema of a tuning, in which `student` and `trial` are parts of the config of a student."""
+    from reinforce.settings import either, json_schema, partial
+
+    schema = json_schema(model_of("tune"))
+    student, sections = partial(json_schema(model_of("student")), "Student")
+    schema["$defs"] |= {**sections, "StudentConfig": student}
+    reference = {"$ref": "#/$defs/StudentConfig"}
+    properties = schema["properties"]
+    for name, value in (("student", either({"type": "string"}, reference)), ("trial", reference)):
+        properties[name] = {**value, "description": properties[name]["description"]}
+    return schema

@@ -52,7 +52,7 @@ def train(
     One rank trains in this process, more ranks train on Ray Train. Under torchrun, the ranks are torchrun's.
     """
     from reinforce import settings
-    from reinforce.model_names import loading_call
+    from reinforce.evaluation.model_names import loading_call
     from reinforce.student.config import StudentConfig
 
     with only_json(as_json) as print_json:
@@ -265,7 +265,7 @@ def fetch_sets(
 
     revisions.json in ROOT records the revision of each set. HF_TOKEN is used if it is set.
     """
-    from reinforce.evaluation.suite.fetch import fetch_sets as fetch
+    from reinforce.evaluation.suite import fetch_sets as fetch
 
     fetch(suite, root, split_names(",".join(sets_ or ())) or (), dry_run=dry_run, log=lambda line: print_lines([line]))
 
@@ -314,7 +314,7 @@ def latency(
 
     The towers of all models and runtimes take turns. No latency of a phone is measured or estimated.
     """
-    from reinforce.model_names import resolve_models
+    from reinforce.evaluation.model_names import resolve_models
     from reinforce.shipping.packages import choose_runtimes
 
     if picture is not None:
@@ -323,8 +323,7 @@ def latency(
         raise UserError("--results belongs to --picture, which is not given.")
     names = [name for given in runtime or () for name in given.split(",")]
     runtimes, missing = choose_runtimes([*names, *(["onnxruntime"] if onnx_ else [])])
-    from reinforce.shipping.latency import measure_latency, sized_names
-    from reinforce.shipping.report import find_accuracies
+    from reinforce.shipping.latency import find_accuracies, measure_latency, sized_names
 
     sizes = image_size or []
     accuracies = {} if picture is None else find_accuracies([*sized_names(models, sizes)], results)
@@ -366,7 +365,7 @@ def show_report(report: ShownReport, file: str | None, print_json: Callable[[Any
 
 def run_training(work: Callable[[], T]) -> T:
     """Train, with the log on the terminal; if it is stopped, exit with the status of the signal."""
-    from reinforce.training.stop import Stopped
+    from reinforce.processes.signals import Stopped
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("reinforce").setLevel(logging.INFO)

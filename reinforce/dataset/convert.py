@@ -1,9 +1,4 @@
-"""``reinforce convert``: the vectors of a teacher in another codec, from those that are stored, without its model.
-
-They become the layers of a teacher of another name, with the fingerprints and the files that a run would give them. So
-nothing is replaced, and the same command continues after an interruption. A run whose config has that teacher, with the
-same model and codec, computes further shards.
-"""
+"""Fitting the codebook of a layer to vectors of the first shards, which are stored in float16 or float32."""
 
 from __future__ import annotations
 
@@ -14,25 +9,92 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from reinforce.config_schema import LAYER_NAME
-from reinforce.dataset import fitting, vectors
+from reinforce.dataset import vectors
+from reinforce.dataset.aligned import layer_errors
 from reinforce.dataset.codecs import codebooks
-from reinforce.dataset.codecs.base import Codec
-from reinforce.dataset.codecs.registry import find_codec
-from reinforce.dataset.files.index import FileEntry, IndexWriter
-from reinforce.dataset.files.origin import origin_entries
-from reinforce.dataset.files.store import Store, parse_footer
+from reinforce.dataset.codecs.base import Codec, FittedCodec, Floats
+from reinforce.dataset.codecs.codebooks import find_codec
+from reinforce.dataset.index import FileEntry, IndexWriter
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import Layer, embeddings_layer, inputs_of, mapping_at
-from reinforce.dataset.manifest.manifest import read_manifest, same_content, write_manifest
-from reinforce.dataset.reading.aligned import layer_errors
+from reinforce.dataset.manifest import read_manifest, same_content, write_manifest
+from reinforce.dataset.store import Store, origin_entries, parse_footer
 from reinforce.errors import UserError
-from reinforce.parallel.map_workers import open_workers
+from reinforce.processes.parallel import open_workers
+from reinforce.settings import LAYER_NAME
 from reinforce.storage import as_seen_by_workers
 from reinforce.terminal import format_bytes, plural
 from schemas import Reason
+from schemas.seeds import philox_bits, seed_for
+
+_PURPOSE = "codebook"
+SHARES = 4  # shards that a sample is of at least, if there are so many
+
+
+def sample_vectors(layer: Layer, finer: Store, fingerprint: str | None, shards: Sequence[str], seed: int) -> Floats:
+    """Vectors [n, D] of a layer, which is stored with ``fingerprint`` in ``finer``: as many as its codebook is fitted
+    to, if the ``shards`` have them, of which the first are read. With four shards, none has more than a quarter."""
+    wanted, read = layer.sample, 0
+    most = -(-wanted // max(1, min(SHARES, len(shards))))
+    parts = [np.zeros((0, 0), np.float16)]
+    for number, shard in enumerate(shards):
+        if read < wanted:
+            parts.append(_sample(finer, layer, fingerprint, shard, number, most, seed)[: wanted - read])
+            read += len(parts[-1])
+    return np.concatenate([part for part in parts if len(part)] or parts).astype(np.float32)
+
+
+def fit_codebook(layer: Layer, values: Floats, target: Store, seed: int) -> str:
+    """Fit the codebook of a layer to a sample, and store it in ``target`` -> its digest.
+
+    Raises UserError if there are too few vectors, or the codec cannot store them.
+    """
+    codec = layer.kind.codec(layer)
+    assert isinstance(codec, FittedCodec)
+    key = f"teachers.{layer.model}.{layer.kind.codec_key}"
+    least = codec.least(values.shape[1])
+    if len(values) < least:
+        raise UserError(
+            f"{key}: {layer.dtype} is fitted to {least:,} vectors at least, and the sample of {layer.name} has "
+            f"{len(values):,}. Increase the sample or the source, or choose a codec that needs fewer, such as "
+            f"{'int8' if layer.kind.vectors else 'float16'}."
+        )
+    try:
+        codec.dim(values.shape[1])
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from None
+    arrays = codec.fit(codec.prepare(values), seed_for(seed, layer.name, _PURPOSE))
+    return codebooks.save(
+        target,
+        layer.name,
+        codec.name,
+        layer.fingerprint,
+        arrays,
+        {"vectors": len(values), "seed": seed, **layer.kind.codebook_facts(layer)},
+    )
+
+
+def _sample(
+    store: Store, layer: Layer, fingerprint: str | None, shard: str, number: int, most: int, seed: int
+) -> npt.NDArray[np.float16]:
+    """At most so many random vectors of a shard [n, D], in their order."""
+    with layer_errors(store, layer.name, shard), store.open_layer(layer.name, shard, fingerprint) as file:
+        halves = [layer.kind.vectors_to_fit(layer, file.read_row_group(n)) for n in range(file.num_row_groups)]
+    every = np.concatenate([np.zeros((0, halves[0].shape[1] if halves else 1), np.float16), *halves])
+    if len(every) > most:
+        bits = philox_bits(seed_for(seed, str(number), _PURPOSE), len(every))
+        every = every[np.sort(np.argsort(bits, kind="stable")[:most])]
+    return every
+
+
+# -- ``reinforce convert``: the vectors of a teacher in another codec, from those that are stored, without its model.
+#
+# They become the layers of a teacher of another name, with the fingerprints and the files that a run would give them.
+# So nothing is replaced, and the same command continues after an interruption. A run whose config has that teacher,
+# with the same model and codec, computes further shards.
 
 #: Entries of a footer that are not copied to the new file.
 
@@ -157,8 +219,8 @@ def _converted(store: Store, after: Mapping[str, Any], finer: Layer, name: str, 
     digest = known.get("digest") or codebooks.stored(store, layer.name, layer.fingerprint)
     if digest is None:
         shards, seed = sorted(store.shards(finer.name)), int(after.get("seed", 0))
-        found = fitting.sample(replace(layer, name=finer.name), store, finer.fingerprint, shards, seed)
-        digest = fitting.fit(layer, found, store, seed)
+        found = sample_vectors(replace(layer, name=finer.name), store, finer.fingerprint, shards, seed)
+        digest = fit_codebook(layer, found, store, seed)
     return _with_fingerprint(replace(layer, codebook={**layer.codebook, "digest": digest}), after)
 
 

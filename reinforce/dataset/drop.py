@@ -19,9 +19,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from reinforce.dataset.codecs import codebooks
-from reinforce.dataset.files.damage import set_aside
-from reinforce.dataset.files.index import FOLDER, index_file
-from reinforce.dataset.files.store import MANIFEST, Store
+from reinforce.dataset.index import FOLDER, index_file, set_aside
 from reinforce.dataset.kinds.registry import (
     deletion_order,
     drop_command,
@@ -31,7 +29,8 @@ from reinforce.dataset.kinds.registry import (
     with_dependants,
 )
 from reinforce.dataset.layers import MODEL_SECTIONS, SAMPLES, model_of, parts_of
-from reinforce.dataset.manifest.manifest import TUNED_KEY, find_manifest, write_manifest
+from reinforce.dataset.manifest import TUNED_KEY, find_manifest, write_manifest
+from reinforce.dataset.store import MANIFEST, Store
 from reinforce.dataset.view import FOLDER as VIEWS
 from reinforce.dataset.view import read_view, remove_view, view_folders
 from reinforce.errors import UserError

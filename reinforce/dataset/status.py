@@ -8,16 +8,13 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
-from reinforce.dataset.files.damage import find_damaged, without_files
-from reinforce.dataset.files.index import read_index
-from reinforce.dataset.files.listing import Listing
-from reinforce.dataset.files.store import DamagedFile, Store
+from reinforce.dataset.aligned import check_completeness
+from reinforce.dataset.index import find_damaged, read_index, without_files
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import LABELS, MODEL_SECTIONS, SAMPLES, mapping_at
-from reinforce.dataset.manifest.class_code import code_lines
-from reinforce.dataset.manifest.manifest import read_manifest
-from reinforce.dataset.reading.completeness import check_completeness
-from reinforce.dataset.runs.progress import list_runs, read_summary
+from reinforce.dataset.manifest import code_lines, read_manifest
+from reinforce.dataset.runs import list_runs, read_summary
+from reinforce.dataset.store import DamagedFile, Listing, Store
 from reinforce.dataset.view import view_states
 from reinforce.terminal import escape, format_bytes, plural
 

@@ -23,14 +23,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import schemas
-from reinforce.dataset.files.content import digest_keys, find_content, states_of
-from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
-from reinforce.dataset.files.listing import SHARD_NAME
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.index import digest_keys, find_content, states_of
+from reinforce.dataset.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.layers import compute_fingerprint
+from reinforce.dataset.store import SHARD_NAME, Store
 from reinforce.errors import StorageError, UserError
-from reinforce.processes.prefetch import prefetch
-from reinforce.source.views import FOLDER, RowDigests, digest_of, rows_path, shards_path
+from reinforce.processes.attempts import prefetch
+from reinforce.source.urls import FOLDER, RowDigests, digest_of, rows_path, shards_path
 from reinforce.terminal import first_names, plural
 
 _DESCRIPTION, _SHARDS = "view.json", "shards.parquet"  # the latter in version 1

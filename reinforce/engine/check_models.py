@@ -14,28 +14,25 @@ import torch
 from rich.table import Table
 
 from reinforce.config import MODEL_SPECS, Config, load_config
-from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.manifest.manifest import find_manifest
-from reinforce.engine.inference.batch_sizes import MAX_AUTO_BATCH
-from reinforce.engine.inference.models import Models, memory_hint, size_note
-from reinforce.engine.inference.outputs import Floats
-from reinforce.engine.messages.tracebacks import user_frames
-from reinforce.engine.plan.recipe import resolve_precisions, version_notes
+from reinforce.dataset.manifest import find_manifest
+from reinforce.dataset.store import Store
+from reinforce.engine.messages import user_frames
+from reinforce.engine.plan.plan import resolve_precisions, version_notes
+from reinforce.engine.worker.models import MAX_AUTO_BATCH, Floats, Models, memory_hint, size_note
 from reinforce.engine.worker.producers.base import Side
 from reinforce.engine.worker.producers.registry import PRODUCERS
 from reinforce.errors import UserError
 from reinforce.processes.cores import available_cores, describe_share
-from reinforce.processes.fast_paths import use_accelerator
+from reinforce.settings import use_accelerator
 from reinforce.terminal import Screen
-from teachers.custom.family import ClassTeacherSpec
+from teachers.custom import ClassTeacherSpec
 from teachers.fast_paths.usage import problem_lines, snapshot
 from teachers.protocols import ImageSpec
 from teachers.redact import Redactor
 from teachers.registry import describe_model, load_model
-from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.accelerator import Accelerator, is_out_of_memory
 from teachers.runtime.determinism import set_flags
-from teachers.runtime.memory import is_out_of_memory
 from teachers.spec import ModelSpec
 
 Kind = Literal["teacher", "captioner"]
@@ -74,7 +71,7 @@ class Report:
         return table
 
     def _repr_html_(self) -> str:
-        from reinforce.markup import notebook_table
+        from reinforce.reports import notebook_table
 
         return notebook_table("models", [("note", note) for note in self.notes], _HEADINGS, self._cells())
 

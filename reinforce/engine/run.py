@@ -1,21 +1,28 @@
-"""``reinforce.run``: check the config and the source, plan, and compute what is missing."""
+"""Codebooks of a run: fitted before anything else, to vectors of the first shards that a separate run computes.
+
+That run stores these vectors in float16, in ``fitting/`` of the dataset, and continues after an interruption as every
+run does. Its files are deleted once the codebooks are stored.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reinforce.config import Config
-from reinforce.dataset.files.index import prune_index
-from reinforce.dataset.files.store import MANIFEST, DamagedFile, Store
-from reinforce.dataset.layers import SAMPLES, mapping_at
-from reinforce.dataset.manifest.claims import Claims
-from reinforce.dataset.manifest.class_code import check_classes, entry_keys
-from reinforce.dataset.manifest.manifest import (
+from reinforce.dataset import convert as fitting
+from reinforce.dataset.claims import Claims
+from reinforce.dataset.codecs import codebooks
+from reinforce.dataset.codecs.base import Floats
+from reinforce.dataset.index import prune_index
+from reinforce.dataset.layers import SAMPLES, Layer, compute_fingerprint, mapping_at
+from reinforce.dataset.manifest import (
+    check_classes,
     check_loaded,
+    entry_keys,
     find_manifest,
     forget_code,
     same_content,
@@ -23,26 +30,76 @@ from reinforce.dataset.manifest.manifest import (
     update_manifest,
     write_manifest,
 )
-from reinforce.dataset.runs.shard_records import SourceRecord, read_records
-from reinforce.engine.codebooks import check_codebooks, fit_codebooks
-from reinforce.engine.plan.check_output import check_output
-from reinforce.engine.plan.plan import Plan, make_plan
-from reinforce.engine.plan.recipe import version_notes
+from reinforce.dataset.runs import SourceRecord, read_records
+from reinforce.dataset.store import MANIFEST, DamagedFile, Store
+from reinforce.engine.plan.plan import Plan, make_plan, version_notes
 from reinforce.engine.plan.source_changes import changes_note, check_copies, finished_note
-from reinforce.engine.plan.source_shards import write_lists
+from reinforce.engine.plan.source_shards import check_output, write_lists
 from reinforce.engine.preflight.check_source import check_source
-from reinforce.engine.preflight.estimate_bytes import expected_samples
-from reinforce.engine.record.progress import Progress
-from reinforce.engine.record.summary import RunSummary, add_summaries, nothing_to_do
+from reinforce.engine.preflight.estimate import expected_samples
+from reinforce.engine.record import Progress, RunSummary, add_summaries, nothing_to_do
 from reinforce.errors import RayEnded, StorageError, TooManyQuarantined, UserError
-from reinforce.parallel.machines import cluster_of_run, nodes_of_run
 from reinforce.processes.cores import Node
-from reinforce.processes.fast_paths import with_accelerator
-from reinforce.settings import as_config
+from reinforce.processes.parallel import cluster_of_run, nodes_of_run
+from reinforce.settings import as_config, with_accelerator
 from reinforce.terminal import plural
 from teachers.redact import Redactor
 
+FOLDER = "fitting"
 _LOG = logging.getLogger(__name__)
+
+
+def fit_codebooks(plan: Plan, compute: Callable[[Config, int], None]) -> None:
+    """Fit the codebooks that a plan lacks. ``compute`` computes the first shards of a config. Raises UserError."""
+    layers, seed, output = plan.unfitted, plan.config.seed, plan.config.output.rstrip("/")
+    name = compute_fingerprint({"codebooks": [layer.fingerprint for layer in layers]})
+    config = _finer(plan.config, layers, f"{output}/{FOLDER}/{name}")
+    _LOG.info("fitting the codebooks of %s to vectors of the first shards", plural(len(layers), "layer"))
+    store, finer, shards = Store(output), Store(config.output), fitting.SHARES
+
+    def sample(layer: Layer) -> Floats:
+        return fitting.sample_vectors(layer, finer, None, sorted(finer.shards(layer.name)), seed)
+
+    def lacks(layer: Layer) -> bool:
+        return len(finer.shards(layer.name)) < fitting.SHARES or len(sample(layer)) < layer.sample
+
+    compute(config, shards)
+    while shards < plan.shards and any(map(lacks, layers)):
+        shards *= 2
+        compute(config, shards)
+    try:
+        for layer in layers:
+            fitting.fit_codebook(layer, sample(layer), store, seed)
+    finally:
+        with store.storage_errors("removed", FOLDER):
+            store.fs.rm(store.path(FOLDER), recursive=True)
+
+
+def check_codebooks(plan: Plan) -> None:
+    """Raise UserError if the codebook of a layer that a plan computes was lost or has changed; copy those of labels."""
+    needed = {name for shard in plan.pending for name in shard.layers}
+    for name, layer in plan.layers.items():
+        place = layer.codebook_at(plan.config.output)
+        if place is None or name not in needed:
+            continue
+        labels = plan.config.labels.get(layer.labels or "")
+        if labels is not None and codebooks.stored_digest(Store(place.url), name) is None:
+            codebooks.copy(Store(labels.url), Store(place.url), name, place.digest)
+        codebooks.load(place).codec.require_encoder()
+
+
+def _finer(config: Config, layers: Sequence[Layer], output: str) -> Config:
+    """The config of the run that computes vectors to fit codebooks to: only with the models that need them."""
+    owners = {layer.owner for layer in layers}
+    models = {
+        section: {name: spec.finer() for name, spec in of.items() if (section, name) in owners}
+        for section, of in config.models.items()
+    }
+    return config.with_models({**models, "captioners": config.captioners}).model_copy(update={"output": output})
+
+
+# -- ``reinforce.run``: check the config and the source, plan, and compute what is missing.
+
 #: Extra passes over shards whose files were set aside: first stored captions that do not match new samples, then the
 #: other layers of the shard. More would hide a failing disk.
 _MAX_CONTINUATIONS = 2
@@ -143,7 +200,7 @@ def _complete_manifest(plan: Plan, store: Store, manifest: dict[str, Any] | None
     lost = [layer for layer in stored if "dim" in layer.kind.required and not described[layer.name].get("dim")]
     if not lost:
         return manifest
-    from reinforce.engine.inference.models import describe_loaded, load_models, on_this_machine
+    from reinforce.engine.worker.models import describe_loaded, load_models, on_this_machine
 
     names = ", ".join(dict.fromkeys(str(layer.model) for layer in lost))
     path = store.path(MANIFEST)
@@ -192,7 +249,7 @@ def _compute(
                 store.forget_quarantine(layer, shard)
     progress = Progress(expected_samples(plan))
     progress.log(f"{plural(len(plan.pending), 'shard')} to compute; waiting for Ray")
-    from reinforce.cluster import ray_cluster  # imports Ray, which planning does not need
+    from reinforce.processes.cluster import ray_cluster  # imports Ray, which planning does not need
 
     with ray_cluster(address), progress:
         from reinforce.engine.driver.driver import Driver

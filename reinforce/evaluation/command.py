@@ -12,7 +12,7 @@ from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.report import Report, Result
 from reinforce.processes.cores import available_cores
-from reinforce.processes.fast_paths import Accelerated, use_accelerator
+from reinforce.settings import Accelerated, use_accelerator
 from reinforce.terminal import Screen
 from teachers.fast_paths.usage import problem_lines, snapshot
 from teachers.spec import ModelSpec
@@ -68,9 +68,9 @@ def evaluate_models(
             "--page shows segmentations, and no set has masks. Add one: --set segmentation.NAME.images=URL."
         )
     use_accelerator(evaluation.accelerator)
-    from reinforce.evaluation.dense.page import SHOWN, write_page
     from reinforce.evaluation.encoding import load_encoders
     from reinforce.evaluation.evaluator import Evaluator
+    from reinforce.evaluation.kinds.segmentation import SHOWN, write_page
 
     evaluator = Evaluator(evaluation, shown=SHOWN if page else 0)
     results: dict[str, Result] = {}

@@ -8,19 +8,17 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from reinforce.config_schema import ImagesFrom, OneOrMore, keys_match
 from reinforce.errors import UserError
 from reinforce.evaluation.kinds.base import OwnSet, SetKind
 from reinforce.evaluation.kinds.index import IndexSet
-from reinforce.evaluation.kinds.knn import KnnSet
 from reinforce.evaluation.kinds.labels import ZeroShotSet
-from reinforce.evaluation.kinds.linear import LinearSet
+from reinforce.evaluation.kinds.probes import KnnSet, LinearSet
 from reinforce.evaluation.kinds.registry import KINDS
 from reinforce.evaluation.kinds.retrieval import RetrievalSet
 from reinforce.evaluation.kinds.segmentation import SegmentationSet
 from reinforce.evaluation.registry import Suite, SuiteSet, select_sets
-from reinforce.input_config import Limits
-from reinforce.settings import Section
+from reinforce.settings import ImagesFrom, OneOrMore, Section, keys_match
+from reinforce.source.config import Limits
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

@@ -11,9 +11,9 @@ import torch
 from reinforce.errors import UserError
 from reinforce.evaluation.classes import Template
 from reinforce.evaluation.images import ContentDigest, ImageBatches, geometry_of
-from reinforce.model_names import model_errors
+from reinforce.evaluation.model_names import model_errors
 from teachers.fast_paths.usage import in_force, loading
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.registry import teacher_spec
 from teachers.runtime.accelerator import Accelerator, Precision

@@ -15,8 +15,7 @@ from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.encoding import NOT_FINITE_FIX, Encoder, Models
 from reinforce.evaluation.images import CacheBudget, ContentDigest, ImageBatches
-from reinforce.evaluation.kinds.base import ImageSet
-from reinforce.evaluation.kinds.files import SetFiles, find_set
+from reinforce.evaluation.kinds.base import ImageSet, SetFiles, find_set
 from reinforce.evaluation.kinds.registry import KINDS
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Outcome, Result, name_refused

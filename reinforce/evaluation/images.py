@@ -22,11 +22,11 @@ from PIL import Image
 
 from reinforce.evaluation.reading import LabelledImage, SetReader
 from reinforce.images.policy import IMAGE_POLICY, ImageRefused, decode
-from reinforce.input_config import Limits
-from reinforce.processes.prefetch import prefetch
+from reinforce.processes.attempts import prefetch
+from reinforce.source.config import Limits
 from reinforce.source.samples import Refusal
 from schemas import Reason
-from teachers.preprocessing.fit import fit
+from teachers.fit import fit
 from teachers.protocols import ImageSpec
 
 _BYTES = 16

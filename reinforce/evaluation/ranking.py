@@ -7,6 +7,8 @@ count against the model: a model that returns NaN has no hits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -128,3 +130,193 @@ def _best_matches(
     best = best.scatter_reduce(0, rows, pair_scores, "amax")
     index = torch.full((len(queries),), len(candidates), device=queries.device)
     return best, index.scatter_reduce(0, rows, torch.where(pair_scores == best[rows], columns, len(candidates)), "amin")
+
+
+# -- Classifiers of image features: votes of the nearest training images, and a linear probe.
+#
+# Neighbours are weighted as in DINO: a class gets the sum of exp(cosine / T). Scores are those of ``ranking``. Among
+# equal scores the image with the lower index is nearer, and among equal sums the class with the lower index wins, so
+# that results are the same on every device and for every block size.
+#
+# The probe is softmax regression on standardised features, by full-batch L-BFGS in float64. It minimises the mean
+# cross-entropy plus ``l2 / 2`` times the squared norm of the weights, without the bias: of N images, scikit-learn's
+# LogisticRegression with C = 1 / (l2 N) behind a StandardScaler. Each pass reads the features in blocks, so that memory
+# on the device does not depend on N. Nothing is random.
+
+_SIGN, _INDEX = 0x7FFFFFFF, 0xFFFFFFFF
+#: Images of one block; a block takes 16 bytes per image and class.
+PROBE_BLOCK = 4096
+#: Every fifth image of a class is held out to choose ``l2``.
+FOLD = 5
+_ITERATIONS = 300
+_GRADIENT = 1e-6  # largest absolute entry at which a fit ends
+_CONSTANT = 1e-7  # standard deviation of a feature of unit-norm vectors that differs by rounding alone
+
+
+def classify(
+    train: torch.Tensor,
+    labels: torch.Tensor,
+    test: torch.Tensor,
+    counts: Sequence[int],
+    temperature: float,
+    accelerator: Accelerator,
+    block: int = BLOCK,
+) -> dict[int, torch.Tensor]:
+    """Predict the classes of ``test`` by each number of neighbours in ``counts`` -> int64 [Q] on the CPU, by number.
+
+    ``train`` [N, D] and ``test`` [Q, D] are float32 of unit norm on the CPU, ``labels`` int64 [N] are at least 0. No
+    count is above N. Memory on the device is bounded by ``block`` and the largest count.
+    """
+    found: dict[int, list[torch.Tensor]] = {count: [] for count in counts}
+    classes = int(labels.max()) + 1
+    for start in range(0, len(test), block):
+        scores, indices = find_nearest(test[start : start + block], train, max(counts), accelerator, block)
+        weights = ((scores.double() - scores[:, :1]) / temperature).exp()  # relative to the nearest, as exp overflows
+        votes = torch.zeros(len(scores), classes, dtype=torch.float64)
+        done = 0
+        for count in sorted(found):
+            votes.scatter_add_(1, labels[indices[:, done:count]], weights[:, done:count])
+            found[count].append(votes.argmax(1))
+            done = count
+    return {count: torch.cat(parts) for count, parts in found.items()}
+
+
+def find_nearest(
+    queries: torch.Tensor, train: torch.Tensor, count: int, accelerator: Accelerator, block: int = BLOCK
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` nearest of ``train`` [N, D] for ``queries`` [Q, D], nearest first, on the CPU.
+
+    Returns scores, float32 [Q, count], and indices, int64 [Q, count].
+    """
+    part = accelerator.put(queries)
+    best: torch.Tensor | None = None
+    for left in range(0, len(train), block):
+        scores = scores_of(part, accelerator.put(train[left : left + block]))
+        keys = _keys(scores, left)
+        best = keys if best is None else torch.cat([best, keys], 1)
+        best = best.topk(min(count, best.shape[1]), dim=1).values
+    assert best is not None
+    bits = (best >> 32).to(torch.int32)
+    return _flip(bits).view(torch.float32).cpu(), (_INDEX - (best & _INDEX)).cpu()
+
+
+def _keys(scores: torch.Tensor, first: int) -> torch.Tensor:
+    """Distinct int64 keys [Q, C] that order candidates by score, then by index, which starts at ``first``.
+
+    The upper half has the bits of the score, the lower one the index: topk alone has no order among equal scores.
+    """
+    bits = _flip((scores + 0.0).view(torch.int32))  # + 0.0 makes -0.0 equal to 0.0
+    indices = torch.arange(first, first + scores.shape[1], device=scores.device)
+    return (bits.long() << 32) | (_INDEX - indices)
+
+
+def _flip(bits: torch.Tensor) -> torch.Tensor:
+    """Bits of float32 as int32 in the order of the floats, and back."""
+    return torch.where(bits < 0, bits ^ _SIGN, bits)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """``weights`` float64 [C, D + 1] of standardised features and a one, on the device, and the chosen ``l2``."""
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+    weights: torch.Tensor
+    l2: float
+
+    def inputs(self, features: torch.Tensor) -> torch.Tensor:
+        """Features [B, D] on the device -> float64 [B, D + 1], of which products with ``weights`` are the logits."""
+        return _standardise(features, self.mean, self.scale)
+
+
+def fit_probe(features: torch.Tensor, labels: np.ndarray, l2: Sequence[float], accelerator: Accelerator) -> Probe:
+    """Fit a probe to finite features, float32 [N, D] on the CPU, with classes int64 [N], all of 0 to the highest.
+
+    Of several ``l2``, the one with the most hits among the images of ``hold_out`` is chosen, of equal ones the largest;
+    then all images are fitted.
+    """
+    data = _Data(features, torch.from_numpy(labels), *_moments(features, accelerator), accelerator)
+    weights = torch.zeros(int(labels.max()) + 1, features.shape[1] + 1, dtype=torch.float64, device=data.mean.device)
+    chosen = l2[0]
+    if len(l2) > 1:
+        held = hold_out(labels)
+        inside, outside = np.flatnonzero(~held), np.flatnonzero(held)
+        most, best = -1, weights
+        for value in sorted(l2, reverse=True):
+            weights = _fit(data, inside, weights, value)  # from the last one's weights, which are near
+            if (hits := data.hits(outside, weights)) > most:
+                most, best, chosen = hits, weights, value
+        weights = best
+    return Probe(data.mean, data.scale, _fit(data, np.arange(len(labels)), weights, chosen), chosen)
+
+
+def hold_out(labels: np.ndarray) -> np.ndarray:
+    """Every fifth image of each class, in their order -> bool [N]; none of a class with fewer than five."""
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        held[np.flatnonzero(labels == label)[FOLD - 1 :: FOLD]] = True
+    return held
+
+
+@dataclass(frozen=True)
+class _Data:
+    features: torch.Tensor
+    labels: torch.Tensor
+    mean: torch.Tensor
+    scale: torch.Tensor
+    accelerator: Accelerator
+
+    def blocks(self, rows: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Standardised features float64 [B, D + 1] and classes [B] of some rows, on the device."""
+        for start in range(0, len(rows), PROBE_BLOCK):
+            part = torch.from_numpy(rows[start : start + PROBE_BLOCK])
+            x = _standardise(self.accelerator.put(self.features[part]), self.mean, self.scale)
+            yield x, self.accelerator.put(self.labels[part])
+
+    def hits(self, rows: np.ndarray, weights: torch.Tensor) -> int:
+        """Number of rows whose class has the highest logit."""
+        return sum(int(((x @ weights.T).argmax(1) == classes).sum()) for x, classes in self.blocks(rows))
+
+
+def _fit(data: _Data, rows: np.ndarray, start: torch.Tensor, l2: float) -> torch.Tensor:
+    weights = start.clone()
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=_ITERATIONS, tolerance_grad=_GRADIENT, tolerance_change=0, history_size=10,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def closure() -> torch.Tensor:
+        with torch.no_grad():
+            loss, weights.grad = _loss(data, rows, weights, l2)
+            return loss
+
+    optimizer.step(closure)
+    return weights
+
+
+def _loss(data: _Data, rows: np.ndarray, weights: torch.Tensor, l2: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The objective of weights [C, D + 1], and its gradient."""
+    loss, gradient = weights.new_zeros(()), torch.zeros_like(weights)
+    for x, classes in data.blocks(rows):
+        log_p = torch.log_softmax(x @ weights.T, 1)
+        loss -= log_p.gather(1, classes[:, None]).sum()
+        p = log_p.exp_()
+        p.scatter_add_(1, classes[:, None], -p.new_ones(len(p), 1))
+        gradient += p.T @ x
+    free = torch.cat([weights[:, :-1], weights.new_zeros(len(weights), 1)], 1)  # without the bias
+    return loss / len(rows) + l2 / 2 * free.square().sum(), gradient / len(rows) + l2 * free
+
+
+def _moments(features: torch.Tensor, accelerator: Accelerator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each feature, float64 [D] on the device; 1 for a feature that is constant."""
+    parts = [features[start : start + PROBE_BLOCK] for start in range(0, len(features), PROBE_BLOCK)]
+    sums = [accelerator.put(part).double().sum(0) for part in parts]
+    mean = torch.stack(sums).sum(0) / len(features)
+    squares = [(accelerator.put(part).double() - mean).square().sum(0) for part in parts]
+    deviation = (torch.stack(squares).sum(0) / len(features)).sqrt()
+    return mean, torch.where(deviation > _CONSTANT, deviation, 1.0)
+
+
+def _standardise(features: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    x = (features.double() - mean) / scale
+    return torch.cat([x, x.new_ones(len(x), 1)], 1)

@@ -123,7 +123,7 @@ class Report:
         return score_table(["metric, %", *self.results], self._rows(), [*self.results])
 
     def _repr_html_(self) -> str:
-        from reinforce.markup import notebook_table
+        from reinforce.reports import notebook_table
 
         facts = [("", line) for line in self.lines()]
         return notebook_table("evaluation", facts, ("metric, %", *self.results), self._rows())

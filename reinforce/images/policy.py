@@ -17,12 +17,13 @@ from pydantic import Field
 
 from reinforce.config import Config
 from reinforce.errors import UserError
-from reinforce.images import jpeg, png
-from reinforce.input_config import Limits
+from reinforce.images import jpeg
+from reinforce.images import jpeg as png
 from reinforce.processes.imports import HEIC_HINT, reads_heic
 from reinforce.settings import Section
+from reinforce.source.config import Limits
 from schemas import Reason
-from teachers.published.family import crops_of
+from teachers.published import crops_of
 
 #: Name and version of the conversion to RGB in :func:`decode`; recorded in dataset.json.
 IMAGE_POLICY = "rgb-1"

@@ -20,37 +20,34 @@ import numpy as np
 import pyarrow as pa
 
 import schemas
-from reinforce.dataset.files.layer_file import RefusedFile
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.aligned import layer_errors, row_group_table
+from reinforce.dataset.layer_file import RefusedFile
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.manifest.manifest import read_manifest
-from reinforce.dataset.reading.aligned import layer_errors
-from reinforce.dataset.reading.row_counts import row_group_table
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.shuffle import Ranges, Shuffle
+from reinforce.dataset.store import Store
 from reinforce.errors import StorageError, UserError
-from reinforce.labels.identities import (
-    INDEXED,
-    KEY,
-    Hashes,
-    columns_of_identities,
-    hash_identities,
-    identities,
-    lone_keys,
-)
 from reinforce.labels.index import (
     DESCRIPTION,
     FOLDER,
+    INDEXED,
+    KEY,
     MAX_BITS,
     SHARDS,
+    Hashes,
     IdentityIndex,
+    columns_of_identities,
     damaged,
     description,
     find_index,
+    hash_identities,
+    identities,
     index_fingerprint,
+    lone_keys,
     partition_name,
     partition_of,
 )
-from reinforce.parallel.map_workers import MapWorkers, open_workers
-from reinforce.parallel.shuffle import Ranges, Shuffle
+from reinforce.processes.parallel import MapWorkers, open_workers
 from reinforce.storage import as_seen_by_workers
 
 PART_ROWS = 2**20  # of the shards of a part, and about of a partition

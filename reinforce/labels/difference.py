@@ -20,20 +20,24 @@ import numpy.typing as npt
 import pyarrow as pa
 from rich.table import Table
 
-from reinforce.dataset.comparison import Comparison
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.aligned import (
+    AlignedLayers,
+    AlignedShard,
+    layer_errors,
+    row_errors,
+    row_group_table,
+    rows_of_shards,
+)
 from reinforce.dataset.kinds.registry import kind_of
-from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.manifest.manifest import read_manifest
-from reinforce.dataset.reading.aligned import AlignedLayers, AlignedShard, layer_errors, row_errors
-from reinforce.dataset.reading.row_counts import row_group_table, rows_of_shards
+from reinforce.dataset.layers import SAMPLES, Comparison
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.labels.building import build_index, has_current_index
-from reinforce.labels.identities import COLUMNS, DIGEST, KEY
-from reinforce.labels.index import open_index
-from reinforce.labels.interface import ABSENT, AMBIGUOUS, OTHER_IMAGE
+from reinforce.labels.index import COLUMNS, DIGEST, KEY, open_index
+from reinforce.labels.members import ABSENT, AMBIGUOUS, OTHER_IMAGE
 from reinforce.labels.pairs import Partners, RowPlace
-from reinforce.parallel.map_workers import MapWorkers, open_workers
+from reinforce.processes.parallel import MapWorkers, open_workers
 from reinforce.source.references import image_digest
 from reinforce.storage import as_seen_by_workers
 from reinforce.terminal import escape, plural

@@ -1,36 +1,247 @@
-"""The index of a dataset's identities: in which shard and row an image with an identity is.
+"""Identities of the images of a samples layer, by kind, and their hashes.
 
-``identities/index.json`` names a folder ``identities/<fingerprint>/``, in which ``shards.parquet`` lists the shards,
-which are numbered in this order, with the rows of their row groups. ``<kind>/<number>.parquet`` is a partition: the
-entries (hash, number of the shard, row in it) of all hashes that begin with the bits of its number, sorted by hash. So
-a lookup reads the row groups that can have its hashes.
-
-Equal hashes are not proof: compare the identities of the row. An untrusted index can name wrong rows, but no files.
+Published labels have a column for each kind. Of other datasets, ``uid``, ``sha256`` and ``url`` are in the metadata of
+a sample, and the digest is that of the encoded image.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import schemas
-from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
-from reinforce.dataset.files.listing import SHARD_NAME
-from reinforce.dataset.files.store import Store
-from reinforce.dataset.layers import compute_fingerprint
+from reinforce.dataset.layer_file import LayerFile, RefusedFile
+from reinforce.dataset.layers import LABELS, compute_fingerprint
+from reinforce.dataset.store import SHARD_NAME, Store
 from reinforce.errors import StorageError, UserError
-from reinforce.labels.identities import INDEXED, Hashes
-from reinforce.labels.unread import MissingLabels, naming_file
+from reinforce.processes.attempts import pause_seconds
+from reinforce.source.references import image_digest
+from reinforce.source.samples import parse_json
 from reinforce.terminal import escape
+from schemas import IDENTITIES, IMAGE_DIGEST
+
+#: Digest of the encoded image, in 16 hex digits.
+DIGEST = "digest"
+#: Kinds of identities, strongest first.
+KINDS = ("uid", "sha256", DIGEST, "url")
+#: The key of a sample, which is no identity of its image.
+KEY = "key"
+#: What a side states of an image: values by kind.
+Identity: TypeAlias = "Mapping[str, str]"
+#: The column of each kind in the samples of published labels.
+COLUMNS = dict(zip(KINDS, IDENTITIES, strict=True))
+#: Kinds that an index has: also the keys of rows of which nothing else is stated but a digest.
+INDEXED = (*COLUMNS, KEY)
+
+Hashes = npt.NDArray[np.uint64]
+
+_DEFAULT_PORTS = {("http", "80"), ("https", "443")}
+_NORMAL_URL = re.compile(r"https?://[a-z0-9.-]+/[\w%/:?@!$&'()*+,;=~.-]*", re.ASCII)  # as most are
+_KEPT = "%/:?#[]@!$&'()*+,;=~"  # characters of a URL that are not percent-encoded
+
+
+def identity_of(sidecars: Mapping[str, bytes]) -> Identity:
+    """The identity in a sample's members: ``uid``, ``sha256`` and ``url`` of ``json``, and ``url.txt``."""
+    document = parse_json(sidecars["json"]) if "json" in sidecars else None
+    stated = (kind for kind in KINDS if kind != DIGEST)
+    found = {kind: document.get(kind) for kind in stated} if isinstance(document, dict) else {}
+    if "url.txt" in sidecars:
+        found["url"] = sidecars["url.txt"].decode(errors="replace")
+    values = {kind: value.strip() for kind, value in found.items() if isinstance(value, str) and value.strip()}
+    return {kind: _NORMAL[kind](value) if kind in _NORMAL else value for kind, value in values.items()}
+
+
+def normal_url(url: str) -> str:
+    """A URL in one spelling: scheme and host in lower case, without default port and fragment, percent-encoded."""
+    if _NORMAL_URL.fullmatch(url):
+        return url
+    try:
+        parts = urlsplit(url)
+        path = quote(parts.path or "/", _KEPT) + (f"?{quote(parts.query, _KEPT)}" if parts.query else "")
+    except ValueError:  # also of lone surrogates
+        return url
+    user, at, host = parts.netloc.rpartition("@")
+    name, colon, port = host.lower().rpartition(":")
+    host = name if colon and (parts.scheme, port) in _DEFAULT_PORTS else host.lower()
+    return f"{parts.scheme}://{user}{at}{host}{path}"
+
+
+_NORMAL = {"sha256": str.lower, "url": normal_url}
+
+
+def columns_of_identities(names: Sequence[str], images: bool = True) -> list[str]:
+    """The columns of a samples file with the columns ``names`` that have identities; images only on request."""
+    wanted = [*COLUMNS.values(), *([] if {"uid", "sha256"} & {*names} else ["metadata"])]
+    found = [name for name in wanted if name in names]
+    return [*found, "image"] if images and "image" in names and IMAGE_DIGEST not in names else found
+
+
+def identities(samples: pa.Table) -> dict[str, pa.Array]:
+    """The identities of rows of samples by kind, null where a row states none: texts, and digests as uint64 [rows]."""
+    found = {kind: samples[name].combine_chunks() for kind, name in COLUMNS.items() if name in samples.column_names}
+    if DIGEST not in found and "image" in samples.column_names:
+        found[DIGEST] = pa.array(map(image_digest, samples["image"].to_pylist()), pa.uint64())
+    if "metadata" in samples.column_names and "uid" not in found:
+        stated = [{} if one is None else identity_of({"json": one.encode()}) for one in samples["metadata"].to_pylist()]
+        for kind in COLUMNS:
+            if kind != DIGEST:
+                found[kind] = pa.array([one.get(kind) for one in stated], pa.string())
+    return {kind: found[kind] for kind in COLUMNS if kind in found}
+
+
+def stated(samples: pa.Table) -> list[Identity]:
+    """The identity of each row, with digests in 16 hex digits."""
+    columns = {kind: values.to_pylist() for kind, values in identities(samples).items()}
+    if DIGEST in columns:
+        columns[DIGEST] = [None if value is None else f"{value:016x}" for value in columns[DIGEST]]
+    return [
+        {kind: values[row] for kind, values in columns.items() if values[row] is not None}
+        for row in range(samples.num_rows)
+    ]
+
+
+def lone_keys(samples: pa.Table, found: Mapping[str, pa.Array]) -> pa.Array:
+    """The keys of rows, null where one of the identities ``found`` states more: no digest, no uid that is the key."""
+    keys = samples["key"].combine_chunks()
+    stated = np.zeros(len(keys), bool)
+    for kind, values in found.items():
+        if kind != DIGEST:
+            stated |= pc.fill_null(pc.not_equal(values, keys), False).to_numpy(zero_copy_only=False)
+    return pc.if_else(pa.array(stated), None, keys)
+
+
+def hash_identities(kind: str, values: pa.Array) -> tuple[Hashes, npt.NDArray[np.int64]]:
+    """Hashes of the values that are not null, and their places: digests themselves, of texts BLAKE2b-64 [m], [m]."""
+    places = np.flatnonzero(values.is_valid().to_numpy(zero_copy_only=False)).astype(np.int64)
+    present = values.drop_null()
+    if kind == DIGEST:
+        return present.to_numpy().astype(np.uint64), places
+    hashes = (hash_text(text) for text in present.to_pylist())
+    return np.fromiter(hashes, np.uint64, len(present)), places
+
+
+def hash_text(text: str) -> int:
+    """BLAKE2b-64 of a uid, SHA-256, URL or key."""
+    return image_digest(text.encode("utf-8", "surrogatepass"))
+
+
+# -- Files of labels that cannot be read: asked for several times, and remembered by name.
+#
+# A file that does not exist is asked for as often as a source shard, with the same pauses, because a store may answer
+# 404 for a file that it has. After that, its rows have no labels. What the storage refuses or fails to send is an error
+# of the storage, for which the run waits.
+
+_MOST_SECONDS = 60.0  # of pauses of one reader: a step of a shard must not seem to hang
+_ABSENT: set[tuple[str, str]] = set()  # URL of labels and file: a process waits once for each
+T = TypeVar("T")
+
+
+class RefusedLabels(StorageError, PermissionError):
+    """A file of labels may not be read."""
+
+
+class MissingLabels(StorageError, FileNotFoundError):
+    """A part of labels does not exist, without which nothing can be said of any sample."""
+
+
+def quarantine_of(labels: str) -> str:
+    """The folder below ``quarantine`` whose files name what could not be read of some labels, by shard."""
+    return f"{LABELS}/{labels}"
+
+
+@contextlib.contextmanager
+def naming_file(store: Store, layer: str, shard: str) -> Iterator[None]:
+    """Turn errors of a storage into StorageError with the path, and into RefusedLabels where it refuses the file.
+
+    FileNotFoundError stays.
+    """
+    try:
+        with store.storage_errors("read", layer, f"{shard}.parquet"):
+            yield
+    except StorageError as error:
+        if isinstance(error.__cause__, PermissionError) and not isinstance(error, PermissionError):
+            raise RefusedLabels(str(error)) from error
+        raise
+
+
+@dataclass
+class LabelFiles:
+    """Reads files of labels in at most ``attempts``. ``unread`` are those that could not be read, with the reason.
+
+    ``check`` raises StorageError if the labels do not exist any more.
+    """
+
+    store: Store
+    attempts: int
+    check: Callable[[], object]
+    unread: dict[str, str] = field(default_factory=dict)
+    _refused: dict[tuple[str, int | None], str] = field(default_factory=dict)  # files and their row groups
+    _waited: float = 0.0
+
+    def read(self, layer: str, shard: str, read: Callable[[], T], group: int | None = None) -> T:
+        """What ``read`` returns of a file, or of a row group of it. Raises RefusedFile, now and each later time, if it
+        does not exist or is damaged or of another recipe, and StorageError, after which it is read again."""
+        name = f"{layer}/{shard}.parquet"
+        for place in ((name, None), (name, group)):
+            if place in self._refused:
+                raise RefusedFile(self._refused[place])
+        try:
+            with naming_file(self.store, layer, shard):
+                return self._read(name, read)
+        except StorageError:
+            raise
+        except FileNotFoundError as error:
+            self.check()
+            self._refused[name, None] = f"{name} does not exist"
+            self.unread[name] = "does not exist"
+            raise RefusedFile(self._refused[name, None]) from error
+        except (ValueError, UserError) as error:
+            self.unread.setdefault(name, f"cannot be read: {error}")
+            self._refused[name, group] = str(error)  # the error would keep what was read
+            raise RefusedFile(str(error)) from error
+
+    def _read(self, name: str, read: Callable[[], T]) -> T:
+        """Read a file, again after a pause where it does not exist. Raises FileNotFoundError."""
+        known = (self.store.url, name)
+        for attempt in range(1, self.attempts):
+            if known in _ABSENT or self._waited > _MOST_SECONDS:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                return read()
+            seconds = pause_seconds(attempt)
+            time.sleep(seconds)
+            self._waited += seconds
+            self.store.fs.invalidate_cache()
+        try:
+            found = read()
+        except FileNotFoundError:
+            _ABSENT.add(known)
+            raise
+        _ABSENT.discard(known)
+        return found
+
+
+# -- The index of a dataset's identities: in which shard and row an image with an identity is.
+#
+# ``identities/index.json`` names a folder ``identities/<fingerprint>/``, in which ``shards.parquet`` lists the shards,
+# which are numbered in this order, with the rows of their row groups. ``<kind>/<number>.parquet`` is a partition: the
+# entries (hash, number of the shard, row in it) of all hashes that begin with the bits of its number, sorted by hash.
+# So a lookup reads the row groups that can have its hashes.
+#
+# Equal hashes are not proof: compare the identities of the row. An untrusted index can name wrong rows, but no files.
 
 FOLDER, DESCRIPTION, SHARDS = "identities", "index.json", "shards"
 FORMAT, VERSION = "identity-index", 1

@@ -22,10 +22,9 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from reinforce.labels.identities import DIGEST, KEY, KINDS, Identity, hash_text
-from reinforce.labels.index import IdentityIndex
-from reinforce.labels.interface import ABSENT, AMBIGUOUS, BROKEN, OTHER_IMAGE, UNCONFIRMED, Wanted
-from teachers.published.family import JOINS
+from reinforce.labels.index import DIGEST, KEY, KINDS, Identity, IdentityIndex, hash_text
+from reinforce.labels.members import ABSENT, AMBIGUOUS, BROKEN, OTHER_IMAGE, UNCONFIRMED, Wanted
+from teachers.published import JOINS
 
 #: Kinds of which equal values are equal images.
 PROOFS = ("sha256", DIGEST)

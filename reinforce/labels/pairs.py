@@ -10,15 +10,23 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from reinforce.dataset.files.layer_file import LayerFile
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.aligned import layer_errors
+from reinforce.dataset.layer_file import LayerFile
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.reading.aligned import layer_errors
+from reinforce.dataset.store import Store
 from reinforce.errors import UserError
-from reinforce.labels.identities import COLUMNS, DIGEST, KEY, Identity, columns_of_identities, stated
-from reinforce.labels.index import IdentityIndex, cached_index
-from reinforce.labels.interface import ABSENT, OTHER_IMAGE
+from reinforce.labels.index import (
+    COLUMNS,
+    DIGEST,
+    KEY,
+    Identity,
+    IdentityIndex,
+    cached_index,
+    columns_of_identities,
+    stated,
+)
 from reinforce.labels.joining import IndexedRows, Joined, Joining, RowOf, Why, difference
+from reinforce.labels.members import ABSENT, OTHER_IMAGE
 
 _WITHOUT_IMAGES = ("uid", "sha256")  # kinds that a digest does not contradict
 _CACHED_GROUPS = 64  # row groups of identities

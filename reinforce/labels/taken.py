@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from reinforce.config import Augmentations, Config
-from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.layers import (
     REINFORCEMENTS,
@@ -19,11 +18,18 @@ from reinforce.dataset.layers import (
     mapping_at,
     model_of,
 )
-from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.images.policy import IMAGE_POLICIES, image_policy, is_image_policy
 from reinforce.terminal import escape
-from teachers.published.family import LabelCaptionerSpec, Labels, LabelTeacherSpec, Taken, crops_of
+from teachers.published import (
+    LabelCaptionerSpec,
+    Labels,
+    LabelTeacherSpec,
+    Taken,
+    crops_of,
+)
 from teachers.spec import ModelInfo
 
 _MAX_COUNT = 1000  # augmentation records of a sample

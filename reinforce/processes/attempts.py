@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -65,3 +67,23 @@ CLAIMS = Attempts(5)
 MAPPED_ITEMS = Attempts(3)
 #: S3 requests: botocore's attempts, with its own pauses, and s3fs's, each of which makes botocore's.
 BOTOCORE_REQUESTS, S3FS_REQUESTS = Attempts(4), Attempts(3)
+
+
+# -- An ordered map over threads or processes that runs ahead of its consumer within bounds.
+
+R = TypeVar("R")
+
+
+def prefetch(pool: Executor, function: Callable[[T], R], items: Iterable[T], window: int) -> Generator[R, None, None]:
+    """Yield ``function(item)`` in order, computed ahead of the consumer; at most ``window`` are pending."""
+    futures: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            futures.append(pool.submit(function, item))
+            while len(futures) > window:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        for future in futures:
+            future.cancel()

@@ -19,15 +19,15 @@ import pyarrow as pa
 import yaml
 
 import schemas
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.aligned import row_group_table, rows_of_shards
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import LABELS, MODEL_SECTIONS, SAMPLES, Layer, mapping_at
-from reinforce.dataset.manifest.manifest import read_manifest
-from reinforce.dataset.reading.row_counts import row_group_table, rows_of_shards
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.store import Store
 from reinforce.dataset.view import View, list_views, read_view
 from reinforce.errors import UserError
 from reinforce.labels.index import FOLDER, SHARDS, IdentityIndex, find_index
-from reinforce.markup import render_markdown
+from reinforce.reports import render_markdown
 from reinforce.storage import Storage
 from reinforce.terminal import escape, plural
 from schemas import IMAGE_DIGEST

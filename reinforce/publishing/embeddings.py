@@ -20,14 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforce.dataset import vectors
+from reinforce.dataset.aligned import row_errors
 from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
-from reinforce.dataset.reading.aligned import row_errors
-from reinforce.dataset.reading.dataset import Dataset
+from reinforce.dataset.reading import Dataset
 from reinforce.errors import UserError
-from reinforce.parallel.map_workers import open_workers
+from reinforce.processes.parallel import open_workers
 from reinforce.publishing.shards import ExportSource, check_output, record_export
-from reinforce.source.captions import parse_json
+from reinforce.source.samples import parse_json
 from reinforce.storage import Storage, as_seen_by_workers
 from reinforce.terminal import plural
 from schemas import TRUE_CAPTIONS

@@ -23,20 +23,29 @@ from torch.nn.functional import normalize
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.evaluator import Evaluator
-from reinforce.model_names import model_errors, short_name
+from reinforce.evaluation.model_names import model_errors, short_name
 from reinforce.shipping import tokens
-from reinforce.shipping.checks import HELD_OUT, Agreement, compare, compare_on_sets
-from reinforce.shipping.golden import GOLDEN, check_golden, write_golden
+from reinforce.shipping.checks import GOLDEN, HELD_OUT, Agreement, check_golden, compare, compare_on_sets, write_golden
 from reinforce.shipping.packages import TARGETS, load_target
-from reinforce.shipping.steps import step, step_screen
-from reinforce.shipping.targets.base import BOTH, IMAGE, ExportOptions, Run, Target, size_of
-from reinforce.shipping.towers import Tower, reparameterize, split_towers
+from reinforce.shipping.targets.base import (
+    BOTH,
+    IMAGE,
+    ExportOptions,
+    Run,
+    Target,
+    Tower,
+    reparameterize,
+    size_of,
+    split_towers,
+    step,
+    step_screen,
+)
 from reinforce.storage import Storage
 from reinforce.terminal import format_bytes
-from teachers.backbones.folder import load_network
+from teachers.backbones import load_network
 from teachers.open_clip.teacher import image_spec, load_model, model_name
 from teachers.open_clip.text import Tokenizer
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec, TeacherSpec
 

@@ -6,12 +6,18 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from reinforce.input_config import Input
-from reinforce.source.captions import captions_of
-from reinforce.source.formats.base import Shard
-from reinforce.source.formats.recognise import find_format
-from reinforce.source.linked_images.places import Places
-from reinforce.source.samples import Item, RawSample, ReadBudget, Refusal, UnreadSample, refusing_absent
+from reinforce.source.config import Input
+from reinforce.source.formats.base import Shard, find_format
+from reinforce.source.linked_images import Places
+from reinforce.source.samples import (
+    Item,
+    RawSample,
+    ReadBudget,
+    Refusal,
+    UnreadSample,
+    captions_of,
+    refusing_absent,
+)
 
 _MOST_CAPTIONS = 64  # of a sample, as in the config
 _FIRST_ROWS = 8

@@ -16,8 +16,14 @@ import torch
 from reinforce.errors import UserError
 from reinforce.student.config import BatchNorm, Quantize
 from reinforce.student.config import Student as StudentSpec
-from reinforce.student.layers.pointwise import avoid_faulty_convolutions
-from reinforce.student.layers.quantize import can_quantize, freeze_batch_norms, merge, quantize, round_in_eval
+from reinforce.student.layers import (
+    avoid_faulty_convolutions,
+    can_quantize,
+    freeze_batch_norms,
+    merge,
+    quantize,
+    round_in_eval,
+)
 from reinforce.student.loss import Form
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from reinforce.student.terms.base import unit
@@ -36,13 +42,13 @@ from reinforce.student.towers import (
     tower_of,
 )
 from reinforce.training.task import Batch, Encoded
-from teachers.backbones.building import Backbone, build_backbone
+from teachers.backbones import Backbone, build_backbone
 from teachers.open_clip import catalog
 from teachers.open_clip.building import write_open_clip
 from teachers.open_clip.family import OpenClipOptions, stated_preprocess
 from teachers.open_clip.released import MIXER
 from teachers.open_clip.teacher import FUSED, image_spec, load_model, model_name, random_model
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.runtime.determinism import seeded
 from teachers.spec import ModelSpec
@@ -121,7 +127,7 @@ class Student(torch.nn.Module):
         return Encoded({**features, **self.terms.projections(features, self.heads)}, losses, scalars)
 
     def quantize(self, kind: Quantize) -> None:
-        """Train with rounded values from now on; see ``reinforce.student.layers.quantize``."""
+        """Train with rounded values from now on; see ``reinforce.student.layers``."""
         quantize(self.clip, kind)
         self.quantized = kind
         self.train(self.training)

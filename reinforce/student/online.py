@@ -6,18 +6,31 @@ They get the augmentations and texts that the stored teachers got, so the target
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn.functional import normalize
 
+from reinforce.dataset.codecs import codebooks
+from reinforce.dataset.codecs.plain import DEVIATION, MEAN
+from reinforce.dataset.kinds.patches import patches_layer
 from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.targets import TargetEncoder
+from reinforce.dataset.layers import TargetEncoder
 from reinforce.errors import UserError
 from reinforce.evaluation.encoding import encode_texts
-from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo
+from reinforce.student.config import Data
+from reinforce.student.data.datasets import open_datasets
+from reinforce.student.data.examples import Example
+from reinforce.student.data.stream import PartMaker, StreamedDataset
+from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo, same_model
+from reinforce.student.terms.base import Tensors
+from reinforce.student.terms.moments import Fit, Moments
+from reinforce.training.order import GroupChunk
 from reinforce.training.task import Batch
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec, Teacher
 from teachers.registry import load_model
 from teachers.runtime import determinism
@@ -95,3 +108,135 @@ def _encode(encode: Callable[[torch.Tensor], torch.Tensor], spec: ImageSpec, cro
     # Each part is copied: the teacher may reuse its memory in the next call.
     parts = [encode(to_pixels(part, spec)).clone() for part in crops.split(_MAX_BATCH)]
     return torch.cat(parts).float()  # a new tensor: parts may be inference tensors, which autograd refuses
+
+
+# -- The first targets of a training run, to which the statistics of standardised ones are fitted.
+#
+# They are those of the first examples of the datasets, in the order of their files, as a training run takes them: one
+# augmentation of each image, the texts that are read, and of each teacher its vectors of the images, of the true
+# captions and of the synthetic ones, or its patches. Stored targets are read and online ones computed, of the same
+# examples.
+
+_LOG = logging.getLogger(__name__)
+_VECTORS, _GRIDS = 4096, 1024  # examples
+_AT_ONCE = 64
+
+#: The targets of a teacher of some examples of a dataset, by what they are of.
+_TargetsOf: TypeAlias = Callable[[StreamedDataset, Sequence[Example]], Tensors]
+
+
+def stored_moments(data: Data, seed: int, teacher: str) -> dict[str, Moments]:
+    """The moments of a teacher's stored vectors by what they are of. Raises UserError."""
+
+    def read(dataset: StreamedDataset, examples: Sequence[Example]) -> Tensors:
+        columns = zip(*(example.targets for example in examples), strict=True)
+        return {
+            target.name: torch.stack([torch.from_numpy(one) for one in column])
+            for target, column in zip(dataset.targets, columns, strict=True)
+        }
+
+    datasets = [one.without_images() for one in open_datasets(data, seed, {"teachers": [teacher]})]
+    return _fit(datasets, teacher, read, _VECTORS)
+
+
+def online_moments(data: Data, seed: int, name: str, teacher: Teacher, device: str) -> dict[str, Moments]:
+    """The moments of the vectors that a loaded teacher gives, by what they are of. Raises UserError."""
+    datasets = open_datasets(data, seed, {"teachers": []})
+    return _fit(datasets, name, _Online(datasets, name, device, {name: teacher}), _VECTORS)
+
+
+def patch_moments(
+    data: Data,
+    seed: int,
+    name: str,
+    encoder: TargetEncoder,
+    spec: TeacherSpec,
+    manifests: Mapping[str, Mapping[str, Any]],
+    device: str,
+) -> dict[str, Moments]:
+    """The moments of the patches of a loaded teacher: those of the codebooks of the datasets, if they have one and the
+    same for this model, so that online targets equal the stored ones, or else those of the first grids.
+
+    Raises UserError.
+    """
+    places = [codebook_of_patches(url, manifest, name, spec) for url, manifest in manifests.items()]
+    if places and None not in places and len({place and place.digest for place in places}) == 1:
+        assert places[0] is not None
+        arrays = codebooks.load(places[0]).arrays
+        if len(arrays[MEAN]) == encoder.entry["dim"]:
+            return {encoder.name: Moments(*(torch.from_numpy(arrays[key].copy()) for key in (MEAN, DEVIATION)))}
+    datasets = open_datasets(data, seed, {"teachers": []})
+    return _fit(datasets, name, _Online(datasets, name, device, others=[(name, encoder)]), _GRIDS)
+
+
+def codebook_of_patches(url: str, manifest: Mapping[str, Any], name: str, spec: TeacherSpec) -> codebooks.Place | None:
+    """The codebook of a teacher's patches in a dataset; None if there is none, or it is of another model."""
+    layer = patches_layer(name)
+    digest = (manifest["layers"].get(layer, {}).get("codebook") or {}).get("digest")
+    if digest is None or not same_model(manifest["teachers"].get(name, {}), spec):
+        return None
+    return codebooks.Place(url, layer, digest)
+
+
+class _Online:
+    """Computes the targets of a teacher, from the crops and texts that it gets in a training run."""
+
+    def __init__(
+        self,
+        datasets: Sequence[StreamedDataset],
+        name: str,
+        device: str,
+        teachers: Mapping[str, Teacher] | None = None,
+        others: Sequence[tuple[str, TargetEncoder]] = (),
+    ) -> None:
+        self._name, self._device, self._teachers, self._others = name, device, teachers or {}, others
+        crop = max(dataset.size for dataset in datasets)
+        self._maker = PartMaker(0, (), lambda texts: torch.empty(len(texts), 0), crop)
+
+    def __call__(self, dataset: StreamedDataset, examples: Sequence[Example]) -> Tensors:
+        part = self._maker.make([*examples], self._maker.allocate(len(examples)), Counter())
+        assert part.buffers is not None
+        crops = part.buffers.crop.to(self._device)
+        kinds = zip(dataset.spec.kinds, zip(*part.texts, strict=True), strict=False)
+        texts = {kind: [*of_kind] for kind, of_kind in kinds}
+        batch = {"image": crops, "crops": {self._name: crops}, "texts": texts}
+        found: Tensors = add_targets(batch, self._teachers, self._others)["targets"][self._name]
+        return found
+
+
+def _fit(datasets: Sequence[StreamedDataset], teacher: str, targets_of: _TargetsOf, count: int) -> dict[str, Moments]:
+    """The moments of a teacher's targets of the first examples, by what they are of. Raises UserError."""
+    _LOG.info("teacher %s: fitting means and deviations to its targets of the first %d examples", teacher, count)
+    fits: dict[str, Fit] = {}
+    for dataset, examples in _first_examples(datasets, count):
+        for what, values in targets_of(dataset, examples).items():
+            fits.setdefault(what, Fit()).add(values)
+    urls = " and ".join(dataset.url for dataset in datasets)
+    if not fits:
+        raise UserError(f"{urls}: none of the first samples can be used. {datasets[0].hint(())}")
+    found = {}
+    for what, one in fits.items():
+        try:
+            found[what] = one.moments()
+        except ValueError as error:
+            raise UserError(
+                f"teacher {teacher}: of its first targets of {what} in {urls}, {error}. Look at the datasets, and at "
+                "the teacher."
+            ) from None
+    return found
+
+
+def _first_examples(datasets: Sequence[StreamedDataset], count: int) -> Iterator[tuple[StreamedDataset, list[Example]]]:
+    """About ``count`` examples of epoch 0 in the order of the files, a few at a time; of each dataset by its weight."""
+    total = sum(dataset.weight for dataset in datasets)
+    for dataset in datasets:
+        left = math.ceil(count * dataset.weight / total)
+        for group, rows in enumerate(dataset.groups[:, 2].tolist()):
+            for first in range(0, rows, _AT_ONCE):
+                if left <= 0:
+                    break
+                loaded = dataset.load(GroupChunk(group, first, min(first + _AT_ONCE, rows)), 0, keep=True).rows
+                examples = [example for example in loaded if example is not None][:left]
+                left -= len(examples)
+                if examples:
+                    yield dataset, examples

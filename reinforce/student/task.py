@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from reinforce.dataset.augment.device import augment
-from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import target_sections
-from reinforce.dataset.manifest.manifest import read_manifest
-from reinforce.dataset.targets import TargetEncoder
+from reinforce.dataset.layers import TargetEncoder
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.store import Store
 from reinforce.evaluation.evaluator import Evaluator
+from reinforce.images.device import augment
 from reinforce.processes.cores import available_cores
 from reinforce.student import online
 from reinforce.student.config import QUANTIZE_SHARE, StudentConfig
-from reinforce.student.first_targets import online_moments, patch_moments, stored_moments
-from reinforce.student.layers.quantize import batch_norms
+from reinforce.student.layers import batch_norms
 from reinforce.student.model import Student, build_student, export, load_tokenizer
+from reinforce.student.online import online_moments, patch_moments, stored_moments
 from reinforce.student.teachers import (
     CAPTION,
     IMAGE,
@@ -36,8 +36,8 @@ from reinforce.student.terms.moments import Moments
 from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.student.towers import Tower
 from reinforce.terminal import plural
-from reinforce.training.distributed import gather
-from reinforce.training.distributed.ranks import share_from_first
+from reinforce.training import gather
+from reinforce.training.ranks import share_from_first
 from reinforce.training.task import Batch, Encoded, Metrics, Task
 from teachers.protocols import Teacher
 from teachers.runtime.accelerator import Accelerator

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from reinforce.dataset.kinds.registry import kind_of, owner_of
 from reinforce.dataset.layers import embeddings_layer, model_of
-from reinforce.dataset.manifest.manifest import select_names
+from reinforce.dataset.manifest import select_names
 from reinforce.errors import UserError
 from reinforce.student.config import Data, StudentConfig
 from teachers.open_clip.family import model_identity

@@ -16,9 +16,9 @@ from timm.models import group_parameters
 
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.config import TextTower
+from teachers.image_encoder import encoder_of_model
 from teachers.open_clip import catalog
 from teachers.open_clip.teacher import image_spec, model_name, random_model
-from teachers.patches.encoder import encoder_of_model
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec

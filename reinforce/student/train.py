@@ -14,10 +14,10 @@ from reinforce.student.config import StudentConfig
 from reinforce.student.data.feed import StudentFeed
 from reinforce.student.task import BATCH_NORM, StudentTask
 from reinforce.student.towers import has_weights
-from reinforce.training.job import Job, make_job
+from reinforce.training.config import Job, make_job
 from reinforce.training.launch import launch, runs_on_ray
-from reinforce.training.record.results import Results
-from reinforce.training.record.trackers import check_trackers
+from reinforce.training.log import check_trackers
+from reinforce.training.results import Results
 from teachers.open_clip.catalog import DEFAULT_PREPROCESS
 from teachers.open_clip.family import stated_preprocess
 from teachers.open_clip.text import Tokenizer
@@ -33,8 +33,8 @@ def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str |
 
     ``config`` is a StudentConfig, the path of a YAML file, or a dict of its content. Runs in this process, under
     torchrun as one of its ranks, or, with ``train.compute.ranks`` above 1 or an ``address`` (or RAY_ADDRESS), on Ray
-    Train. Raises UserError for errors that the user can fix, and ``reinforce.training.stop.Stopped`` after a signal,
-    when a checkpoint has been written.
+    Train. Raises UserError for errors that the user can fix, and ``reinforce.processes.signals.Stopped`` after a
+    signal, when a checkpoint has been written.
     """
     config = settings.as_config(StudentConfig, config)
     Storage(config.output).check_writable()

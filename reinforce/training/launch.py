@@ -6,13 +6,13 @@ import contextlib
 import os
 from dataclasses import replace
 
-from reinforce.processes.fast_paths import use_accelerator
+from reinforce.processes.signals import StopSignal
+from reinforce.settings import use_accelerator
 from reinforce.storage import Storage
-from reinforce.training.distributed.ranks import join_ranks, under_torchrun
-from reinforce.training.job import Job
+from reinforce.training.config import Job
 from reinforce.training.loop import run_rank
-from reinforce.training.record.results import Results
-from reinforce.training.stop import StopSignal
+from reinforce.training.ranks import join_ranks, under_torchrun
+from reinforce.training.results import Results
 from reinforce.training.task import Build
 
 

@@ -2,7 +2,7 @@
 
 Each of the steps 0 .. ``steps`` - 1 takes a global batch of ``train.batch`` samples, ``train.batch / ranks`` per rank:
 
-1. set the learning rate of the step (`reinforce.training.optimizer.learning_rate`);
+1. set the learning rate of the step (`reinforce.training.checkpoints.learning_rate`);
 2. compute losses and gradients of the rank's batch (`reinforce.training.step`); random numbers are seeded from
    (seed, step, rank, microbatch), and DistributedDataParallel averages the gradients over the ranks;
 3. fetch the next batch while the device computes;
@@ -10,7 +10,7 @@ Each of the steps 0 .. ``steps`` - 1 takes a global batch of ``train.batch`` sam
    finite; clamp logit scales to [1, 100]; update the moving average of the weights.
 
 Every ``checkpoints.every`` steps, before an evaluation, after a signal and at the end, rank 0 saves a checkpoint, while
-the training run continues (`reinforce.training.saving`). A training run that is started again resumes from the
+the training run continues (`reinforce.training.checkpoints`). A training run that is started again resumes from the
 last checkpoint with the same batches, random numbers and weights, so its curve is the one of an uninterrupted training,
 bit for bit.
 """
@@ -30,36 +30,36 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.processes.cores import arithmetic_threads, loader_processes
-from reinforce.processes.fast_paths import use_accelerator
-from reinforce.seeds import seed_for
+from reinforce.processes.signals import Stopped, StopSignal
+from reinforce.settings import use_accelerator
 from reinforce.storage import Storage
 from reinforce.terminal import Screen, plural
-from reinforce.training.distributed import gather
-from reinforce.training.distributed.batch_norms import synchronize_batch_norms
-from reinforce.training.distributed.ranks import Ranks, check_output_is_shared, wrap_ddp
-from reinforce.training.job import Job, total_steps
-from reinforce.training.optimizer import learning_rate, make_adamw
-from reinforce.training.order import ORDER
-from reinforce.training.record.evaluations import Evaluations, OnEvaluation
-from reinforce.training.record.log import Log, Throughput, format_row
-from reinforce.training.record.log import notes as log_notes
-from reinforce.training.record.profile import StepProfiler
-from reinforce.training.record.results import Results, read_results
-from reinforce.training.record.trackers import open_trackers
-from reinforce.training.saving import (
+from reinforce.training import gather
+from reinforce.training.batch_norms import synchronize_batch_norms
+from reinforce.training.checkpoints import (
     Checkpoints,
     CheckpointWriter,
     DamagedCheckpoint,
     Progress,
+    State,
     check_resumable,
+    check_skipped,
     describe_differences,
     describe_length,
+    learning_rate,
+    make_adamw,
+    make_average,
 )
-from reinforce.training.state import State, check_skipped, make_average
+from reinforce.training.config import Job, total_steps
+from reinforce.training.log import Log, Throughput, format_row, open_trackers
+from reinforce.training.log import notes as log_notes
+from reinforce.training.order import ORDER
+from reinforce.training.ranks import Ranks, check_output_is_shared, wrap_ddp
+from reinforce.training.results import Evaluations, OnEvaluation, Results, StepProfiler, read_results
 from reinforce.training.step import Prefetcher, StepOutput, backpropagate, describe_failure
-from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Begun, Build, Feed, Task
 from reinforce.training.trials import Trials, compile_model
+from schemas.seeds import seed_for
 from teachers.fast_paths.recompilation import Compiler
 from teachers.fast_paths.usage import snapshot, total
 

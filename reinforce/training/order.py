@@ -17,7 +17,7 @@ A rank's batch has the samples of its streams one after the other, see ``places`
 distinct within a batch where there are enough usable rows. Since version 3, the order of rows within a batch does not
 depend on the number of loader processes; before, streams were in the order of the processes that read them.
 
-All shuffles are permutations seeded from (seed, dataset, purpose, epoch, stream), see ``reinforce.seeds``.
+All shuffles are permutations seeded from (seed, dataset, purpose, epoch, stream), see ``schemas.seeds``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reinforce.seeds import Ints, permutation
+from schemas.seeds import Ints, permutation
 
 #: Version of the order of samples of new trainings.
 ORDER = 3

@@ -1,43 +1,313 @@
-"""Training runs on Ray Train, which starts and restarts the ranks; the loop does everything else."""
+"""The hosts of a training run on Ray: which of them are lost, and when the training run ends for it.
+
+Ray reports a silent host as dead after about a minute. Ray Train then restarts all ranks, and waits without a limit
+where the hosts that are left cannot hold them. A host may be lost before its rank has started, so all hosts that were
+alive when the training run began are watched.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
+import socket
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 import ray.train.torch
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from reinforce.cluster import live_resources, ray_cluster
-from reinforce.errors import UserError
+from reinforce.errors import HostLost, RayEnded, UserError
+from reinforce.processes.cluster import (
+    ControlWatch,
+    has_autoscaler,
+    kill_with_placement_groups,
+    live_resources,
+    ray_cluster,
+)
 from reinforce.processes.cores import capacity, cores_per_process, default_gpus, describe_share
 from reinforce.processes.imports import no_garbage_collection
+from reinforce.processes.signals import Stopped, StopSignal
 from reinforce.storage import Storage
 from reinforce.terminal import Screen, plural
-from reinforce.training.config import Compute
-from reinforce.training.distributed.host_watch import RankHost, live_hosts
-from reinforce.training.distributed.mailbox import Mailbox
-from reinforce.training.distributed.network import use_interface_of
-from reinforce.training.distributed.rank_watch import TIMEOUT
-from reinforce.training.distributed.ranks import join_ranks
-from reinforce.training.distributed.supervisor import Supervisor
-from reinforce.training.job import Job
+from reinforce.training.config import Compute, Job
 from reinforce.training.loop import run_rank
-from reinforce.training.record.results import Results, read_results
-from reinforce.training.stop import Stopped, StopSignal
+from reinforce.training.mailbox import Mailbox
+from reinforce.training.ranks import TIMEOUT, join_ranks, use_interface_of
+from reinforce.training.results import Results, read_results
 from reinforce.training.task import Build
 from teachers.runtime import determinism
 
+_INTERVAL = 2.0  # seconds between two questions to Ray
+#: Seconds from the loss of a host until the training run ends, if the other hosts cannot hold its ranks by then.
+_RETURN_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class RankHost:
+    """A host on which a rank runs or may run: Ray's id of the node, and the name and address of the host."""
+
+    node: str
+    name: str
+    address: str
+
+    @classmethod
+    def here(cls) -> RankHost:
+        node = ray.get_runtime_context().get_node_id()
+        return cls(node, socket.gethostname(), ray.util.get_node_ip_address())
+
+
+def live_hosts(nodes: Iterable[Mapping[str, Any]]) -> dict[str, RankHost]:
+    """The hosts of those of Ray's ``nodes`` that are alive, by the ids of the nodes."""
+    hosts = (
+        RankHost(node["NodeID"], node["NodeManagerHostname"], node["NodeManagerAddress"])
+        for node in nodes
+        if node["Alive"]
+    )
+    return {host.node: host for host in hosts}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Ray's report: hosts whose nodes are dead, with their ranks, and the number of ranks that live nodes can hold.
+
+    ``grows`` is whether an autoscaler may add nodes.
+    """
+
+    lost: Mapping[RankHost, tuple[int, ...]] = field(default_factory=dict)
+    places: int = 0
+    grows: bool = False
+
+
+def find_lost(
+    known: Iterable[RankHost], ranks: Mapping[int, RankHost], live: Collection[str], fit: bool
+) -> dict[RankHost, tuple[int, ...]]:
+    """Return the lost hosts with their ranks: those of ``ranks``, and others that were ``known`` if the ranks do not
+    ``fit`` on the nodes in ``live``."""
+    lost: dict[RankHost, tuple[int, ...]] = {}
+    for rank, host in sorted(ranks.items()):
+        if host.node not in live:
+            lost[host] = (*lost.get(host, ()), rank)
+    named = {host.node for host in lost}
+    others = () if fit else (host for host in known if host.node not in live and host.node not in named)
+    return lost | dict.fromkeys(others, ())
+
+
+class LostHosts:
+    """Decides from what Ray reports when a training run ends because of lost hosts; pure."""
+
+    def __init__(self, ranks: int, cpus: float, gpus: float) -> None:
+        self._ranks, self._share = ranks, describe_share(cpus, gpus)
+        self._since: float | None = None
+        self.cluster = Cluster()
+
+    def update(self, cluster: Cluster, now: float) -> str | None:
+        """Take what Ray reports; returns a line for the log when hosts have been lost since the last call."""
+        before, self.cluster = self.cluster.lost, cluster
+        fresh = {host: ranks for host, ranks in cluster.lost.items() if host not in before}
+        if not cluster.lost:
+            self._since = None
+        elif self._since is None or fresh:
+            self._since = now
+        return f"{_names(fresh)} lost; the ranks restart once the other hosts can hold them" if fresh else None
+
+    def error(self, now: float, failed: bool = False) -> str | None:
+        """The error that ends the training run; None while it may go on. ``failed`` if Ray Train has given up."""
+        if self._since is None:
+            return None
+        lost, fits = _names(self.cluster.lost), self.cluster.places >= self._ranks
+        if fits:
+            advice = "after train.retries restarts. Check the hosts"
+        else:
+            advice = (
+                f"and the other hosts can hold {self.cluster.places} of {self._ranks} ranks with {self._share} "
+                "each. Bring back what is lost, or set train.compute.ranks to fit"
+            )
+            failed = failed or (not self.cluster.grows and now - self._since >= _RETURN_SECONDS)
+        again = "run the same command again, which resumes from the last checkpoint"
+        return f"{lost} lost, {advice}; then {again}." if failed else None
+
+
+def _names(lost: Mapping[RankHost, tuple[int, ...]]) -> str:
+    """The hosts, with a verb."""
+    names = []
+    for host, ranks in lost.items():
+        names.append(f"{host.name} ({', '.join([host.address, *(f'rank {rank}' for rank in ranks)])})")
+    return f"host{'s' * (len(names) != 1)} {' and '.join(names)} {'was' if len(names) == 1 else 'were'}"
+
+
+class HostWatch:
+    """Asks Ray for its nodes every few seconds, in a thread, because the answer may take a minute."""
+
+    def __init__(self, mailbox: Any, known: Mapping[str, RankHost], ranks: int, cpus: float, gpus: float) -> None:
+        """``known`` are the hosts that were alive when the places on them were counted, by their nodes."""
+        self._mailbox, self._ranks, self._cpus, self._gpus = mailbox, ranks, cpus, gpus
+        self._known = {**known}
+        self._hosts = LostHosts(ranks, cpus, gpus)
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._lines: list[str] = []
+        threading.Thread(target=self._watch, daemon=True, name="host watch").start()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    @property
+    def any_lost(self) -> bool:
+        """Whether a host is lost on which ranks run, or ran last, or without which they have no place."""
+        return bool(self._hosts.cluster.lost)
+
+    def lines(self) -> list[str]:
+        """Lines for the log that are new since the last call."""
+        with self._lock:
+            lines, self._lines = self._lines, []
+        return lines
+
+    def error(self, failed: bool = False) -> str | None:
+        """The error that ends the training run, None while it may go on; with ``failed`` see ``LostHosts.error``."""
+        if failed:
+            with contextlib.suppress(RayError):
+                self._look()
+        with self._lock:
+            return self._hosts.error(time.monotonic(), failed)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_INTERVAL):
+            with contextlib.suppress(RayError, RuntimeError, OSError):  # Ray is being shut down
+                self._look()
+
+    def _look(self) -> None:
+        ranks: dict[int, RankHost] = ray.get(self._mailbox.rank_hosts.remote())
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        live = live_hosts(nodes)
+        self._known |= live
+        places = capacity([node["Resources"] for node in nodes], self._cpus, self._gpus)
+        lost = find_lost(self._known.values(), ranks, live, places >= self._ranks)
+        found = Cluster(lost, places, bool(lost) and has_autoscaler())
+        with self._lock:
+            if line := self._hosts.update(found, time.monotonic()):
+                self._lines.append(line)
+
+
+# -- The driver's side of a training run on Ray: it shows the ranks' logs, forwards signals, and ends what cannot
+# continue.
+
 _TICK = 0.2
+_WAITING_SECONDS = 30.0  # between messages while the cluster is too small
+_RECEIPT_SECONDS = 30.0  # from a signal until a rank has received it; later, none runs
+#: From SIGINT and other signals until the step and its checkpoint are finished. Whoever sends SIGTERM ends the machine
+#: soon after, so what takes longer is left to the last checkpoint. A second SIGINT ends the training run at once.
+_STOP_SECONDS, _TERMINATION_SECONDS = 600.0, 45.0
+_CONTROL_SECONDS = 20.0  # without Ray's control service; Ray itself ends this process after 60
+
+
+class Supervisor:
+    """Runs Ray Train in a thread, because the main thread handles signals."""
+
+    def __init__(self, mailbox: Any, hosts: Mapping[str, RankHost], ranks: int, cpus: float, gpus: float) -> None:
+        """``hosts`` are those that were alive when the places on them were counted, by their nodes."""
+        self._mailbox, self._ranks, self._share = mailbox, ranks, describe_share(cpus, gpus)
+        self._hosts = HostWatch(mailbox, hosts, ranks, cpus, gpus)
+        self._control, self._control_lost = ControlWatch(), 0.0
+        self._stop, self._stopped_at, self._received = StopSignal(), 0.0, False
+        self._waiting, self._started = time.monotonic(), False
+        self._errors: list[Exception] = []
+
+    def run(self, fit: Callable[[], Any]) -> None:
+        """Call ``fit`` and wait for its end.
+
+        Raises the error of ``fit``; Stopped after a signal; HostLost if a host was lost and the others cannot hold its
+        ranks; RayEnded if Ray's control service has ended; and UserError for one that the ranks report.
+        """
+        thread = threading.Thread(target=self._call, args=(fit,), daemon=True)
+        try:
+            with self._stop.handle_signals(), Screen() as screen:
+                thread.start()
+                while thread.is_alive():
+                    thread.join(_TICK)
+                    self._show(screen)
+                    if thread.is_alive():
+                        self._check()
+            self._raise_outcome()
+        finally:
+            self._hosts.close()
+            self._control.close()
+            self._end(thread.is_alive())
+
+    def _call(self, fit: Callable[[], Any]) -> None:
+        try:
+            fit()
+        except Exception as error:
+            self._errors.append(error)
+
+    def _show(self, screen: Screen) -> None:
+        """Show what the ranks have sent since the last call, and what the driver waits for."""
+        lines, bar, starts = ray.get(self._mailbox.read_screen.remote())
+        for line in [*lines, *self._hosts.lines()]:
+            screen.log(line)
+        if bar is not None:
+            screen.draw(*bar)
+        now, self._started = time.monotonic(), starts > 0
+        if (not starts or self._hosts.any_lost) and now - self._waiting > _WAITING_SECONDS:
+            self._waiting = now
+            screen.log(f"waiting until the cluster can hold {self._ranks} ranks with {self._share} each")
+
+    def _check(self) -> None:
+        """Raise what ends the training run before Ray Train does."""
+        now = time.monotonic()
+        if error := self._hosts.error():
+            raise HostLost(error)
+        self._control_lost = 0.0 if self._control.is_alive() else self._control_lost or now
+        if self._control_lost and now - self._control_lost > _CONTROL_SECONDS:
+            raise RayEnded(
+                "Ray's control service ended before the training did: its process (gcs_server) was killed, perhaps for "
+                "lack of memory, or crashed. Run the same command again, which resumes from the last checkpoint."
+            )
+        if not self._stop.signum:
+            return
+        if not self._stopped_at:
+            self._stopped_at = now
+            self._mailbox.request_stop.remote(self._stop.signum)
+        self._received = self._received or ray.get(self._mailbox.stop_received.remote())
+        limit = _RECEIPT_SECONDS
+        if self._received:
+            limit = _TERMINATION_SECONDS if self._stop.signum == signal.SIGTERM else _STOP_SECONDS
+        if not self._started or self._hosts.any_lost or now - self._stopped_at > limit:
+            raise Stopped(self._stop.signum)  # no rank can stop by itself
+
+    def _raise_outcome(self) -> None:
+        """Raise what the ranks, or else Ray Train, report as the end."""
+        user_errors, signum = ray.get(self._mailbox.outcome.remote())
+        if user_errors:
+            raise UserError(user_errors[min(user_errors)])
+        if signum:
+            raise Stopped(signum)
+        if self._errors:
+            lost = self._hosts.error(failed=True)
+            raise self._errors[0] if lost is None else HostLost(lost) from self._errors[0]
+
+    def _end(self, running: bool) -> None:
+        """End Ray Train's controller and its ranks if they run, and the mailbox, which has a reference to it."""
+        if self._control_lost:
+            return  # requests to it would wait
+        with contextlib.suppress(RayError):
+            controller = ray.get(self._mailbox.close.remote())
+            if running and controller is not None:
+                kill_with_placement_groups(controller)
+            ray.kill(self._mailbox)
+
+
+# -- Training runs on Ray Train, which starts and restarts the ranks; the loop does everything else.
+
 #: Callbacks of Ray Train that are not used. The cleaner is for long-lived drivers, and without a dashboard it delays
 #: the end by 10 s. The others, of several versions, start an actor for Ray Data and import that in each rank.
 _UNUSED_CALLBACKS = {"PlacementGroupCleanerCallback", "DatasetsCallback", "DatasetsSetupCallback"}

@@ -16,8 +16,7 @@ import torch
 from reinforce.training.config import Compute
 from reinforce.training.task import Batch, Encoded, Task
 from teachers.runtime import determinism
-from teachers.runtime.accelerator import Accelerator
-from teachers.runtime.memory import is_out_of_memory
+from teachers.runtime.accelerator import Accelerator, is_out_of_memory
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,17 @@ from typing import Any, Literal
 import torch
 
 from reinforce.errors import UserError
+from reinforce.training import gather
+from reinforce.training.checkpoints import State
 from reinforce.training.config import Compute
-from reinforce.training.distributed import gather
-from reinforce.training.distributed.ranks import Ranks
-from reinforce.training.state import State
+from reinforce.training.ranks import Ranks
 from reinforce.training.step import StepOutput, backpropagate, slice_batch
 from reinforce.training.task import Batch, Task
 from teachers.fast_paths.recompilation import Compiler, many_shapes
 from teachers.fast_paths.usage import enabled, loading
+from teachers.runtime.accelerator import forget_frames, is_out_of_memory, release_cache
 from teachers.runtime.determinism import is_without_engine
 from teachers.runtime.flops import count_flops
-from teachers.runtime.memory import forget_frames, is_out_of_memory, release_cache
 
 #: Share of an accelerator's memory that a trial leaves to the next batch, to communication and to fragmentation.
 _RESERVE = 0.06

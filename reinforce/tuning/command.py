@@ -10,31 +10,39 @@ from typing import Any
 
 import ray
 
-from reinforce.cluster import ray_cluster
-from reinforce.dataset.files.store import Store
-from reinforce.dataset.manifest.manifest import read_manifest, record_scales, write_manifest
+from reinforce.dataset.manifest import read_manifest, record_scales, write_manifest
+from reinforce.dataset.store import Store
 from reinforce.errors import UserError
+from reinforce.processes.cluster import ray_cluster
 from reinforce.student.teachers import IMAGES, TEXTS, stored_teachers
 from reinforce.student.terms.pairs import find_scales
 from reinforce.student.train import build
 from reinforce.terminal import Screen, format_duration
-from reinforce.training.job import total_steps
-from reinforce.tuning import plot
-from reinforce.tuning.config import TuneConfig
-from reinforce.tuning.results import Curve, Row, ScreeningCheck, best_row, check_screening, make_curves, make_rows
-from reinforce.tuning.screening import TeacherScreening, screen
-from reinforce.tuning.search import Search
-from reinforce.tuning.space import (
+from reinforce.training.config import total_steps
+from reinforce.tuning import results as plot
+from reinforce.tuning.config import (
     JOINT,
     LAMBDA,
     BaseStudent,
     Setting,
     Trial,
+    TuneConfig,
     lambda_settings,
     render_student_yaml,
     scale_settings,
 )
-from reinforce.tuning.trials import Outcome
+from reinforce.tuning.results import (
+    Curve,
+    Outcome,
+    Row,
+    ScreeningCheck,
+    best_row,
+    check_screening,
+    make_curves,
+    make_rows,
+)
+from reinforce.tuning.screening import TeacherScreening, screen
+from reinforce.tuning.search import Search
 from teachers.redact import redact
 from teachers.runtime.accelerator import Accelerator
 
@@ -181,7 +189,7 @@ def screen_only(config: TuneConfig) -> dict[str, TeacherScreening]:
 def tune(config: TuneConfig, address: str | None = None) -> TuningResult:
     """Run the trials that are not finished yet, and write the results.
 
-    Raises UserError for what the user can fix, ``reinforce.training.stop.Stopped`` after a signal.
+    Raises UserError for what the user can fix, ``reinforce.processes.signals.Stopped`` after a signal.
     """
     checked = check_config(config)
     store = Store(config.output)

@@ -20,22 +20,21 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from reinforce.cluster import live_resources
 from reinforce.errors import UserError
+from reinforce.processes.cluster import live_resources
 from reinforce.processes.cores import capacity
-from reinforce.processes.fast_paths import with_accelerator
+from reinforce.processes.signals import Stopped, StopSignal
+from reinforce.settings import with_accelerator
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import build, student_job
 from reinforce.terminal import Screen, plural
 from reinforce.training.config import Compute
-from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.loop import run_rank
+from reinforce.training.ranks import join_ranks
 from reinforce.training.ray_train import Reserved, check_capacity, reserve
-from reinforce.training.stop import Stopped, StopSignal
-from reinforce.tuning.config import TuneConfig
-from reinforce.tuning.space import Trial
-from reinforce.tuning.trials import Outcome, begin_trial, mark_stopped, read_outcome
+from reinforce.tuning.config import Trial, TuneConfig
+from reinforce.tuning.results import Outcome, begin_trial, mark_stopped, read_outcome
 
 _RAY = ".ray"
 _LOCK_SECONDS = 60.0  # how long the trials of a killed search may keep their locks

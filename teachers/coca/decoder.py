@@ -1,23 +1,269 @@
-"""Incremental decoding of CoCa with cached keys and values of the text so far and of the image.
+"""CoCa's text towers at one position of each row, with attention over cached keys and values that the caller holds.
 
-At every step, open_clip's own forward pass runs both text towers over all tokens so far, projects the image tokens in
-each layer for every row, and returns the logits of every position. Here a step processes only the newest tokens, and
-the captions of an image share its keys and values. The class token, which open_clip appends after the last token, is
-left out, since no other token attends to it. For releases of open_clip whose text towers this code does not know, its
-own forward pass remains.
+Everything but attention uses the modules of open_clip's blocks, so activations, norms and layer scales are the model's
+own. Linear layers are built by ``Linear``. A block does not add its last output to the residual stream: the next block
+does, so that a compiled block adds and normalises in one kernel.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import open_clip
+import open_clip.transformer as towers
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from teachers.coca.network import CocaNetwork, check_decodable
-from teachers.decoding.rules import compact
+from teachers.decoding.sampling import compact
+from teachers.fast_paths.frozen import FrozenLinear
+from teachers.fast_paths.recompilation import Compiler
 from teachers.runtime.accelerator import Accelerator
+
+Tensor = torch.Tensor
+#: Weight [out, in] and bias -> module that computes ``x @ weight.T + bias``.
+Linear = Callable[[Tensor, Tensor | None], torch.nn.Module]
+
+
+def check_block(block: Any) -> None:
+    """Raise ValueError for a block that cannot be decoded token by token."""
+    attention = getattr(block, "attn", None)
+    known = torch.nn.MultiheadAttention, getattr(towers, "Attention", torch.nn.MultiheadAttention)
+    if not isinstance(attention, known) or getattr(attention, "in_proj_weight", None) is None:
+        raise ValueError(f"blocks of type {type(block).__name__} are unknown")
+    if getattr(attention, "logit_scale", None) is not None:
+        raise ValueError("`scaled_cosine_attn` is not supported, as in open_clip's own forward pass, which fails")
+
+
+class _Block(torch.nn.Module):
+    """Residual block without the projections of queries, keys and values."""
+
+    def __init__(self, block: Any, linear: Linear) -> None:
+        super().__init__()
+        attention, identity = block.attn, torch.nn.Identity()
+        self.heads = attention.num_heads
+        self.norm = block.ln_1
+        self.out = linear(attention.out_proj.weight, attention.out_proj.bias)
+        # norms and scales that only a CustomResidualAttentionBlock has
+        self.query_norm = getattr(attention, "ln_q", identity)
+        self.key_norm = getattr(attention, "ln_k", identity)
+        self.head_scale = getattr(attention, "head_scale", None)
+        self.inner_norm = getattr(attention, "ln_inner", identity)
+        self.outer_norm = getattr(block, "ln_attn", identity)
+        self.scale = block.ls_1
+        parts = (linear(m.weight, m.bias) if isinstance(m, torch.nn.Linear) else m for m in block.mlp)
+        self.mlp = torch.nn.Sequential(block.ln_2, *parts, block.ls_2)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend from [B, n, width] to [B, m, width] -> [B, n, width]; bool ``mask`` broadcasts to [B, heads, n, m]."""
+        query, keys, values = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, keys, values))
+        x = scaled_dot_product_attention(self.query_norm(query), keys, values, attn_mask=mask)
+        if self.head_scale is not None:
+            x = x * self.head_scale
+        return x.transpose(1, 2).flatten(2)
+
+    def add(self, x: Tensor, attended: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Add the attention output to the residual stream [rows, width] -> the stream, and the MLP of it.
+
+        ``attended`` is [rows, width], or [slots, width] with the slot of each row.
+        """
+        projected = self.scale(self.outer_norm(self.out(self.inner_norm(attended))))
+        x = x + (projected if slots is None else projected.index_select(0, slots))
+        return x, self.mlp(x)
+
+
+class SelfAttentionBlock(_Block):
+    """Causal self-attention: tokens attend to the tokens before them and to themselves."""
+
+    def __init__(self, block: Any, linear: Linear) -> None:
+        super().__init__(block, linear)
+        self.project = linear(block.attn.in_proj_weight, block.attn.in_proj_bias)
+
+    def forward(
+        self, x: Tensor, added: Tensor | None, cache: Tensor, position: Tensor, visible: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Process the newest tokens: the residual stream [rows, width] and what is to be added to it -> both.
+
+        ``cache`` [rows, 2, length, width] holds the keys and values of all positions; those of the newest tokens are
+        written to it at ``position``, int64 [rows], or [1] for all rows. Tokens attend to the first ``visible``
+        positions that ``mask`` allows.
+        """
+        x = x if added is None else x + added
+        query, key, value = (projected := self.project(self.norm(x))).chunk(3, dim=-1)
+        if isinstance(self.key_norm, torch.nn.Identity):
+            newest = projected[:, query.shape[1] :].unflatten(1, (2, 1, -1))
+        else:
+            key = self.key_norm(key.unflatten(-1, (self.heads, -1))).flatten(1)
+            newest = torch.stack([key, value], dim=1)[:, :, None]
+        if len(position) == 1:
+            cache.index_copy_(2, position, newest)
+        elif torch.compiler.is_compiling():  # in place; of `scatter_` inductor makes copies of the cache
+            both = torch.arange(2, device=x.device)
+            cache[torch.arange(len(x), device=x.device)[:, None], both, position[:, None]] = newest.squeeze(2)
+        else:
+            cache.scatter_(2, position[:, None, None, None].expand_as(newest), newest)
+        keys, values = cache[:, :, :visible].unbind(1)
+        return self.add(x, self.attend(query[:, None], keys, values, mask).squeeze(1))
+
+
+class CrossAttentionBlock(_Block):
+    """Cross-attention: text tokens attend to the tokens of their image."""
+
+    def __init__(self, block: Any, linear: Linear) -> None:
+        super().__init__(block, linear)
+        width, bias = block.attn.out_proj.weight.shape[1], block.attn.in_proj_bias
+        weights, biases = block.attn.in_proj_weight.split([width, 2 * width]), bias.split([width, 2 * width])
+        self.project, self.project_image = (linear(*of) for of in zip(weights, biases, strict=True))
+        self.image_norm = block.ln_1_kv
+
+    def keys_values(self, images: Tensor) -> Tensor:
+        """Image tokens [B, n, width] -> [B, n, 2 * width]."""
+        projected: Tensor = self.project_image(self.image_norm(images))
+        return projected
+
+    def forward(
+        self, x: Tensor, added: Tensor, image_cache: Tensor, slots: Tensor, row_of_slot: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Process the newest tokens, as ``SelfAttentionBlock`` does.
+
+        ``image_cache`` is the result of ``keys_values``. Tokens are arranged by slots, equally many for each image, so
+        that the captions of an image share its keys and values. Token i has slot ``slots[i]``, and ``row_of_slot`` is
+        the token of each slot, any for an unused one.
+        """
+        x = x + added
+        query = self.project(self.norm(x)).index_select(0, row_of_slot).unflatten(0, (len(image_cache), -1))
+        keys, values = image_cache.chunk(2, dim=-1)
+        attended = self.attend(query, keys, values, None).flatten(0, 1)
+        if torch.compiler.is_compiling():  # one kernel reads rows, adds and normalises
+            return self.add(x, attended, slots)
+        return self.add(x, attended.index_select(0, slots))
+
+
+class CocaNetwork(torch.nn.Module):
+    """The text towers of an open_clip CoCa for texts of at most ``length`` tokens.
+
+    ``packed`` packs the weights for CPUs, which ``torch.compile`` does not support. Raises ValueError for a model that
+    cannot be decoded token by token.
+    """
+
+    positions: Tensor  # [length, width]: positional embedding
+
+    def __init__(self, model: Any, accelerator: Accelerator, length: int, packed: bool = True) -> None:
+        super().__init__()
+        text, decoder = model.text, model.text_decoder
+        check_decodable(model)
+        linear = partial(FrozenLinear, accelerator=accelerator, packed=packed)
+        self.embedding = text.token_embedding
+        self.register_buffer("positions", text.positional_embedding[:length].detach(), persistent=False)
+        self.text_blocks = torch.nn.ModuleList(SelfAttentionBlock(b, linear) for b in text.transformer.resblocks)
+        # With a class token, open_clip passes the other tokens on without the final norm.
+        self.text_norm = text.ln_final if text.cls_emb is None else torch.nn.Identity()
+        self.decoder_blocks = torch.nn.ModuleList(SelfAttentionBlock(block, linear) for block in decoder.resblocks)
+        self.cross_blocks = torch.nn.ModuleList(CrossAttentionBlock(block, linear) for block in decoder.cross_attn)
+        self.final_norm = decoder.ln_final
+        self.vocabulary = linear(decoder.text_projection.T, None)
+        self.vocabulary_size = decoder.text_projection.shape[1]
+        # The padding token, and the distance from the newest token to the one that decides whether the newest is
+        # hidden. With a class token, open_clip masks padding, whose index may be an ordinary token of the text. Its
+        # mask is one position late by default: it hides the token after the padding.
+        self.hiding = None if text.cls_emb is None else (text.pad_id, 1 if text.correct_cls_mask else 2)
+        self.length, self.width, self.dtype = length, self.positions.shape[1], accelerator.dtype
+        self._device, self.head = accelerator.device, self._logits
+
+    def text_cache(self, rows: int) -> Tensor:
+        """Cache of the keys and values of text tokens, [rows, layers, 2, length, width]."""
+        layers = len(self.text_blocks) + len(self.decoder_blocks)
+        return self._zeros(rows, layers, 2, self.length, self.width)
+
+    def image_cache(self, images: int, image_tokens: int) -> Tensor:
+        """Cache of the keys and values of image tokens, [images, layers, image tokens, 2 * width]."""
+        return self._zeros(images, len(self.cross_blocks), image_tokens, 2 * self.width)
+
+    def bytes_per_image(self, captions: int, image_tokens: int) -> int:
+        """Bytes of the caches for one image with so many captions and image tokens."""
+        text = captions * (len(self.text_blocks) + len(self.decoder_blocks)) * self.length
+        values = text + len(self.cross_blocks) * image_tokens
+        return 2 * values * self.width * self.dtype.itemsize
+
+    def fill_image_cache(self, images: Tensor, cache: Tensor, places: Tensor | None = None) -> None:
+        """Write the keys and values of image tokens [B, n, width] to an image cache, at ``places``, int64 [B], by
+        default to its first B images."""
+        for layer, block in enumerate(self.cross_blocks):
+            assert isinstance(block, CrossAttentionBlock)
+            if places is None:
+                cache[: len(images), layer] = block.keys_values(images)
+            else:
+                cache[:, layer].index_copy_(0, places, block.keys_values(images))
+
+    def step(
+        self,
+        newest: Tensor,
+        position: Tensor,
+        slots: Tensor,
+        row_of_slot: Tensor,
+        cache: Tensor,
+        image_cache: Tensor,
+        visible: int,
+        text_mask: Tensor | None,
+        causal: Tensor | None,
+    ) -> Tensor:
+        """Newest tokens [rows] at ``position``, int64 [rows] or [1] -> logits [rows, vocabulary] of the next tokens.
+
+        The keys and values of the newest tokens are written to ``cache``, a text cache of as many rows. Tokens attend
+        to the first ``visible`` positions that the masks of the text tower and of the decoder allow. Row i has slot
+        ``slots[i]`` among the slots of the images in ``image_cache``; see ``CrossAttentionBlock``.
+        """
+        caches = cache.unbind(1)
+        text_caches, decoder_caches = caches[: len(self.text_blocks)], caches[len(self.text_blocks) :]
+        image_caches = image_cache.unbind(1)
+        x: Tensor = self.embedding(newest)
+        added: Any = self.positions[position]  # or None
+        for block, text_cache in zip(self.text_blocks, text_caches, strict=True):
+            x, added = block(x, added, text_cache, position, visible, text_mask)
+        if not isinstance(self.text_norm, torch.nn.Identity):
+            x, added = self.text_norm(x + added), None
+        blocks = zip(self.decoder_blocks, decoder_caches, self.cross_blocks, image_caches, strict=True)
+        for block, decoder_cache, cross, of_image in blocks:
+            x, added = block(x, added, decoder_cache, position, visible, causal)
+            x, added = cross(x, added, of_image, slots, row_of_slot)
+        logits: Tensor = self.head(x, added)
+        return logits
+
+    def _logits(self, x: Tensor, added: Tensor) -> Tensor:
+        logits: Tensor = self.vocabulary(self.final_norm(x + added))
+        return logits
+
+    def compile_parts(self, compiler: Compiler) -> None:
+        """Compile what follows the embeddings by parts, so that alike blocks share a graph.
+
+        A graph of all blocks would take minutes.
+        """
+        for block in (*self.text_blocks, *self.decoder_blocks, *self.cross_blocks):
+            block._compiled_call_impl = compiler.for_any_rows(block._call_impl)
+        self.head = compiler.for_any_rows(self._logits)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        # not `empty`: under a mask, values that are not finite would spread, since NaN times 0 is NaN
+        return torch.zeros(shape, dtype=self.dtype, device=self._device)
+
+
+def check_decodable(model: Any) -> None:
+    """Raise ValueError for a CoCa that cannot be decoded token by token."""
+    if not isinstance(model.text, towers.TextTransformer) or model.text.attn_mask is None:
+        raise ValueError("its text tower is not causal, so earlier tokens would depend on later ones")
+    for block in (*model.text.transformer.resblocks, *model.text_decoder.resblocks, *model.text_decoder.cross_attn):
+        check_block(block)
+
+
+# -- Incremental decoding of CoCa with cached keys and values of the text so far and of the image.
+#
+# At every step, open_clip's own forward pass runs both text towers over all tokens so far, projects the image tokens in
+# each layer for every row, and returns the logits of every position. Here a step processes only the newest tokens, and
+# the captions of an image share its keys and values. The class token, which open_clip appends after the last token, is
+# left out, since no other token attends to it. For releases of open_clip whose text towers this code does not know, its
+# own forward pass remains.
 
 
 class CocaDecoder:

@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from teachers.coca.network import CocaNetwork
-from teachers.decoding.schedule import Entry, entry_size
-from teachers.fast_paths.recompilation import Compiler, many_shapes
-from teachers.fast_paths.step_graphs import Step, Steps
+from teachers.coca.decoder import CocaNetwork
+from teachers.decoding.sampling import Entry, entry_size
+from teachers.fast_paths.recompilation import Compiler, Step, Steps, many_shapes
 from teachers.runtime.accelerator import Accelerator, put_into, upload
 
 Tensor = torch.Tensor

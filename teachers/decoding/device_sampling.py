@@ -16,11 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from teachers.decoding.rules import Decoder, DecodingRules
-from teachers.decoding.sampling import TokenChooser
-from teachers.decoding.schedule import Entry, Schedule
-from teachers.fast_paths.recompilation import Compiler
-from teachers.fast_paths.step_graphs import Step
+from teachers.decoding.sampling import Decoder, DecodingRules, Entry, Schedule, TokenChooser
+from teachers.fast_paths.recompilation import Compiler, Step
 from teachers.runtime.accelerator import download, put_into, widest_float
 
 Tensor = torch.Tensor

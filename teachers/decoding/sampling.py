@@ -1,8 +1,12 @@
-"""Choice of the next token: nucleus and top-k sampling by a number per row, so that rows are independent, or greedy."""
+"""Interfaces that all decoding strategies share: a decoder's rows of tokens, and which tokens may come next.
+
+In this package *new tokens* are the tokens of a text without its start and end.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +14,158 @@ import torch
 
 from teachers.runtime.accelerator import widest_float
 from teachers.spec import CaptionerSpec
+
+
+class Decoder(Protocol):
+    """A language model with the state of a batch of rows. It begins with one row per image, the start token alone."""
+
+    def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Start token and new tokens so far, int64 [rows, 1 + new tokens] -> logits [rows, vocabulary]."""
+        ...
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Continue with these rows, int64 indices on the device. A row may be selected several times."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecodingRules:
+    """Which tokens may come next. ``impossible`` is bool [vocabulary]: tokens that are neither text nor the end.
+
+    A text ends with the token ``end``, which is impossible before ``min_tokens`` new tokens, or at ``max_tokens``.
+    ``repetition_penalty`` divides the positive logits of tokens that the text contains and multiplies the negative
+    ones (CTRL, arXiv 1909.05858).
+    """
+
+    start: int
+    end: int
+    impossible: torch.Tensor
+    min_tokens: int
+    max_tokens: int
+    repetition_penalty: float = 1.0
+
+    def apply(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Input and output of ``Decoder.next_logits`` -> float32 [rows, vocabulary], -inf where impossible."""
+        new = tokens[:, 1:]
+        logits = self._penalize(logits.float(), new) if new.shape[1] else logits.float()
+        mask = self.mask()
+        if new.shape[1] < self.min_tokens:
+            mask[self.end].fill_(-torch.inf)
+        return logits + mask  # several times as fast as masked_fill
+
+    def mask(self) -> torch.Tensor:
+        """The bias that is added to logits, float32 [vocabulary]."""
+        mask = torch.zeros(len(self.impossible), device=self.impossible.device)
+        return mask.masked_fill_(self.impossible, -torch.inf)
+
+    def apply_at(
+        self, logits: torch.Tensor, new: torch.Tensor, position: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """As ``apply``, with the number of each row's new tokens on the device, ``position`` int64 [rows].
+
+        ``new`` is [rows, any length], padded with the start token, which is impossible; ``mask`` is ``mask()``.
+        """
+        logits = self._penalize(logits.float(), new) + mask
+        logits[:, self.end].masked_fill_(position < self.min_tokens, -torch.inf)
+        return logits
+
+    def _penalize(self, logits: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if self.repetition_penalty == 1:
+            return logits
+        present = logits.gather(1, new)
+        present = torch.where(present > 0, present / self.repetition_penalty, present * self.repetition_penalty)
+        return logits.scatter(1, new, present)
+
+
+def compact(active: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Indices of the active rows, in an order that keeps most rows in place: the last ones fill the gaps."""
+    order = np.arange(active.sum())
+    order[~active[: len(order)]] = len(order) + np.flatnonzero(active[len(order) :])
+    return order
+
+
+# -- Which images the rows of a decoder hold: rows whose texts have ended are replaced by the next images of the batch.
+
+Indices = npt.NDArray[np.int64]
+#: Images enter when at least 1 / _SHARE of the places are free, since entering is estimated at the time of a step.
+_SHARE = 16
+
+
+def entry_size(places: int) -> int:
+    """Images that enter so many places at once, or a multiple, while others hold some of the places."""
+    return max(1, places // _SHARE)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Images that enter a decoder.
+
+    Attributes:
+        images: indices of the images in the batch, [n].
+        places: their places among the images of the decoder, [n].
+        rows: the rows of their captions, [n * captions].
+        captions: indices of these captions in the batch, [n * captions].
+        place_of: the place of each row's image from now on, [rows]; the number of places for a row without a text.
+    """
+
+    images: Indices
+    places: Indices
+    rows: Indices
+    captions: Indices
+    place_of: Indices
+
+
+class Schedule:
+    """Decides by the ends of texts alone, in the order of the images, so that equal batches have equal steps.
+
+    The decoder has so many ``rows`` and ``places`` for images. An image enters with all of its captions, and leaves
+    when all of them have ended. Steps may be launched before the ends of texts in an earlier one are known.
+    """
+
+    def __init__(self, images: int, captions: int, rows: int, places: int) -> None:
+        self.waiting, self.longest = images, 0  # images to come, and the most tokens of a text that may not have ended
+        self._images, self._captions, self._places = images, captions, places
+        self._place_of = np.full(rows, places)
+        self._tokens = np.zeros(rows, np.int64)
+        self._first = np.zeros(rows, np.int64)  # the step in which a row's text begins
+        self._launched = self._known = 0  # steps, and those whose ends are known
+
+    def launch(self) -> None:
+        """Count a step that is launched."""
+        self._launched += 1
+        self._tokens += 1
+        self.longest += 1
+
+    def advance(self, ended: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Take in the ends of the next step: the rows whose texts have ended, bool [rows] -> those of present texts."""
+        ended = ended & (self._first[: len(ended)] <= self._known)
+        self._known += 1
+        if self.waiting:  # else no image enters later, and rows may move
+            self._place_of[ended], self._tokens[ended] = self._places, 0
+            self.longest = int(self._tokens.max())
+        return ended
+
+    def enter(self) -> Entry | None:
+        """The images that enter before the next step."""
+        if not self.waiting:
+            return None
+        free = np.flatnonzero(self._place_of == self._places)
+        places = np.setdiff1d(np.arange(self._places), self._place_of)
+        count, size = min(self.waiting, len(places), len(free) // self._captions), entry_size(self._places)
+        if count < self.waiting and len(free) < len(self._place_of):
+            count -= count % size
+        if not count:
+            return None
+        images = self._images - self.waiting + np.arange(count)
+        places, rows = places[:count], free[: count * self._captions]
+        captions = images[:, None] * self._captions + np.arange(self._captions)
+        self._place_of[rows], self._tokens[rows] = places.repeat(self._captions), 0
+        self._first[rows] = self._launched
+        self.waiting -= count
+        return Entry(images, places, rows, captions.reshape(-1), self._place_of.copy())
+
+
+# -- Choice of the next token: nucleus and top-k sampling by a number per row, so that rows are independent, or greedy.
 
 #: Number of most probable tokens that are searched for the nucleus or its edge before the whole vocabulary.
 _TOP_TOKENS = 256

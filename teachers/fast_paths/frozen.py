@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 
 from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.flops import eager
 
 
 class FrozenLinear(torch.nn.Module):
@@ -106,3 +109,101 @@ def _packable(weight: torch.Tensor) -> bool:
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return weight.dtype == torch.float32
+
+
+# -- Linear layers in fp8: inputs and weights in e4m3, each row of either with a scale of its own, sums in fp32.
+#
+# Inputs are scaled when they come, by their largest absolute value. PyTorch's own products are used. Attention, norms,
+# convolutions and the residual stream stay as they are.
+
+_LARGEST = 448.0  # of e4m3
+_MULTIPLE = 16  # sides of the matrices that PyTorch multiplies in fp8
+_CAPABILITY = (8, 9)  # Ada; Hopper has 9.0
+
+
+def check_device(device: torch.device) -> None:
+    """Raise ValueError if a device has no products in fp8."""
+    fix = "set `precision` of this model to bf16 or auto"
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise ValueError(f"`precision: fp8` needs torch 2.6, and this is {torch.__version__}: {fix}")
+    if device.type != "cuda" or torch.version.hip is not None:
+        raise ValueError(f"`precision: fp8` needs an NVIDIA GPU: {fix}")
+    if (capability := torch.cuda.get_device_capability(device)) < _CAPABILITY:
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} has no fp8 (compute capability {'.'.join(map(str, capability))}, "
+            f"and 8.9 or newer is needed): {fix}"
+        )
+
+
+class Float8Linear(torch.nn.Module):
+    """``x @ weight.T + bias`` with weight [out, in] and bias [out], in fp8; the result is bf16."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        values, scale = _to_fp8(weight.detach())
+        self.register_buffer("weight", values, persistent=False)
+        self.register_buffer("scale", scale.T.contiguous(), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().bfloat16(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out] in bf16."""
+        values, scale = _to_fp8(x.flatten(0, -2))
+        out = torch._scaled_mm(
+            values,
+            self.weight.T,
+            scale_a=scale,
+            scale_b=self.scale,
+            bias=self.bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        return out.unflatten(0, x.shape[:-1])
+
+
+def _to_fp8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, width] -> values in e4m3, and the scale of each row, float32 [n, 1]."""
+    rows = rows.float()
+    scale = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny * _LARGEST) / _LARGEST
+    return (rows / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), scale
+
+
+class Float8Layers:
+    """The linear layers of some blocks, replaced by fp8 in place. Raises ValueError if there is none."""
+
+    def __init__(self, blocks: Iterable[torch.nn.Module]) -> None:
+        self._layers: list[tuple[torch.nn.Module, str, torch.nn.Module, torch.nn.Module]] = []
+        for block in blocks:
+            for parent in [*block.modules()]:
+                for name, child in [*parent.named_children()]:
+                    if _is_converted(parent, name, child):
+                        self._layers.append((parent, name, child, Float8Linear(child.weight, child.bias)))  # type: ignore[arg-type]
+        if not self._layers:
+            raise ValueError("its image tower has no linear layers for `precision: fp8`: set bf16 or auto")
+        self._use(fp8=True)
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Compute with the layers as they were, without compiled code."""
+        self._use(fp8=False)
+        try:
+            with eager():
+                yield
+        finally:
+            self._use(fp8=True)
+
+    def _use(self, fp8: bool) -> None:
+        for parent, name, before, after in self._layers:
+            setattr(parent, name, after if fp8 else before)
+
+
+def _is_converted(parent: torch.nn.Module, name: str, child: torch.nn.Module) -> bool:
+    """Whether a child is a linear layer that self-attention or others use, with sides that PyTorch multiplies."""
+    if type(child) not in (torch.nn.Linear, FrozenLinear):
+        return False
+    if isinstance(parent, FrozenAttention) and parent.whole is not None and name in ("query", "key_value"):
+        return False
+    return not any(side % _MULTIPLE for side in child.weight.shape)  # type: ignore[union-attr]

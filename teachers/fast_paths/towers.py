@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from teachers.fast_paths.fp8 import Float8Layers, check_device
-from teachers.fast_paths.frozen import FrozenAttention
+from teachers.fast_paths.frozen import Float8Layers, FrozenAttention, check_device
 from teachers.fast_paths.recompilation import Compiler, many_shapes
 from teachers.fast_paths.usage import FastPath, fast_path
 from teachers.runtime.accelerator import Accelerator, widest_float

@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from teachers import weights
+from teachers.decoding.postprocess import cleaning_identity
 from teachers.open_clip import catalog
-from teachers.spec import ModelInfo, ModelSpec, TeacherSpec
+from teachers.spec import CHAT_FIELDS, CaptionerSpec, ModelInfo, ModelSpec, TeacherSpec
 from teachers.tokens import check_tokenizer_files
 
 _Mean = Annotated[float, Field(allow_inf_nan=False)]
@@ -107,3 +108,18 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
     if changed := catalog.changed_preprocess(model, pretrained, stated_preprocess(spec)):
         identity["preprocess"] = changed  # absent without changes, so that older fingerprints stay valid
     return identity
+
+
+# -- CoCa models of open_clip, as captioners.
+
+
+class CocaSpec(OpenClipOptions, CaptionerSpec):
+    loader: ClassVar[str] = "teachers.coca.captioner:CocaCaptioner"
+
+    def describe(self) -> ModelInfo:
+        if given := [field for field in CHAT_FIELDS if getattr(self, field) is not None]:
+            raise ValueError(f"{', '.join(given)}: used only by chat models of `family: transformers`; remove it")
+        identity = model_identity(self)
+        catalog.check_coca(self.name)
+        identity = {**identity, **self.decoding(), **cleaning_identity(self.clean)}
+        return ModelInfo(dim=None, images=True, texts=False, identity=identity)

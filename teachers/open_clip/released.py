@@ -3,7 +3,7 @@
 Configs are in ``json/``, as open_clip's own. That of S0 is from ``mobileclip/configs`` of apple/ml-mobileclip; those of
 S3, S4 and L/14 have the sizes of MobileCLIP2, and docs/teachers.md states what is uncertain in them.
 ``text_cfg.mixer_kernel`` is our key: the text tower has a convolutional block of this width before and after its
-attention (``teachers.open_clip.mixers``).
+attention (``teachers.open_clip.building``).
 """
 
 from __future__ import annotations

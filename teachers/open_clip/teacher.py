@@ -21,7 +21,7 @@ from teachers.open_clip import catalog
 from teachers.open_clip.building import FUSED, build, from_authors, is_authors
 from teachers.open_clip.family import stated_preprocess
 from teachers.open_clip.text import TextEncoder, keep_residual_in_float32
-from teachers.preprocessing.pixels import channels
+from teachers.pixels import channels
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec, TeacherSpec

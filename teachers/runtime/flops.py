@@ -1,27 +1,53 @@
-"""Floating-point operations of models, and the peak rates of cards.
-
-Peak rates are those that the makers of the cards state: dense matrix products without sparsity.
-Data sheets of NVIDIA state them with sparsity, twice as high. Compared with copies of these in November 2026: B200 and
-GB200 (https://glennklockwood.com/garden/processors/B200, and NVIDIA's table in
-https://zdszero.github.io/Computer/Artificial_Intelligence/Hardware.html), H100 SXM and PCIe
-(https://archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html), H200
-(https://itkb.uw.cz/2026/06/nvidia-h200-vs-b300-precisions-cores.html), A100
-(https://glennklockwood.com/garden/processors/A100), A40 and L4 (https://hmc-tech.com/gpu/nvidia-l4-vs-nvidia-a40, 3 %
-higher clocks), L40S, L40, A30, H800 and GH200 (hardware_dict.py of https://github.com/feifeibear/LLMRoofline). Others
-were not compared. GeForce cards have half the rate with sums in fp32.
-"""
+"""Forward passes without compiled code, where operations are counted or a plain path is compared."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from teachers.runtime.eager import eager
 from teachers.spec import Precision
+
+_eager: ContextVar[bool] = ContextVar("eager", default=False)
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Context without compiled code.
+
+    A mode that sees operations, such as torch's counter of them, would not see those of compiled code. And torch never
+    again runs compiled code of a function that was called inside of such a mode.
+    """
+    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    token = _eager.set(True)
+    try:
+        with nullcontext() if set_stance is None else set_stance("force_eager"):
+            yield
+    finally:
+        _eager.reset(token)
+
+
+def is_eager() -> bool:
+    """Whether this thread is inside of ``eager``."""
+    return _eager.get()
+
+
+# -- Floating-point operations of models, and the peak rates of cards.
+#
+# Peak rates are those that the makers of the cards state: dense matrix products without sparsity. Data sheets of NVIDIA
+# state them with sparsity, twice as high. Compared with copies of these in November 2026: B200 and GB200
+# (https://glennklockwood.com/garden/processors/B200, and NVIDIA's table in
+# https://zdszero.github.io/Computer/Artificial_Intelligence/Hardware.html), H100 SXM and PCIe
+# (https://archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html), H200
+# (https://itkb.uw.cz/2026/06/nvidia-h200-vs-b300-precisions-cores.html), A100
+# (https://glennklockwood.com/garden/processors/A100), A40 and L4 (https://hmc-tech.com/gpu/nvidia-l4-vs-nvidia-a40, 3 %
+# higher clocks), L40S, L40, A30, H800 and GH200 (hardware_dict.py of https://github.com/feifeibear/LLMRoofline). Others
+# were not compared. GeForce cards have half the rate with sums in fp32.
 
 _TERA = 1e12
 #: TFLOP/s in bf16 and fp16 with sums in fp32, in TF32, and in fp32, by words that torch's name of the card contains, or

@@ -1,42 +1,232 @@
-"""Captions by servers that speak the chat completions protocol: vLLM, SGLang, TGI, ``transformers serve``, hosted ones.
-
-Each caption is one request with the prompt, the image as a JPEG or the true caption, and a seed. Requests of a worker
-run in parallel. The accelerator is not used while they are under way.
-
-- A server that is down, overloaded or hangs costs waiting, see ``teachers.server.servers``.
-- An answer without a caption (a refusal, an empty text, one that is too long) and a request that the server rejects,
-  while it answers one with a plain image, cost the caption. The others of the image fill its place; an image without
-  any is quarantined with the reason of the first.
-- A request that fails three times, each time after the server has answered a request with a plain image, is at fault
-  itself and costs the caption, too.
-- A server that rejects every request (an unknown model, a wrong key, a redirect, which is not followed) is an error of
-  the config: at once before the first answer, later after a minute.
-"""
+"""Answers of servers: bounds on what is read of them, and the caption in one."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import itertools
+import logging
 import os
+import random
 import re
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from teachers.caption_readers import CAPTION
-from teachers.protocols import ImageSpec, NoCaptions
+from teachers.protocols import ImageSpec, NoCaptions, ServerUnavailable
 from teachers.redact import REDACTED, redact
-from teachers.server.answers import DETAIL_CHARS, LongAnswer, bound_answers, check_answer, read_answer
 from teachers.server.family import ServerCaptionerSpec
-from teachers.server.servers import Server, Servers
+from teachers.spec import CAPTION
 
 if TYPE_CHECKING:
     import openai
+
+DETAIL_CHARS = 300
+_ANSWER_BYTES, _TOKEN_BYTES = 2**20, 2**12  # of any answer, and of each token in it, which may have log probabilities
+_CAPTION_CHARS = 2**16
+#: How refusals begin that arrive as an ordinary answer.
+_REFUSAL = re.compile(r"(i['’]m|i am) (sorry|unable)\b|sorry,|i (can['’]t|cannot|can not)\b|as an ai\b", re.IGNORECASE)
+
+
+class LongAnswer(ValueError):
+    """An answer has more bytes than are read."""
+
+
+def bound_answers(tokens: int, seconds: float) -> Callable[[Any], None]:
+    """A hook of an HTTP client that bounds what is read of each response, to an answer of so many ``tokens``.
+
+    Reading raises LongAnswer above that, or ends there if the response is an error, and raises ValueError after
+    ``seconds``.
+    """
+    most = _ANSWER_BYTES + _TOKEN_BYTES * tokens
+
+    def bound(response: Any) -> None:
+        read, end = response.iter_bytes, time.monotonic() + seconds
+
+        def iter_bytes(*arguments: Any, **named: Any) -> Iterator[bytes]:
+            left = most
+            for part in read(*arguments, **named):
+                if time.monotonic() > end:
+                    raise ValueError(f"the answer has not ended after {seconds:g} s")
+                if len(part) > left and not response.is_error:
+                    raise LongAnswer(f"the answer has more than {most:,} bytes")
+                yield part[:left]
+                if len(part) > left:
+                    response.close()
+                    return
+                left -= len(part)
+
+        response.iter_bytes = iter_bytes
+
+    return bound
+
+
+def read_answer(answer: Any) -> str | NoCaptions:
+    """The caption in an answer, or why there is none."""
+    choice = answer.choices[0]
+    content = choice.message.content
+    text = content.encode("utf-8", "replace").decode().strip() if isinstance(content, str) else ""
+    if refusal := getattr(choice.message, "refusal", None):
+        return NoCaptions(f"the model refuses: {str(refusal)[:DETAIL_CHARS]}")
+    if choice.finish_reason == "content_filter":
+        return NoCaptions("the server's content filter has withheld the answer")
+    if not text:
+        return NoCaptions(f"the answer is empty (finish_reason {str(choice.finish_reason)[:DETAIL_CHARS]})")
+    if len(text) > _CAPTION_CHARS:
+        return NoCaptions(f"the answer has {len(text):,} characters, above {_CAPTION_CHARS:,}")
+    if _REFUSAL.match(text):
+        return NoCaptions(f"the model refuses: {text[:DETAIL_CHARS]}")
+    return text
+
+
+def check_answer(answer: Any) -> Any:
+    """Raise ValueError unless an answer is one of the protocol: something else may listen at the address."""
+    if not getattr(answer, "choices", None) or getattr(answer.choices[0], "message", None) is None:
+        raise ValueError("the answer is not a chat completion")
+    return answer
+
+
+# -- Servers that share the requests of a captioner: which one is asked, and when one that failed is asked again.
+#
+# The server with the fewest requests in flight is asked. One that fails is left alone for a while, twice as long after
+# each failure, and then gets a single request; its answer ends the failure. Time without an answer of any server is
+# bounded, and logged; by less where every server rejects what it is asked, as with a key that has expired.
+
+FIRST_PAUSE = 0.5  # seconds
+LONGEST_PAUSE = 30.0
+REJECTED_SECONDS = 60.0  # a server behind a proxy may be rejected for a moment while it starts
+_CHECK_SECONDS = 1.0  # between two looks at how long the servers have been waited for
+_LOG_SECONDS = 60.0  # between two lines about servers that do not answer
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Server:
+    """A server and its ``client``. It is asked again at ``free_from`` after ``failures`` in a row.
+
+    ``reason`` is that of the last failure; ``rejects_since`` is when the first of the rejections in a row came.
+    """
+
+    address: str
+    client: Any
+    in_flight: int = 0
+    failures: int = 0
+    free_from: float = 0.0
+    reason: str = ""
+    rejects_since: float | None = None
+
+
+class Servers:
+    """The servers of the captioner ``name``, for all threads of a worker.
+
+    ``wait`` is the longest time in seconds without an answer of any server while some are asked; at most
+    REJECTED_SECONDS count where each rejects its requests.
+    """
+
+    def __init__(self, name: str, servers: Sequence[Server], wait: float) -> None:
+        self._name, self._servers, self._wait = name, servers, wait
+        self._changed = threading.Condition()
+        self._down_since: float | None = None  # the first failure after the last answer of any server
+        self._logged = 0.0
+        self.answered = False  # whether any server ever did
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[Server]:
+        """A server for one request, as soon as one may be asked. Raises ServerUnavailable after the wait."""
+        server = self._take()
+        try:
+            yield server
+        finally:
+            with self._changed:
+                server.in_flight -= 1
+                self._changed.notify_all()
+
+    def _take(self) -> Server:
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                self._check_waited(now)
+                ready = [one for one in self._servers if one.free_from <= now and not (one.failures and one.in_flight)]
+                if ready:
+                    server = min(ready, key=lambda one: (one.failures > 0, one.in_flight))
+                    server.in_flight += 1
+                    return server
+                # A server that is being tried again ends its request before long, which notifies.
+                times = [one.free_from - now for one in self._servers if one.free_from > now]
+                self._changed.wait(min([*times, _CHECK_SECONDS]))
+
+    def _check_waited(self, now: float) -> None:
+        """Raise ServerUnavailable if the servers have been waited for long enough."""
+        reasons = "; ".join(f"{one.address}: {one.reason}" if one.reason else one.address for one in self._servers)
+        rejecting = [one.rejects_since for one in self._servers if one.rejects_since is not None]
+        if len(rejecting) == len(self._servers) and now - max(rejecting) > min(REJECTED_SECONDS, self._wait):
+            raise ServerUnavailable(
+                f"every request is rejected ({reasons}). Correct the address, the model or the key, and run the same "
+                "command again."
+            )
+        if self._down_since is not None and now - self._down_since > self._wait:
+            raise ServerUnavailable(
+                f"no server has answered for {now - self._down_since:.0f} s ({reasons}); `wait` allows "
+                f"{self._wait:g}. Start the server and run the same command again."
+            )
+
+    def record_answer(self, server: Server) -> None:
+        """Record that a server works."""
+        with self._changed:
+            if server.failures:
+                _log.warning("captioner %s: %s answers again", self._name, server.address)
+            server.failures, server.free_from, server.rejects_since = 0, 0.0, None
+            self._down_since, self.answered = None, True
+            self._changed.notify_all()
+
+    def record_failure(self, server: Server, reason: str, rejected: bool = False, pause: float | None = None) -> None:
+        """Record a failure; the server is asked again after ``pause`` seconds, if it names some.
+
+        ``rejected`` is whether the server does not take this request, nor others.
+        """
+        with self._changed:
+            now = time.monotonic()
+            server.reason = reason
+            server.rejects_since = (server.rejects_since or now) if rejected else None
+            self._down_since = now if self._down_since is None else self._down_since
+            if now < server.free_from:
+                return  # a request that was under way when another one failed
+            server.failures += 1
+            doubled = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(server.failures - 1, 10))
+            longest = doubled if pause is None else min(max(pause, doubled), 2 * LONGEST_PAUSE)
+            server.free_from = now + longest * random.uniform(0.75, 1.0)  # noqa: S311
+            if server.failures == 1 or now - self._logged > _LOG_SECONDS:
+                self._logged = now
+                _log.warning(
+                    "captioner %s: %s: %s; waiting for it, %.0f of at most %g s so far",
+                    *(self._name, server.address, reason, now - self._down_since, self._wait),
+                )
+            self._changed.notify_all()
+
+
+# -- Captions by servers that speak the chat completions protocol: vLLM, SGLang, TGI, ``transformers serve``, hosted
+# ones.
+#
+# Each caption is one request with the prompt, the image as a JPEG or the true caption, and a seed. Requests of a worker
+# run in parallel. The accelerator is not used while they are under way.
+#
+# - A server that is down, overloaded or hangs costs waiting, see ``teachers.server.captioner``.
+# - An answer without a caption (a refusal, an empty text, one that is too long) and a request that the server rejects,
+#   while it answers one with a plain image, cost the caption. The others of the image fill its place; an image without
+#   any is quarantined with the reason of the first.
+# - A request that fails three times, each time after the server has answered a request with a plain image, is at fault
+#   itself and costs the caption, too.
+# - A server that rejects every request (an unknown model, a wrong key, a redirect, which is not followed) is an error
+#   of the config: at once before the first answer, later after a minute.
 
 _CONCURRENCY, _TIMEOUT, _WAIT = 32, 120.0, 3600.0  # requests, seconds, seconds
 _STRIKES = 3

@@ -12,11 +12,10 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from teachers.caption_readers import CaptionReaderSpec
 from teachers.decoding.postprocess import cleaning_identity
 from teachers.protocols import Captioner
 from teachers.redact import redact_values
-from teachers.spec import ModelInfo
+from teachers.spec import CaptionReaderSpec, ModelInfo
 
 #: Name and version of how an image becomes a request and an answer becomes a caption; part of the fingerprint.
 POLICY = "chat-completions-1"

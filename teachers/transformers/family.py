@@ -13,9 +13,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from teachers import weights
-from teachers.caption_readers import CaptionReaderSpec
 from teachers.decoding.postprocess import cleaning_identity
-from teachers.spec import CHAT_FIELDS, ModelInfo, ModelSpec, TeacherSpec
+from teachers.spec import CHAT_FIELDS, CaptionReaderSpec, ModelInfo, ModelSpec, TeacherSpec
 from teachers.tokens import check_tokenizer_files
 
 _WEIGHTS = (

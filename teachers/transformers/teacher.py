@@ -14,7 +14,7 @@ import transformers
 from teachers import weights
 from teachers.fast_paths import towers
 from teachers.image_encoder import ImageEncoder, unit
-from teachers.preprocessing.pixels import channels
+from teachers.pixels import channels
 from teachers.protocols import ImageSpec, Teacher
 from teachers.runtime.accelerator import Accelerator
 from teachers.tokens import PROBE_TEXTS, special_token_escaper, trimming_is_exact

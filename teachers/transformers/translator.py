@@ -15,10 +15,9 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-from teachers.caption_readers import CAPTION
 from teachers.protocols import NoCaptions
-from teachers.runtime.accelerator import Accelerator
-from teachers.runtime.memory import GIB, cache_bytes
+from teachers.runtime.accelerator import GIB, Accelerator, cache_bytes
+from teachers.spec import CAPTION
 from teachers.tokens import special_token_escaper
 from teachers.transformers.captioner import load_network
 from teachers.transformers.family import TransformersCaptionerSpec

@@ -79,7 +79,7 @@ def test_check_measures_the_models_of_a_config_or_a_class(made: Path) -> None:
 def test_train_evaluate_select_and_inspect_return_figures(
     dataset: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reinforce.parallel.map_workers.available_cores", lambda: 1)
+    monkeypatch.setattr("reinforce.processes.parallel.available_cores", lambda: 1)
     config = student_config(tmp_path, str(dataset), loss={"logit_scales": {"blue": 20.0}})
     results = reinforce.train(config, train={"steps": 3}, seed=7)
     assert results.steps == 3

@@ -19,7 +19,7 @@ from reinforce.errors import UserError
 from reinforce.student.task import StudentTask
 from reinforce.student.terms.registry import MODULES
 from reinforce.student.train import build
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.models.tiny_models import open_clip_model

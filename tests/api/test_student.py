@@ -15,7 +15,7 @@ from PIL import Image
 import reinforce
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
-from reinforce.input_config import Limits
+from reinforce.source.config import Limits
 from tests.helpers.data import picture
 from tests.helpers.images import encode, noise
 from tests.helpers.models.tiny_models import open_clip_model

@@ -14,7 +14,7 @@ from benchmarks import augment, captions, sources, step, transfer, view_students
 from benchmarks.augment import Variant, compare, cosines, report, variants
 from benchmarks.loader import photo
 from reinforce.images.policy import decode
-from reinforce.input_config import Input, Limits
+from reinforce.source.config import Input, Limits
 from reinforce.source.reading import read_samples as read_source
 
 

@@ -13,19 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from reinforce.captioning.evaluator import CaptionerEvaluator
-from reinforce.captioning.held_out import HeldOut
-from reinforce.captioning.metrics import cider
+from reinforce.captioning.data import HeldOut, load_streams
+from reinforce.captioning.evaluator import CaptionerEvaluator, cider
 from reinforce.captioning.model import CaptionerModel
-from reinforce.captioning.streams import load_streams
 from reinforce.errors import UserError
+from reinforce.explore.captions import bleu
 from reinforce.images.policy import decode
-from reinforce.input_config import Limits
-from reinforce.inspection.texts import bleu
+from reinforce.source.config import Limits
 from teachers.coca.captioner import CocaCaptioner
+from teachers.fit import fit
 from teachers.open_clip.text import Tokenizer
-from teachers.preprocessing.fit import fit
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.captioning import captioned, captioner_config, make_captioner, write_shards
 from tests.helpers.data import picture, write_tar

@@ -22,7 +22,7 @@ from reinforce.captioning.config import CaptionerConfig, Evaluation
 from reinforce.captioning.finetune import build, finetune, format_comparison
 from reinforce.cli import main
 from reinforce.errors import UserError
-from reinforce.training.record.results import Results
+from reinforce.training.results import Results
 from teachers.coca.captioner import CocaCaptioner
 from teachers.registry import captioner_spec
 from teachers.runtime.accelerator import Accelerator

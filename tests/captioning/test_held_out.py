@@ -10,10 +10,9 @@ import pytest
 
 import schemas
 from reinforce.captioning.config import CaptionerConfig
-from reinforce.captioning.held_out import HELD_OUT_FILE, HeldOut
-from reinforce.captioning.streams import load_streams
+from reinforce.captioning.data import HELD_OUT_FILE, HeldOut, load_streams
 from reinforce.errors import UserError
-from reinforce.seeds import seed_for
+from schemas.seeds import seed_for
 from tests.helpers.captioning import captioned, captioner_config, take_keys, write_shards
 from tests.helpers.data import picture, write_tar
 

@@ -14,15 +14,15 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy
 
 from reinforce.captioning.config import Generation
+from reinforce.captioning.finetune import CaptioningTask
 from reinforce.captioning.model import CaptionerModel, build_captioner, check_captioner, describe_parameters
-from reinforce.captioning.task import CaptioningTask
 from reinforce.errors import UserError
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch
 from teachers.coca.captioner import CocaCaptioner, set_context
 from teachers.open_clip.building import write_open_clip
 from teachers.open_clip.text import Tokenizer
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.captioning import TEXTS, captioner_config, make_batch, make_captioner, task_losses
 from tests.helpers.models.tiny_models import open_clip_model

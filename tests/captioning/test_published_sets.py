@@ -16,7 +16,7 @@ import pytest
 
 from reinforce import settings
 from reinforce.captioning.config import CaptionerConfig
-from reinforce.captioning.source import PairSource
+from reinforce.captioning.data import PairSource
 from reinforce.errors import UserError
 from reinforce.source.samples import RawSample
 from tests.helpers.data import picture, write_tar

@@ -18,16 +18,15 @@ import torch
 import reinforce
 from reinforce.captioning import finetune as finetuning
 from reinforce.captioning.config import CaptionerConfig
+from reinforce.captioning.data import GROUPS_FILE, CaptionStreams, load_streams, predicted_lengths
 from reinforce.captioning.finetune import build, finetune
-from reinforce.captioning.source import GROUPS_FILE
-from reinforce.captioning.streams import CaptionStreams, load_streams, predicted_lengths
 from reinforce.config import Augmentations, RandAugment
-from reinforce.dataset.augment.backends import sample_augmentation
-from reinforce.dataset.augment.records import replay
 from reinforce.errors import UserError
+from reinforce.images.backends import sample_augmentation
 from reinforce.images.policy import decode
-from reinforce.input_config import Limits
-from reinforce.training.record import log
+from reinforce.images.records import replay
+from reinforce.source.config import Limits
+from reinforce.training import log
 from reinforce.training.task import Begun, Feed, Task
 from teachers.open_clip.text import Tokenizer
 from teachers.runtime.accelerator import Accelerator

@@ -18,8 +18,8 @@ from typer.main import get_command
 import reinforce
 from reinforce.cli import app
 from reinforce.cli.common import only_json
-from reinforce.dataset.files.store import Store
-from reinforce.dataset.manifest.manifest import read_manifest, record_scales, write_manifest
+from reinforce.dataset.manifest import read_manifest, record_scales, write_manifest
+from reinforce.dataset.store import Store
 from reinforce.engine.preflight.check_machines import cluster_machines, heic_note
 from reinforce.processes.imports import reads_heic
 from tests.helpers import command_line, pages_commands
@@ -77,7 +77,7 @@ def test_plan_run_and_status_report_the_state_of_the_dataset(
     assert planned["estimate"]["workers"] == 1, "workers.max of the config"
 
     with monkeypatch.context() as patch:  # as if this process lacked a decoder that workers have, or had another
-        patch.setattr("reinforce.engine.driver.worker_lifecycle.reads_heic", lambda: not reads_heic())
+        patch.setattr("reinforce.engine.driver.driver.reads_heic", lambda: not reads_heic())
         status, out, err = command("run", path, "--json")
     assert status == 0
     ended = json.loads(out)

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from reinforce.cli import status as cli_status
+from reinforce.cli import dataset as cli_status
 from reinforce.dataset import drop as dropping
-from reinforce.dataset.files.store import Store
-from reinforce.dataset.manifest.manifest import read_manifest
-from reinforce.dataset.runs.progress import RunProgress
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.runs import RunProgress
+from reinforce.dataset.store import Store
 from schemas import Reason
 from tests.helpers.commands import Command
 from tests.helpers.data import tree

@@ -16,13 +16,13 @@ import pytest
 import s3fs
 
 import reinforce
-from reinforce.claim_file import ClaimFile
 from reinforce.config import parse_config
-from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.manifest.claims import Claims
-from reinforce.dataset.manifest.manifest import find_manifest, update_manifest
-from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.dataset.claims import Claims
+from reinforce.dataset.manifest import find_manifest, update_manifest
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.plan.plan import build_layers, describe_models
 from reinforce.errors import StorageError, UserError
+from reinforce.storage import ClaimFile
 from tests.helpers.data import config_of
 from tests.helpers.s3_proxy import Fault, Handler, Proxy, Request, empty, refuse
 
@@ -229,7 +229,7 @@ def test_a_store_that_ignores_the_condition_of_puts_has_claims_that_are_read_bac
 def test_a_run_is_refused_before_it_writes_anything_or_starts_ray(
     shards: Callable[..., str], memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reinforce.cluster.ray.init", lambda **_: pytest.fail("Ray was started"))
+    monkeypatch.setattr("reinforce.processes.cluster.ray.init", lambda **_: pytest.fail("Ray was started"))
     claims_of(memory).take()
     before = names("memory://claims")
     with pytest.raises(UserError, match="another run writes to"):

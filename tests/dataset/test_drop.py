@@ -15,9 +15,9 @@ import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset import drop as dropping
 from reinforce.dataset.drop import drop, drop_shard, layers_with_shard, plan_drop
-from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.kinds.registry import drop_command
-from reinforce.dataset.manifest.manifest import read_manifest, record_scales, write_manifest
+from reinforce.dataset.manifest import read_manifest, record_scales, write_manifest
+from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
 from schemas import Reason

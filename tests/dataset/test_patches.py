@@ -16,19 +16,19 @@ import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset.codecs.codebooks import Place, load
 from reinforce.dataset.drop import drop, plan_drop
-from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of
-from reinforce.dataset.validate.validate import validate
+from reinforce.dataset.store import Store
+from reinforce.dataset.validate import validate
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.recompute import recompute
 from reinforce.errors import UserError
-from reinforce.inspection.report import inspect
+from reinforce.explore.report import inspect
 from reinforce.labels.difference import diff
 from reinforce.publishing.labels import export_labels
-from teachers.patches.encoder import patches_of
-from teachers.preprocessing.pixels import to_pixels
+from teachers.image_encoder import patches_of
+from teachers.pixels import to_pixels
 from teachers.registry import load_model
-from tests.engine.inference.test_memory import limited
+from tests.engine.worker.test_memory import limited
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool
 from tests.helpers.images import encode

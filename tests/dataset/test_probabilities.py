@@ -22,22 +22,21 @@ from safetensors.torch import save_file
 import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset import vectors
-from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.probabilities import ClassProbabilities, read
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
-from reinforce.dataset.validate.validate import validate
+from reinforce.dataset.store import Store
+from reinforce.dataset.validate import validate
 from reinforce.engine.check_models import check_class, check_config
-from reinforce.engine.inference.models import load_models
-from reinforce.engine.inference.self_test import precisions
-from reinforce.engine.inference.session import Session
-from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.plan.recipe import build_layers, describe_models
-from reinforce.engine.preflight.estimate_bytes import expected_bytes
+from reinforce.engine.plan.plan import build_layers, describe_models, make_plan
+from reinforce.engine.preflight.estimate import expected_bytes
 from reinforce.engine.recompute import recompute
+from reinforce.engine.worker.inference import Session
+from reinforce.engine.worker.models import load_models
 from reinforce.engine.worker.producers.registry import check_models, make_producers
+from reinforce.engine.worker.self_test import precisions
 from reinforce.errors import UserError
-from teachers.preprocessing.fit import fit
+from teachers.fit import fit
 from tests.helpers.commands import printed_by
 from tests.helpers.data import picture
 from tests.helpers.models.classifiers import NAMES, Colors

@@ -13,21 +13,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from reinforce.dataset.runs.key_sample import ALL, SHARD_HASHES, KeySample, ShardKeys
-from reinforce.dataset.runs.progress import (
+from reinforce.dataset.runs import (
+    ALL,
+    SHARD_HASHES,
     WORKERS,
+    KeySample,
+    RecordWriter,
     RunProgress,
+    ShardKeys,
+    ShardRecord,
+    SourceRecord,
     detail_lines,
     headline,
     list_runs,
     read_progress,
+    read_records,
     running,
     state_line,
     workers_table,
 )
-from reinforce.dataset.runs.shard_records import RecordWriter, ShardRecord, SourceRecord, read_records
 from reinforce.errors import UserError
-from reinforce.source.identity import SourceState
+from reinforce.source.references import SourceState
 from reinforce.storage import Storage
 
 

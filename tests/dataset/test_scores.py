@@ -21,20 +21,19 @@ from safetensors.numpy import save_file
 import reinforce
 from reinforce.config import Score, parse_config
 from reinforce.dataset.drop import plan_drop
-from reinforce.dataset.files.layer_file import LayerFile
-from reinforce.dataset.files.store import Store
-from reinforce.dataset.manifest.manifest import read_manifest, write_manifest
-from reinforce.dataset.scoring.facts import Facts
-from reinforce.dataset.validate.validate import validate
-from reinforce.engine.inference.models import load_models
-from reinforce.engine.messages.results import LayerFailure
-from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.dataset.kinds.scores import Facts
+from reinforce.dataset.layer_file import LayerFile
+from reinforce.dataset.manifest import read_manifest, write_manifest
+from reinforce.dataset.store import Store
+from reinforce.dataset.validate import validate
+from reinforce.engine.messages import LayerFailure
+from reinforce.engine.plan.plan import build_layers, describe_models, make_plan
 from reinforce.engine.recompute import recompute
+from reinforce.engine.worker.models import load_models
 from reinforce.engine.worker.producers.registry import check_models
 from reinforce.errors import UserError
 from reinforce.source.references import image_digest
-from teachers.preprocessing.fit import fit
+from teachers.fit import fit
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.models.scorers import SPEC

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from reinforce.dataset.drop import drop, plan_drop
-from reinforce.dataset.files.store import Store
 from reinforce.dataset.status import read_status, status_table
+from reinforce.dataset.store import Store
 from schemas import Reason
 from tests.helpers.views import make_view
 

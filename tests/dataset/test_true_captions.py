@@ -15,22 +15,20 @@ import pytest
 
 import reinforce
 from reinforce.captioning.config import Data as CaptionerData
-from reinforce.captioning.source import PairSource
+from reinforce.captioning.data import PairSource
 from reinforce.config import Score, parse_config
 from reinforce.dataset.drop import drop, plan_drop
-from reinforce.dataset.files.store import Store
-from reinforce.dataset.kinds.scores import make_scorer
-from reinforce.dataset.reading.dataset import Dataset
-from reinforce.dataset.scoring.similarity import Similarity
-from reinforce.dataset.validate.shard_checks import RowChecks
+from reinforce.dataset.kinds.scores import Similarity, make_scorer
+from reinforce.dataset.reading import Dataset
+from reinforce.dataset.shard_checks import RowChecks
+from reinforce.dataset.store import Store
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.recompute import recompute
 from reinforce.errors import UserError
 from reinforce.evaluation.config import RetrievalSet
 from reinforce.evaluation.reading import LabelledImage
-from reinforce.inspection.captions import similarities, text_figures
-from reinforce.inspection.rows import Rows, read_rows
-from reinforce.inspection.selection import select
+from reinforce.explore.captions import similarities, text_figures
+from reinforce.explore.rows import Rows, read_rows, select
 from reinforce.publishing.embeddings import export_embeddings
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed

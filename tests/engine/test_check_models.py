@@ -15,7 +15,7 @@ from rich.console import Console
 from reinforce.config import parse_config
 from reinforce.engine import check_models as check
 from reinforce.engine.check_models import Report, check_class, check_config, check_target
-from reinforce.engine.inference.models import Models
+from reinforce.engine.worker.models import Models
 from reinforce.errors import UserError
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.commands import printed_by, run_command

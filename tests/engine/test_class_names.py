@@ -11,10 +11,9 @@ import pytest
 
 import reinforce
 from reinforce.dataset.drop import drop, plan_drop
-from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.validate.validate import validate
-from reinforce.engine.driver.driver import Driver
-from reinforce.engine.driver.worker_lifecycle import WorkerLifecycle
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.validate import validate
+from reinforce.engine.driver.driver import Driver, WorkerLifecycle
 from reinforce.errors import UserError
 from tests.helpers.data import members_of, tree, write_tar
 from tests.helpers.models.classifiers import NAMES

@@ -18,10 +18,10 @@ import torch
 import yaml
 
 from reinforce.config import Config, parse_config
-from reinforce.dataset.files.store import Store
-from reinforce.dataset.manifest.manifest import read_manifest, write_manifest
-from reinforce.engine.plan.recipe import build_layers, check_class_files, describe_models
-from reinforce.engine.record.summary import RunSummary
+from reinforce.dataset.manifest import read_manifest, write_manifest
+from reinforce.dataset.store import Store
+from reinforce.engine.plan.plan import build_layers, check_class_files, describe_models
+from reinforce.engine.record import RunSummary
 from reinforce.engine.run import run
 from reinforce.errors import UserError
 from reinforce.settings import as_config
@@ -38,7 +38,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise UserError("no Ray here")
 
-    monkeypatch.setattr("reinforce.cluster.ray_cluster", refuse)
+    monkeypatch.setattr("reinforce.processes.cluster.ray_cluster", refuse)
 
 
 def test_a_config_is_accepted_as_an_object_a_mapping_and_a_file(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_run_goes_on_with_shards_whose_files_were_set_aside(
             return left.pop(0)
 
     monkeypatch.setattr("reinforce.engine.driver.driver.Driver", Recorded)
-    monkeypatch.setattr("reinforce.cluster.ray_cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("reinforce.processes.cluster.ray_cluster", lambda _: contextlib.nullcontext())
     config = config_of(f"{tmp_path}/0.tar", tmp_path / "out")
     found = run(config)
     assert capsys.readouterr().out == "1 shard to compute; waiting for Ray\n", "before anything takes long"

@@ -18,7 +18,7 @@ from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.kinds.association import association_metrics, cue_text, jaccard
 from reinforce.evaluation.kinds.classification import classification_metrics, macro_f1, macro_recall
 from reinforce.evaluation.registry import published_metrics, select_sets
-from reinforce.evaluation.suite.results import file_name
+from reinforce.evaluation.suite import file_name
 from reinforce.processes.cores import available_cores
 from teachers.fast_paths.usage import enabled, fast_path, loading
 from tests.helpers.commands import Command

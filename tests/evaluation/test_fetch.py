@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from reinforce.evaluation.kinds.files import find_files
-from reinforce.evaluation.suite import fetch
+from reinforce.evaluation import suite as fetch
+from reinforce.evaluation.kinds.base import find_files
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import colour_samples, find_set, solid_image, stored, write_classification, write_table
 from tests.helpers.hub import Hub, serving_hub

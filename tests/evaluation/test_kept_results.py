@@ -18,12 +18,11 @@ import pytest
 
 from reinforce.errors import UserError
 from reinforce.evaluation.evaluator import read_content
-from reinforce.evaluation.kinds import files
-from reinforce.evaluation.kinds.files import find_files
+from reinforce.evaluation.kinds import base as files
+from reinforce.evaluation.kinds.base import find_files
 from reinforce.evaluation.kinds.registry import KINDS
-from reinforce.evaluation.suite.results import ResultFile, SuiteReport, file_name
-from reinforce.evaluation.suite.run import Job, count_workers
-from reinforce.parallel.map_workers import Actors
+from reinforce.evaluation.suite import Job, ResultFile, SuiteReport, count_workers, file_name
+from reinforce.processes.parallel import Actors
 from tests.helpers import forks
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import (
@@ -242,10 +241,10 @@ def test_a_file_that_is_replaced_while_a_set_is_read_leaves_no_result_that_is_ke
     """The listing is of the old file, what is read is the new one."""
     find = files.find_files
     change = partial(keep_time, tmp_path / "sets" / MNIST / "classnames.txt", swap_classes)
-    monkeypatch.setattr("reinforce.evaluation.suite.run.find_files", lambda *a: (find(*a), change())[0])
+    monkeypatch.setattr("reinforce.evaluation.suite.find_files", lambda *a: (find(*a), change())[0])
     evaluate()
     change()
-    monkeypatch.setattr("reinforce.evaluation.suite.run.find_files", find)
+    monkeypatch.setattr("reinforce.evaluation.suite.find_files", find)
     assert "evaluated again, since the content has changed" in evaluate()
     assert len(decoded) == 24
 

@@ -13,12 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
-from reinforce.evaluation import probing
+from reinforce.evaluation import ranking as probing
 from reinforce.evaluation.classes import load_templates
 from reinforce.evaluation.encoding import build_classifier, encode_texts
 from reinforce.evaluation.kinds.classification import own_metrics
-from reinforce.evaluation.probing import classify, find_nearest, fit_probe, hold_out
-from reinforce.evaluation.ranking import rank_classes, rank_matches, scores_of
+from reinforce.evaluation.ranking import (
+    classify,
+    find_nearest,
+    fit_probe,
+    hold_out,
+    rank_classes,
+    rank_matches,
+    scores_of,
+)
 from tests.helpers.evaluation import CPU, ColourOracle, load_teacher
 from tests.helpers.models import tiny_models
 

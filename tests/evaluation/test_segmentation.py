@@ -20,8 +20,8 @@ from reinforce.evaluation.evaluator import Evaluator, evaluate_set
 from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds import segmentation
 from reinforce.evaluation.kinds.segmentation import SegmentationSet
-from reinforce.evaluation.suite.run import evaluate_suite
-from reinforce.input_config import Limits
+from reinforce.evaluation.suite import evaluate_suite
+from reinforce.source.config import Limits
 from teachers.image_encoder import ImageEncoder
 from teachers.spec import ModelSpec
 from tests.helpers.evaluation import CPU, ConstantEncoder, load_spec, load_teacher, make_evaluator

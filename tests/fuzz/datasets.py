@@ -22,12 +22,12 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 import reinforce
-from reinforce.dataset.files.store import Store
 from reinforce.dataset.status import read_status
-from reinforce.dataset.validate.validate import validate
+from reinforce.dataset.store import Store
+from reinforce.dataset.validate import validate
 from reinforce.errors import UserError
-from reinforce.input_config import Input, Limits
-from reinforce.parquet import checked_file
+from reinforce.source import parquet_file as checked_file
+from reinforce.source.config import Input, Limits
 from reinforce.source.formats.base import Shard
 from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample, Refusal

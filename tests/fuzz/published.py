@@ -12,10 +12,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from reinforce.config import parse_config
-from reinforce.engine.plan.recipe import build_layers, describe_models
-from reinforce.labels.interface import Wanted
-from reinforce.labels.members import Unreadable
-from reinforce.labels.tars import TarLabels
+from reinforce.engine.plan.plan import build_layers, describe_models
+from reinforce.labels.members import Unreadable, Wanted
+from reinforce.labels.rows import TarLabels
 from reinforce.source.samples import Refusal
 from tests.fuzz.datasets import json_values
 from tests.helpers.published import COUNT, HEIGHT, WIDTH, config_of, published_members, published_sample

@@ -25,14 +25,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reinforce.config import Config, parse_config
-from reinforce.dataset.augment.backends import sample_augmentation
-from reinforce.dataset.augment.records import replay
-from reinforce.engine.decode.cells import PixelLayout
+from reinforce.engine.worker.decode import PixelLayout
+from reinforce.images.backends import sample_augmentation
 from reinforce.images.policy import FORMATS, ImageRefused, decode
-from reinforce.input_config import Limits
-from reinforce.source.captions import caption_of, json_error, metadata_of
+from reinforce.images.records import replay
+from reinforce.source.config import Limits
 from reinforce.source.formats.tar import split_name
-from reinforce.source.samples import Refusal, as_utf8
+from reinforce.source.samples import Refusal, as_utf8, caption_of, json_error, metadata_of
 from tests.fuzz import datasets, published
 from tests.helpers.data import picture
 from tests.helpers.decoding import RowPixels, read_source

@@ -14,22 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reinforce.captioning.task import CaptioningTask
+from reinforce.captioning.finetune import CaptioningTask
 from reinforce.config import parse_config
-from reinforce.dataset.files.store import Store
-from reinforce.engine.inference.models import load_models
+from reinforce.dataset.store import Store
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.worker.full_batch import find_batch
+from reinforce.engine.worker.actor import find_batch
+from reinforce.engine.worker.models import load_models
 from reinforce.engine.worker.shard import ShardProcess, allocate_pixels
 from reinforce.errors import UserError
+from reinforce.processes.signals import Stopped, StopSignal
 from reinforce.student.train import train
-from reinforce.training import loop
-from reinforce.training.distributed import gather
-from reinforce.training.distributed.batch_norms import _Shared, synchronize_batch_norms
-from reinforce.training.distributed.ranks import Ranks
-from reinforce.training.state import State
+from reinforce.training import gather, loop
+from reinforce.training.batch_norms import _Shared, synchronize_batch_norms
+from reinforce.training.checkpoints import State
+from reinforce.training.ranks import Ranks
 from reinforce.training.step import Prefetcher, StepOutput, backpropagate
-from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.trials import Trials
 from teachers.fast_paths.usage import set_enabled, snapshot
 from teachers.runtime.accelerator import Accelerator
@@ -86,7 +85,7 @@ def test_a_shard_on_a_gpu_is_that_of_a_cpu_and_waits_little(tmp_path: Path, monk
     images = [copy for copy in counts.copies_to_device() if copy.place.startswith("teachers/runtime/accelerator.py")]
     assert images
     assert not any(copy.blocking for copy in images), images
-    decoding = ("teachers/coca/", "teachers/decoding/", "teachers/fast_paths/step_graphs.py")  # which captures once
+    decoding = ("teachers/coca/", "teachers/decoding/", "teachers/fast_paths/recompilation.py")  # which captures once
     waits = sum(count for wait, count in counts.waits.items() if not any(part in wait for part in decoding))
     assert waits <= WAITS_A_BATCH * 3, counts
     for path in sorted((tmp_path / "cuda").rglob("*.parquet")):

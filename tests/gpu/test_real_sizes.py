@@ -14,21 +14,19 @@ from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from reinforce import settings
-from reinforce.student import chunks
+from reinforce.student import loss as chunks
 from reinforce.student.config import StudentConfig
 from reinforce.student.loss import Objective, contrastive_losses
 from reinforce.student.model import Student
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch, Encoded
+from teachers.coca.decoder import CocaNetwork
 from teachers.coca.fixed_decoder import FixedCocaDecoder
-from teachers.coca.network import CocaNetwork
 from teachers.decoding.device_sampling import DeviceSampler
-from teachers.decoding.rules import DecodingRules
-from teachers.decoding.sampling import TokenChooser
+from teachers.decoding.sampling import DecodingRules, TokenChooser
 from teachers.registry import captioner_spec
-from teachers.runtime.accelerator import Accelerator
+from teachers.runtime.accelerator import _PART, GIB, Accelerator
 from teachers.runtime.flops import counted_flops
-from teachers.runtime.memory import _PART, GIB
 from tests.helpers.pages import ROOT
 from tests.helpers.real_sizes import Operations, PeakMemory, build_without_memory, fake_student
 from tests.helpers.students import batch_for, built, student_folder

@@ -12,21 +12,22 @@ import pytest
 import torch
 
 from reinforce.config import Config, parse_config
-from reinforce.dataset.augment.device import augment
-from reinforce.dataset.augment.device_records import CellRecord
-from reinforce.dataset.files.store import Store
-from reinforce.engine.inference.models import Models, load_models
+from reinforce.dataset.store import Store
 from reinforce.engine.plan.plan import Plan, make_plan
-from reinforce.engine.worker import full_batch
-from reinforce.engine.worker.full_batch import find_batch
+from reinforce.engine.worker import actor as full_batch
+from reinforce.engine.worker.actor import find_batch
+from reinforce.engine.worker.models import Models, load_models
 from reinforce.engine.worker.producers.registry import measure_costs
 from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
-from reinforce.evaluation.kinds import knn, linear
-from reinforce.evaluation.kinds.parts import Features
+from reinforce.evaluation.kinds import probes as knn
+from reinforce.evaluation.kinds import probes as linear
+from reinforce.evaluation.kinds.probes import Features
+from reinforce.images.device import augment
+from reinforce.images.device_records import CellRecord
 from reinforce.student.train import train
 from reinforce.training.config import Compute
-from reinforce.training.distributed.ranks import join_ranks
+from reinforce.training.ranks import join_ranks
 from teachers.decoding.sampling import sample_nucleus, sample_top_k
 from teachers.runtime import accelerator
 from teachers.runtime.accelerator import Accelerator

@@ -10,14 +10,12 @@ import torch
 
 from reinforce.config import Config, parse_config
 from reinforce.dataset.layers import Layer
-from reinforce.engine.decode.cells import PixelCells
-from reinforce.engine.decode.row import Row
-from reinforce.engine.inference.inference import Inference
-from reinforce.engine.inference.models import Counters, Models
-from reinforce.engine.inference.session import Session
-from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.plan.plan import build_layers, describe_models
+from reinforce.engine.worker.decode import PixelCells, Row
+from reinforce.engine.worker.inference import Inference, Session
+from reinforce.engine.worker.models import Counters, Models
+from reinforce.engine.worker.producers.embeddings import TextEmbeddings
 from reinforce.engine.worker.producers.registry import make_producers
-from reinforce.engine.worker.producers.text_embeddings import TextEmbeddings
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of
 from tests.helpers.models import ColorTeacher, SeedCaptioner

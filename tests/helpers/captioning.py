@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from reinforce.captioning.config import CaptionerConfig, Loss
+from reinforce.captioning.data import StreamedPairs, predicted_lengths
+from reinforce.captioning.finetune import CaptioningTask
 from reinforce.captioning.model import CaptionerModel, build_captioner
-from reinforce.captioning.streams import StreamedPairs, predicted_lengths
-from reinforce.captioning.task import CaptioningTask
 from reinforce.settings import parse
 from reinforce.training.order import GroupChunk
 from reinforce.training.task import Batch, Feed

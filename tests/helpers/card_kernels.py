@@ -35,12 +35,11 @@ from triton.runtime.driver import driver
 
 from reinforce.student.model import Student
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
-from teachers.coca.compiling import probe
+from teachers.coca.captioner import probe
+from teachers.coca.decoder import CocaNetwork
 from teachers.coca.fixed_decoder import FixedCocaDecoder
-from teachers.coca.network import CocaNetwork
 from teachers.decoding.device_sampling import DeviceSampler
-from teachers.decoding.rules import DecodingRules
-from teachers.decoding.sampling import TokenChooser
+from teachers.decoding.sampling import DecodingRules, TokenChooser
 from teachers.fast_paths import recompilation, towers
 from teachers.fast_paths.recompilation import Compiler, many_shapes
 from teachers.open_clip.teacher import image_spec, keep_residual_in_float32

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reinforce.engine.decode.row import Row
+from reinforce.engine.worker.decode import Row
 from reinforce.source.samples import RawSample
 
 

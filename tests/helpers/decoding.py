@@ -10,11 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from reinforce.config import Config
-from reinforce.engine.decode.cells import PixelLayout
-from reinforce.engine.decode.decode_pool import CellLease, DecodePool
-from reinforce.engine.decode.row import DecodeSpec, Row
-from reinforce.engine.decode.rows import GROUP_ROWS, rows_from_source
-from reinforce.labels.interface import LabelReader
+from reinforce.engine.worker.decode import CellLease, DecodePool, DecodeSpec, PixelLayout, Row
+from reinforce.engine.worker.shard import GROUP_ROWS, rows_from_source
+from reinforce.labels.members import LabelReader
 from reinforce.source.formats.base import Shard
 from reinforce.source.samples import Refusal
 from teachers.protocols import ImageSpec

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from examples.demo.compare import MEASURES
 from reinforce.storage import Storage
-from reinforce.training.record.results import Results
+from reinforce.training.results import Results
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "configs/demo-models"

@@ -10,8 +10,7 @@ import pytest
 from reinforce.config import parse_config
 from reinforce.dataset.layers import Layer
 from reinforce.engine.driver.worker_pool import Slot, WorkerPool
-from reinforce.engine.messages.results import WorkerId, WorkerInfo
-from reinforce.engine.messages.task import PendingShard
+from reinforce.engine.messages import PendingShard, WorkerId, WorkerInfo
 
 SAMPLES_ONLY = {"samples": Layer("samples", "samples", "0")}
 

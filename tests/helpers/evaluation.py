@@ -25,7 +25,7 @@ from reinforce.evaluation.kinds import retrieval
 from reinforce.evaluation.kinds.base import ImageSet
 from reinforce.evaluation.kinds.retrieval import RetrievalSet
 from reinforce.evaluation.registry import SuiteSet, select_sets
-from reinforce.input_config import Limits
+from reinforce.source.config import Limits
 from teachers.open_clip.teacher import OpenClipTeacher, image_spec
 from teachers.protocols import ImageSpec
 from teachers.registry import teacher_spec
@@ -116,8 +116,8 @@ def make_evaluator(**config: Any) -> Evaluator:
 
 
 def open_retrieval(config: RetrievalSet) -> ImageSet:
-    assert retrieval.KIND.open_own is not None
-    return retrieval.KIND.open_own(config, "set", Limits(), ())
+    assert retrieval.RETRIEVAL.open_own is not None
+    return retrieval.RETRIEVAL.open_own(config, "set", Limits(), ())
 
 
 def evaluate_zero_shot(model: Encoder, url: str, **config: Any) -> dict[str, float]:

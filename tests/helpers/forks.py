@@ -15,7 +15,7 @@ import sys
 ADDRESS = "TESTS_FORKS"
 _IMPORTED = (
     "reinforce.engine.worker.shard",
-    "reinforce.tuning.trials",
+    "reinforce.tuning.results",
     "s3fs",
     "requests",
     "google.protobuf.json_format",

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from reinforce.config import Config, load_config, parse_config
 from reinforce.dataset.vectors import decode
-from reinforce.engine.plan.recipe import build_layers, describe_models, resolve_precisions
+from reinforce.engine.plan.plan import build_layers, describe_models, resolve_precisions
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.models import classifiers, custom_models
 from tests.helpers.published import config_of as published_config

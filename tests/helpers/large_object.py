@@ -1,6 +1,6 @@
 """An object that is uploaded in parts; this module imports little, because a process of its own runs it."""
 
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.store import Store
 
 BYTES = 101 * 2**20  # from 100 MiB s3fs uploads parts of 50 MiB
 

@@ -17,8 +17,8 @@ from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
 import reinforce
-from reinforce.dataset.augment.operations import OPS
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.store import Store
+from reinforce.images.records import OPS
 from tests.helpers import data
 from tests.helpers.data import picture, write_tar
 

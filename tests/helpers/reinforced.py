@@ -11,17 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforce.config import parse_config
-from reinforce.dataset.files.damage import set_aside
-from reinforce.dataset.files.index import IndexWriter
-from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.manifest.manifest import DIGEST_KEY, check_loaded, update_manifest, write_manifest
-from reinforce.engine.codebooks import check_codebooks, fit_codebooks
-from reinforce.engine.decode.rows import GROUP_ROWS
-from reinforce.engine.inference.models import describe_loaded, load_models
-from reinforce.engine.messages.results import ShardResult
+from reinforce.dataset.index import IndexWriter, set_aside
+from reinforce.dataset.manifest import DIGEST_KEY, check_loaded, update_manifest, write_manifest
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.messages import ShardResult
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.plan.source_shards import write_lists
-from reinforce.engine.worker.shard import ShardProcess
+from reinforce.engine.run import check_codebooks, fit_codebooks
+from reinforce.engine.worker.models import describe_loaded, load_models
+from reinforce.engine.worker.shard import GROUP_ROWS, ShardProcess
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import decode_pool
 

@@ -16,12 +16,11 @@ from pydantic import Field
 from reinforce.config import Config
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, compute_fingerprint
-from reinforce.engine.inference.inference import Batch, Outputs
+from reinforce.engine.worker.inference import Batch, Outputs
 from reinforce.engine.worker.producers.base import Producer, RowGroup
 from reinforce.engine.worker.producers.registry import PRODUCERS
-from reinforce.input_config import Input
-from reinforce.source.formats.base import Shard, SourceFormat
-from reinforce.source.formats.columns import make_sample
+from reinforce.source.config import Input
+from reinforce.source.formats.base import Shard, SourceFormat, make_sample
 from reinforce.source.samples import Item, Refusal, UnreadSample
 from reinforce.source.streams import open_stream
 from schemas import Reason

@@ -11,7 +11,8 @@ from typing import TypeAlias
 
 from reinforce.config import Failures
 from reinforce.dataset.layers import Layer
-from reinforce.engine.driver.policy.decisions import (
+from reinforce.engine.driver.failures import FailurePolicy
+from reinforce.engine.driver.faults import (
     Decision,
     EndedWorker,
     PauseWorker,
@@ -19,11 +20,8 @@ from reinforce.engine.driver.policy.decisions import (
     ReplaceWorker,
     Requeue,
 )
-from reinforce.engine.driver.policy.failures import FailurePolicy
-from reinforce.engine.driver.shard_queue import ShardQueue
-from reinforce.engine.driver.worker_pool import Slot
-from reinforce.engine.messages.results import WorkerId
-from reinforce.engine.messages.task import PendingShard
+from reinforce.engine.driver.worker_pool import ShardQueue, Slot
+from reinforce.engine.messages import PendingShard, WorkerId
 from tests.helpers.driver import SAMPLES_ONLY, started
 
 #: What a lease does: it returns (None), raises, or ends its process (the text of the error).

@@ -10,7 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reinforce.input_config import Input
+from reinforce.source.config import Input
 from reinforce.source.formats.base import Shard
 from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample, Refusal

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import fsspec
 import pyarrow as pa
 
-from reinforce.input_config import Limits
+from reinforce.source.config import Limits
 from reinforce.source.formats.tar import read_shard
 from reinforce.source.samples import RawSample, Refusal
 

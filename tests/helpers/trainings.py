@@ -17,13 +17,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from reinforce.training.config import MUTABLE_KEYS, Training, fixed_config
-from reinforce.training.distributed.gather import gather
-from reinforce.training.distributed.ranks import Ranks
-from reinforce.training.job import Job
+from reinforce.processes.signals import Stopped, StopSignal
+from reinforce.training.config import MUTABLE_KEYS, Job, Training, fixed_config
+from reinforce.training.gather import gather
 from reinforce.training.loop import run_rank
-from reinforce.training.record.results import Results
-from reinforce.training.stop import Stopped, StopSignal
+from reinforce.training.ranks import Ranks
+from reinforce.training.results import Results
 from reinforce.training.task import Batch, Build, Encoded, Feed, Reading, Task
 from teachers.runtime.accelerator import Accelerator
 

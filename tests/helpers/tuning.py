@@ -7,11 +7,9 @@ from typing import Any
 
 from reinforce import settings
 from reinforce.student.config import StudentConfig
-from reinforce.tuning.config import TuneConfig
-from reinforce.tuning.results import Curve, make_curves, make_rows
+from reinforce.tuning.config import Setting, Trial, TuneConfig
+from reinforce.tuning.results import Curve, Outcome, make_curves, make_rows
 from reinforce.tuning.screening import ScaleMeasures, TeacherScreening
-from reinforce.tuning.space import Setting, Trial
-from reinforce.tuning.trials import Outcome
 
 METRIC = "retrieval/own/text_to_image/r1"
 STUDENT: dict[str, Any] = {

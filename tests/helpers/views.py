@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 import reinforce
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.store import Store
 from reinforce.dataset.view import View, read_view, view_fingerprint
-from reinforce.selection.config import SelectConfig
-from reinforce.selection.select import select
+from reinforce.explore.config import SelectConfig
+from reinforce.explore.select import select
 from reinforce.settings import parse
 
 

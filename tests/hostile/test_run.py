@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import reinforce
-from reinforce.engine.driver import polls
-from reinforce.engine.record.summary import RunSummary
+from reinforce.engine.driver import worker_pool as polls
+from reinforce.engine.record import RunSummary
 from reinforce.images.policy import decode
-from reinforce.input_config import Limits
+from reinforce.source.config import Limits
 from reinforce.source.urls import shard_name
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.hostile.images import IMAGE_BYTES, IMAGES, ImageCase, scan_bomb

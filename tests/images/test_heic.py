@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reinforce.dataset.reading.dataset import Dataset
+from reinforce.dataset.reading import Dataset
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, decode, format_extension
-from reinforce.input_config import Input, Limits
 from reinforce.processes.imports import installed, reads_heic
+from reinforce.source.config import Input, Limits
 from reinforce.source.formats.base import Shard
 from reinforce.source.reading import read_samples
 from tests.helpers.commands import run_command

@@ -16,13 +16,13 @@ from PIL import Image
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.augment.backends import BACKENDS, load_backend
-from reinforce.engine.plan.recipe import build_layers
+from reinforce.engine.plan.plan import build_layers
 from reinforce.errors import UserError
 from reinforce.images import jpeg
+from reinforce.images.backends import BACKENDS, load_backend
 from reinforce.images.policy import ImageRefused, decode, image_policy, is_image_policy
-from reinforce.input_config import Limits
 from reinforce.processes.imports import installed
+from reinforce.source.config import Limits
 from schemas import Reason
 from tests.helpers.data import config_of, write_tar
 from tests.helpers.images import JPEGS, encode, natural, noise, scan_of, without_scan_data

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from reinforce.errors import UserError
-from reinforce.images import png
+from reinforce.images import jpeg as png
 from reinforce.images.policy import (
     FORMATS,
     PUBLISHED_POLICY,
@@ -24,7 +24,7 @@ from reinforce.images.policy import (
     is_plain,
     to_rgb,
 )
-from reinforce.input_config import Limits
+from reinforce.source.config import Limits
 from reinforce.source.file_types import IMAGE_EXTENSIONS
 from schemas import Reason
 from tests.helpers.images import encode, noise, png_chunk, raw_png

@@ -15,7 +15,7 @@ from xml.sax.saxutils import escape
 import pytest
 
 import reinforce
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.store import Store
 from reinforce.source.urls import filesystem
 from tests.helpers.commands import run_command
 from tests.helpers.data import config_of, members_of, tree, write_tar

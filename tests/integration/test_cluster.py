@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reinforce.dataset.runs.progress import list_runs, read_progress
+from reinforce.dataset.runs import list_runs, read_progress
 from reinforce.storage import Storage
 from tests.helpers.commands import json_of_process
 from tests.helpers.data import config_of, events_of, free_port, tree
@@ -100,7 +100,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from ray.cluster_utils import Cluster
-from reinforce.parallel.map_workers import Actors, open_workers
+from reinforce.processes.parallel import Actors, open_workers
 from tests.helpers.waiting import wait_for
 from tests.integration.test_cluster import wait_in
 

@@ -21,8 +21,8 @@ import pytest
 import yaml
 
 import reinforce
-from reinforce.dataset.runs.progress import RunProgress, list_runs, running
-from reinforce.engine.driver.policy.hangs import LoadLimit
+from reinforce.dataset.runs import RunProgress, list_runs, running
+from reinforce.engine.driver.failures import LoadLimit
 from reinforce.source.urls import shard_name
 from reinforce.storage import Storage
 from tests.helpers.commands import json_of_process

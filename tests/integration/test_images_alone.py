@@ -11,8 +11,8 @@ import yaml
 
 import reinforce
 from reinforce.config import load_config
-from reinforce.dataset.files.store import Store
-from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.store import Store
 from tests.helpers.commands import Command
 from tests.helpers.data import picture
 from tests.helpers.models import tiny_models

@@ -13,8 +13,8 @@ import fsspec
 import pytest
 
 import reinforce
-from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.manifest.claims import Claims
+from reinforce.dataset.claims import Claims
+from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.driver import driver
 from reinforce.engine.driver.driver import Driver
 from reinforce.errors import StorageError

@@ -25,14 +25,13 @@ import ray
 import torch
 
 import reinforce
-from reinforce.engine.record.metrics import SERIES, dashboard_text
-from reinforce.engine.record.summary import RunSummary
+from reinforce.engine.record import SERIES, RunSummary, dashboard_text
 from reinforce.images.policy import decode
-from reinforce.input_config import Limits
-from reinforce.seeds import seed_for
+from reinforce.source.config import Limits
+from schemas.seeds import seed_for
 from teachers.fast_paths.usage import Usage
-from teachers.preprocessing.fit import fit
-from teachers.preprocessing.pixels import to_pixels
+from teachers.fit import fit
+from teachers.pixels import to_pixels
 from teachers.registry import captioner_spec, load_model
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, events_of, free_port, members_of, write_tar

@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 import reinforce
-from reinforce.dataset.files.index import read_index
-from reinforce.dataset.files.store import Store
-from reinforce.dataset.manifest.manifest import read_manifest
-from reinforce.dataset.validate.validate import validate
+from reinforce.dataset.index import read_index
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.store import Store
+from reinforce.dataset.validate import validate
 from reinforce.engine.driver.driver import Driver
 from tests.helpers.commands import exit_status, printed_by
 from tests.helpers.data import config_of, events_of, members_of, tree, write_tar

@@ -18,8 +18,8 @@ import pytest
 import s3fs
 
 import reinforce
-from reinforce.dataset.files.store import Store
-from reinforce.engine.record.summary import RunSummary
+from reinforce.dataset.store import Store
+from reinforce.engine.record import RunSummary
 from reinforce.errors import StorageError
 from reinforce.processes.attempts import BOTOCORE_REQUESTS, S3FS_REQUESTS, Attempts
 from reinforce.source import urls
@@ -269,7 +269,7 @@ def test_a_process_killed_or_an_error_in_the_middle_of_an_upload_leaves_no_objec
 def test_a_process_killed_while_it_puts_a_file_leaves_none_on_its_machine(
     s3: s3fs.S3FileSystem, s3_proxy: Proxy, tmp_path: Path
 ) -> None:
-    code = "from reinforce.dataset.files.store import Store; Store('s3://bucket/put').write_bytes(b'whole', 'file')"
+    code = "from reinforce.dataset.store import Store; Store('s3://bucket/put').write_bytes(b'whole', 'file')"
     kill_at(s3_proxy, lambda request: request.method == "PUT", code, TMPDIR=str(tmp_path))
     assert [*tmp_path.iterdir()] == []
     Store("s3://bucket/put").write_bytes(b"whole", "file")

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.layers import captions_layer
-from reinforce.engine.messages.pulse import SERVER, LeaseWatch
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.pulse import SERVER, LeaseWatch
 from reinforce.errors import UserError
 from tests.helpers.chat_server import chat_server, completion, describe, image_of, start_process
 from tests.helpers.data import config_of, free_port, members_of, write_tar

@@ -24,7 +24,7 @@ import yaml
 from safetensors.torch import load_file
 
 import reinforce
-from reinforce.dataset.files.store import MANIFEST
+from reinforce.dataset.store import MANIFEST
 from reinforce.processes.cores import available_cores, describe_share
 from tests.helpers.commands import Command, printed_by, run_command
 from tests.helpers.reinforced import manifest_to_change, small_dataset
@@ -61,7 +61,7 @@ def base(labelled: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 def undisturbed(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("reinforce.training.record.log.draw_curves", lambda *_: None)  # half a second each
+        patch.setattr("reinforce.training.log.draw_curves", lambda *_: None)  # half a second each
         results = reinforce.train({**base, "output": str(output)})
     assert results.steps == STEPS
     return output

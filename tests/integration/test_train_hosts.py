@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 from reinforce.errors import HostLost
 from reinforce.training.distributed import host_watch, supervisor
 from reinforce.training.launch import launch
-from reinforce.training.stop import Stopped
+from reinforce.processes.signals import Stopped
 from tests.helpers.lean_ray import prepare
 from tests.helpers.trainings import job, slow
 

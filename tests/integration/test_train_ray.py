@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load
 
 from reinforce.errors import UserError
-from reinforce.training.distributed.ranks import Ranks
+from reinforce.processes.signals import Stopped, StopSignal
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
-from reinforce.training.stop import Stopped, StopSignal
+from reinforce.training.ranks import Ranks
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.trainings import PairFeed, TowersTask, builder, curve, fatal, job, stopping
 

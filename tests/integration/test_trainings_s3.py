@@ -16,8 +16,8 @@ import torch
 
 from reinforce import settings
 from reinforce.captioning.config import CaptionerConfig
+from reinforce.captioning.data import HELD_OUT_FILE
 from reinforce.captioning.finetune import finetune
-from reinforce.captioning.held_out import HELD_OUT_FILE
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.feed import StudentFeed

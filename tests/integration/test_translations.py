@@ -12,10 +12,10 @@ import torch
 import reinforce
 from reinforce.config import parse_config
 from reinforce.engine.check_models import check_config
-from reinforce.engine.inference.models import Models, load_models
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.recompute import recompute
-from reinforce.engine.worker.full_batch import find_batch
+from reinforce.engine.worker.actor import find_batch
+from reinforce.engine.worker.models import Models, load_models
 from reinforce.errors import UserError
 from reinforce.student.data.feed import StudentFeed
 from teachers.registry import load_model

@@ -13,11 +13,11 @@ import s3fs
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.files.store import LayerWriter, Store
 from reinforce.dataset.status import read_status
+from reinforce.dataset.store import LayerWriter, Store
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
-from reinforce.engine.record.summary import RunSummary
+from reinforce.engine.record import RunSummary
 from reinforce.errors import StorageError, UserError
 from tests.helpers.data import tree
 from tests.helpers.s3_proxy import Proxy, Request, refuse, run_first

@@ -12,12 +12,11 @@ import pyarrow as pa
 import pytest
 
 import schemas
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.labels import building
 from reinforce.labels.building import build_index
-from reinforce.labels.identities import hash_identities, identities
-from reinforce.labels.index import IdentityIndex, find_index, open_index
+from reinforce.labels.index import IdentityIndex, find_index, hash_identities, identities, open_index
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
 

@@ -16,14 +16,14 @@ from PIL import Image
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.engine.messages.results import ShardResult
+from reinforce.engine.messages import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError
-from reinforce.labels.identities import KINDS, normal_url
-from reinforce.labels.interface import Wanted
+from reinforce.labels.index import KINDS, normal_url
 from reinforce.labels.joining import Joined, TarRows
-from teachers.published.family import JOINS
+from reinforce.labels.members import Wanted
+from teachers.published import JOINS
 from tests.helpers.images import encode
 from tests.helpers.published import (
     ALL,

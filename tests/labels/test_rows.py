@@ -20,16 +20,15 @@ import pytest
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.files.layer_file import LayerFile
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.layer_file import LayerFile
+from reinforce.dataset.store import Store
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.preflight.check_source import check_source
-from reinforce.engine.record.summary import source_lines
+from reinforce.engine.record import source_lines
 from reinforce.labels import rows
-from reinforce.labels.identities import DIGEST, Identity
-from reinforce.labels.index import open_index
-from reinforce.labels.interface import RowLabels, Wanted
+from reinforce.labels.index import DIGEST, Identity, open_index
 from reinforce.labels.joining import Joined, TarRows, proves
+from reinforce.labels.members import RowLabels, Wanted
 from reinforce.labels.rows import open_labels
 from reinforce.publishing.labels import export_labels
 from reinforce.source.references import image_digest

@@ -18,10 +18,10 @@ from PIL import Image
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.engine.label_check import check_labels
-from reinforce.engine.messages.results import ShardResult
+from reinforce.engine.messages import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
+from reinforce.engine.recompute import check_labels
 from reinforce.errors import UserError
 from reinforce.labels.building import build_index
 from reinforce.publishing.labels import export_labels

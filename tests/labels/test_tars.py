@@ -15,11 +15,11 @@ from PIL import Image
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.engine.messages.results import LayerFailure
+from reinforce.engine.messages import LayerFailure
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
 from reinforce.images.policy import PUBLISHED_POLICY, decode
-from reinforce.input_config import Limits
+from reinforce.source.config import Limits
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
 from tests.helpers.data import tree

@@ -21,8 +21,8 @@ import open_clip
 import torch
 from PIL import Image
 
-from reinforce.adapting.gain import chance
 from reinforce.cli import main as reinforce
+from reinforce.tuning.gain import chance
 from tests.helpers.students import inside
 from tests.photos.pictures import Photo, read_photos, write_captioned, write_classes
 from tests.photos.released import build_released

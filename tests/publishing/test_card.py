@@ -17,7 +17,7 @@ from PIL import Image
 import reinforce
 from reinforce.cli import main
 from reinforce.dataset.drop import drop, plan_drop
-from reinforce.dataset.files.store import MANIFEST, Store
+from reinforce.dataset.store import MANIFEST, Store
 from reinforce.errors import UserError
 from reinforce.publishing.card import MARK, markdown, write_card
 from tests.helpers.data import config_of

@@ -20,10 +20,10 @@ from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.functional import resized_crop
 
 import reinforce
-from reinforce.dataset.augment.operations import OPS
 from reinforce.dataset.vectors import normalized as unit
 from reinforce.errors import UserError
-from reinforce.publishing import datacompdr_shard
+from reinforce.images.records import OPS
+from reinforce.publishing import datacompdr as datacompdr_shard
 from reinforce.publishing.datacompdr import Exported, export_datacompdr
 from reinforce.publishing.embeddings import export_embeddings
 from reinforce.publishing.labels import export_labels

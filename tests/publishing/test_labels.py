@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 import reinforce
-from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.validate.validate import validate
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.validate import validate
 from reinforce.errors import UserError
 from reinforce.labels.index import open_index
 from reinforce.publishing import labels
 from reinforce.publishing.labels import ExportedLabels, export_labels
-from reinforce.publishing.public import public_url, without_paths
+from reinforce.publishing.shards import public_url, without_paths
 from tests.helpers.commands import Printed
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here

@@ -17,10 +17,10 @@ from reinforce.cli import main
 from reinforce.processes.imports import installed
 from reinforce.shipping.checks import compare
 from reinforce.shipping.targets import coreml, mil
+from reinforce.shipping.targets.base import Tower, reparameterize, split_towers
 from reinforce.shipping.tokens import PROBES
-from reinforce.shipping.towers import Tower, reparameterize, split_towers
 from teachers.open_clip.teacher import image_spec, load_model
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.spec import ModelSpec
 from tests.helpers import shipping as models
 from tests.helpers.commands import Printed

@@ -29,12 +29,12 @@ from safetensors.torch import load_file, save_file
 from reinforce import terminal
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
-from reinforce.input_config import Limits
-from reinforce.shipping import packages, steps
+from reinforce.shipping import packages
 from reinforce.shipping.checks import compare, compare_on_sets
+from reinforce.shipping.targets import base as steps
 from reinforce.shipping.targets import onnx as graph
-from reinforce.shipping.targets.base import ExportOptions
-from reinforce.shipping.towers import Tower, count_parameters, reparameterize
+from reinforce.shipping.targets.base import ExportOptions, Tower, count_parameters, reparameterize
+from reinforce.source.config import Limits
 from teachers.open_clip.teacher import load_model
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec

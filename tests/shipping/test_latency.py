@@ -12,19 +12,16 @@ import open_clip
 import pytest
 import torch
 
-from reinforce import plots
+from reinforce import reports as plots
 from reinforce.errors import UserError
-from reinforce.evaluation.suite.results import ResultFile
-from reinforce.model_names import resolve_models
+from reinforce.evaluation.model_names import resolve_models
+from reinforce.evaluation.suite import ResultFile
 from reinforce.processes.cores import available_cores
 from reinforce.shipping import latency as latencies
-from reinforce.shipping.latency import measure_latency
-from reinforce.shipping.machine import cpu_name, machine_name
+from reinforce.shipping.latency import LatencyReport, cpu_name, find_accuracies, machine_name, measure_latency
 from reinforce.shipping.packages import Runtime
-from reinforce.shipping.report import LatencyReport, find_accuracies
-from reinforce.shipping.targets.base import ExportOptions
+from reinforce.shipping.targets.base import ExportOptions, Tower, reparameterize
 from reinforce.shipping.targets.onnx import Onnx
-from reinforce.shipping.towers import Tower, reparameterize
 from tests.helpers import shipping as models
 from tests.helpers.commands import Printed
 from tests.helpers.evaluation import find_set

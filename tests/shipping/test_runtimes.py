@@ -14,9 +14,8 @@ import pytest
 from reinforce.errors import UserError
 from reinforce.shipping.checks import compare
 from reinforce.shipping.packages import RUNTIMES, TARGETS, choose_runtimes, load_target, require_packages
-from reinforce.shipping.targets.base import ExportOptions
+from reinforce.shipping.targets.base import ExportOptions, reparameterize, split_towers
 from reinforce.shipping.tokens import PROBES
-from reinforce.shipping.towers import reparameterize, split_towers
 from teachers.open_clip.teacher import image_spec
 from tests.helpers import shipping as models
 from tests.helpers.commands import Command, Printed

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from huggingface_hub import HfFileSystem
 
-from reinforce.source.formats.recognise import source_format
-from reinforce.source.identity import read_state
+from reinforce.source.formats.base import source_format
+from reinforce.source.references import read_state
 from reinforce.source.urls import canonical, expand, shard_name
 from tests.helpers.commands import printed_by
 from tests.helpers.data import picture

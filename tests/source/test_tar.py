@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reinforce.errors import UserError
-from reinforce.input_config import Input, Limits
+from reinforce.source.config import Input, Limits
 from reinforce.source.formats.tar import read_shard
 from reinforce.source.references import read_ranges
 from reinforce.source.samples import RawSample, Refusal
-from reinforce.source.tar import DamagedTar, Member, members
+from reinforce.source.streams import DamagedTar, Member, members
 from schemas import Reason
 from tests.helpers.tars import BODY, KEYS, LIMITS, TAR, outcomes, read, sample_members, tar_bytes
 

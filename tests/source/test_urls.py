@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reinforce.errors import UserError
-from reinforce.source.identity import (
+from reinforce.source.references import (
     SourceState,
     current_url,
     former_urls,

@@ -15,16 +15,15 @@ import pytest
 import s3fs
 
 import reinforce
-from reinforce.dataset.files.store import Store
 from reinforce.dataset.status import read_status
-from reinforce.dataset.validate.validate import validate
+from reinforce.dataset.store import Store
+from reinforce.dataset.validate import validate
 from reinforce.errors import StorageError
-from reinforce.input_config import Input, Limits
+from reinforce.source.config import Input, Limits
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.tar import read_shard
 from reinforce.source.reading import read_samples
-from reinforce.source.urls import expand
-from reinforce.source.whole_reads import ShortRead
+from reinforce.source.urls import ShortRead, expand
 from schemas import Reason
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import fresh_dataset

@@ -17,12 +17,10 @@ from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import BatchNorm
 from reinforce.student.config import Student as StudentSpec
-from reinforce.student.layers.quantize import batch_norms
+from reinforce.student.layers import batch_norms
 from reinforce.student.model import Student, build_student
+from reinforce.training.checkpoints import Checkpoints, State, make_adamw
 from reinforce.training.config import Optimizer
-from reinforce.training.optimizer import make_adamw
-from reinforce.training.saving import Checkpoints
-from reinforce.training.state import State
 from tests.helpers.models.tiny_models import MEAN, STD
 from tests.helpers.students import batch, student_config, student_folder, train_briefly
 from tests.helpers.trainings import curve, gradients_of

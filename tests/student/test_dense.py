@@ -15,12 +15,11 @@ import torch
 import reinforce
 from reinforce import settings
 from reinforce.dataset.codecs.codebooks import Place, load
-from reinforce.dataset.files.store import Store
-from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.store import Store
 from reinforce.errors import UserError
+from reinforce.student.config import DenseLoss, Loss, StudentConfig
 from reinforce.student.config import Student as StudentSpec
-from reinforce.student.config import StudentConfig
-from reinforce.student.loss_config import DenseLoss, Loss
 from reinforce.student.model import build_student
 from reinforce.student.task import StudentTask
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo, stored_models
@@ -28,8 +27,8 @@ from reinforce.student.terms import dense
 from reinforce.student.terms.base import MAP, Models
 from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.student.train import build
-from teachers.patches.maps import features_and_map
-from teachers.preprocessing.pixels import to_pixels
+from teachers.image_encoder import features_and_map
+from teachers.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.reinforced import reinforce_here, small_dataset

@@ -13,8 +13,8 @@ from timm.optim import param_groups_layer_decay
 import reinforce
 from reinforce.errors import UserError
 from reinforce.student.model import Student, build_student
+from reinforce.training.checkpoints import make_adamw
 from reinforce.training.config import Optimizer
-from reinforce.training.optimizer import make_adamw
 from tests.helpers.students import TEACHER, built, student_config, student_folder
 
 DECAYS = {"image": 0.5, "text": 0.8}

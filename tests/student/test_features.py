@@ -12,7 +12,7 @@ import torch
 import reinforce
 from reinforce import settings
 from reinforce.errors import UserError
-from reinforce.student.loss_config import Loss
+from reinforce.student.config import Loss
 from reinforce.student.task import StudentTask
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.base import Models

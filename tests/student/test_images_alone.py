@@ -14,7 +14,7 @@ import reinforce
 from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.evaluation.command import build_evaluation, evaluate_models
-from reinforce.model_names import resolve_models
+from reinforce.evaluation.model_names import resolve_models
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.config import StudentConfig
 from reinforce.student.model import build_student, export

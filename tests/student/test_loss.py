@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reinforce.student import chunks
+from reinforce.student import loss as chunks
 from reinforce.student.loss import Objective, contrastive_losses, scale_losses
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.base import Rows

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 
 from benchmarks.ablations.encoders import Encoder
 from reinforce.errors import UserError
-from reinforce.shipping.towers import reparameterize
+from reinforce.shipping.targets.base import reparameterize
 from reinforce.student.config import Student as StudentSpec
-from reinforce.student.layers.pointwise import avoid_faulty_convolutions
+from reinforce.student.layers import avoid_faulty_convolutions
 from reinforce.student.model import build_student, export, load_tokenizer
+from reinforce.training.checkpoints import learning_rate, make_adamw
 from reinforce.training.config import Optimizer
-from reinforce.training.optimizer import learning_rate, make_adamw
-from teachers.preprocessing.fit import fit
+from teachers.fit import fit
 from teachers.protocols import ImageSpec
 from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.ranks import start_ranks

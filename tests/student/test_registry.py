@@ -20,7 +20,7 @@ from reinforce.student.terms.registry import MODULES
 from reinforce.student.train import build
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch, Encoded
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.models.tiny_models import open_clip_model

@@ -13,8 +13,7 @@ import torch
 from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.student import online
-from reinforce.student.config import Data, StudentConfig
-from reinforce.student.loss_config import Loss
+from reinforce.student.config import Data, Loss, StudentConfig
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo, stored_teachers
 from reinforce.student.terms.base import Models
 from reinforce.student.terms.registry import Terms, make_terms

@@ -13,8 +13,8 @@ import torch
 import reinforce
 from reinforce.errors import UserError
 from reinforce.student import model as student_model
+from reinforce.student.config import FeatureLoss
 from reinforce.student.config import Student as StudentSpec
-from reinforce.student.loss_config import FeatureLoss
 from reinforce.student.model import Student, build_student, export
 from reinforce.student.task import StudentTask
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo

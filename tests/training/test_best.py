@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from reinforce.errors import UserError
 from reinforce.storage import Storage
-from reinforce.training.job import Job
-from reinforce.training.record.results import Results, read_results
-from reinforce.training.saving import BestCheckpoint, Checkpoints
+from reinforce.training.checkpoints import BestCheckpoint, Checkpoints
+from reinforce.training.config import Job
+from reinforce.training.results import Results, read_results
 from reinforce.training.task import Metrics
 from tests.helpers.trainings import TowersTask, job, rows, run
 

@@ -13,9 +13,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.store import Store
 from reinforce.errors import UserError
-from reinforce.training.saving import BestCheckpoint, Checkpoints, CheckpointWriter, DamagedCheckpoint, Progress
+from reinforce.training.checkpoints import (
+    BestCheckpoint,
+    Checkpoints,
+    CheckpointWriter,
+    DamagedCheckpoint,
+    Progress,
+)
 from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.trainings import PairFeed, job, run
 

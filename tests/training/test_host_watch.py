@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reinforce.training.distributed.host_watch import Cluster, LostHosts, RankHost, find_lost
+from reinforce.training.ray_train import Cluster, LostHosts, RankHost, find_lost
 
 A, B = RankHost("node-a", "a", "10.0.0.1"), RankHost("node-b", "b", "10.0.0.2")
 AGAIN = "run the same command again, which resumes from the last checkpoint."

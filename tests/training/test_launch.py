@@ -14,14 +14,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-import reinforce.training.stop
+import reinforce.processes.signals
 from reinforce.errors import UserError
+from reinforce.processes.signals import Stopped, StopSignal
 from reinforce.storage import Storage
-from reinforce.training.config import MUTABLE_KEYS, Training, describe_changes, fixed_config
-from reinforce.training.distributed.mailbox import Mailbox
-from reinforce.training.job import total_steps
+from reinforce.training.config import MUTABLE_KEYS, Training, describe_changes, fixed_config, total_steps
 from reinforce.training.launch import launch, runs_on_ray
-from reinforce.training.stop import Stopped, StopSignal
+from reinforce.training.mailbox import Mailbox
 from reinforce.training.task import Batch, Begun, Reading
 from tests.helpers.trainings import PairFeed, TowersTask, builder, job, training
 
@@ -66,7 +65,7 @@ class CountingFeed(PairFeed):
 def test_a_training_uses_all_cores_unless_the_config_says_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("reinforce.training.distributed.ranks.available_cores", lambda: 16)
+    monkeypatch.setattr("reinforce.training.ranks.available_cores", lambda: 16)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     before = torch.get_num_threads()
     for compute, cpus, threads in (({}, 16, 13), ({"cpus": 2}, 2, 2)):
@@ -109,7 +108,7 @@ def test_a_signal_ends_an_interruptible_block_and_only_a_later_one_the_training_
         raise AssertionError("the block was entered")
     stop.request(signal.SIGTERM)
     assert stop.signum == signal.SIGINT, "a signal that torchrun repeats is ignored"
-    monkeypatch.setattr(reinforce.training.stop, "_REPEAT_SECONDS", 0.0)
+    monkeypatch.setattr(reinforce.processes.signals, "_REPEAT_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         stop.request(signal.SIGINT)
 
@@ -141,10 +140,7 @@ def test_the_mailbox_passes_each_line_once_and_lets_no_rank_start_after_the_end(
 
 
 def test_the_mailboxs_process_imports_neither_torch_nor_open_clip() -> None:
-    code = (
-        "import sys; import reinforce.training.distributed.mailbox\n"
-        "sys.exit(not {'torch', 'open_clip'}.isdisjoint(sys.modules))"
-    )
+    code = "import sys; import reinforce.training.mailbox\nsys.exit(not {'torch', 'open_clip'}.isdisjoint(sys.modules))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -22,15 +22,22 @@ from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import student_job
-from reinforce.training.config import Trackers
-from reinforce.training.job import Job
-from reinforce.training.record import curves
-from reinforce.training.record import log as log_module
-from reinforce.training.record.curves import draw_curves
-from reinforce.training.record.log import Log, Throughput, format_row
-from reinforce.training.record.results import Results, read_results
-from reinforce.training.record.trackers import RUNS, Scalars, Tracker, check_trackers, open_trackers
-from reinforce.training.saving import BestCheckpoint
+from reinforce.training import log as curves
+from reinforce.training import log as log_module
+from reinforce.training.checkpoints import BestCheckpoint
+from reinforce.training.config import Job, Trackers
+from reinforce.training.log import (
+    RUNS,
+    Log,
+    Scalars,
+    Throughput,
+    Tracker,
+    check_trackers,
+    draw_curves,
+    format_row,
+    open_trackers,
+)
+from reinforce.training.results import Results, read_results
 from reinforce.training.trials import Trials
 from tests.helpers.trainings import WIDTH, PairFeed, before_batches, job, rows, run, stopped_after
 

@@ -23,13 +23,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from reinforce.errors import UserError
+from reinforce.processes.signals import Stopped, StopSignal
 from reinforce.storage import Storage
-from reinforce.training.distributed.ranks import Ranks
-from reinforce.training.job import Job
+from reinforce.training.checkpoints import Checkpoints, Progress
+from reinforce.training.config import Job
 from reinforce.training.loop import run_rank
-from reinforce.training.record.results import Results
-from reinforce.training.saving import Checkpoints, Progress
-from reinforce.training.stop import Stopped, StopSignal
+from reinforce.training.ranks import Ranks
+from reinforce.training.results import Results
 from teachers.fast_paths.usage import Usage, enabled, fast_path
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.stand_in_cuda import stand_in_cuda

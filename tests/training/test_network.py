@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from reinforce.training.distributed.network import interface_addresses, interface_variables, own_address
+from reinforce.training.ranks import interface_addresses, interface_variables, own_address
 from tests.helpers.data import free_port
 
 ADDRESSES = [("lo", "127.0.0.1"), ("eth0", "10.0.0.5"), ("eth0", "10.0.0.6"), ("ib0", "10.1.0.5"), ("ib0", "fd00::5")]
@@ -56,7 +56,7 @@ RANK = """
 import json, os, socket, sys
 import torch, torch.distributed as dist
 from reinforce.training.config import Compute
-from reinforce.training.distributed.ranks import join_ranks
+from reinforce.training.ranks import join_ranks
 
 def connections():
     files = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from reinforce.training.distributed import rank_watch
-from reinforce.training.distributed.rank_watch import (
+from reinforce.training import ranks as rank_watch
+from reinforce.training.ranks import (
     AbsentRanks,
     RankPlace,
     RankWatch,

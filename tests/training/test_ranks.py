@@ -22,16 +22,14 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 
 from reinforce.errors import UserError
-from reinforce.training.distributed import gather
-from reinforce.training.distributed.batch_norms import synchronize_batch_norms
-from reinforce.training.distributed.ranks import Ranks, join_ranks, share_from_first, wrap_ddp
+from reinforce.processes.signals import Stopped, StopSignal
+from reinforce.training import gather, log
+from reinforce.training.batch_norms import synchronize_batch_norms
+from reinforce.training.checkpoints import Checkpoints, DamagedCheckpoint, State
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
-from reinforce.training.record import log
-from reinforce.training.saving import Checkpoints, DamagedCheckpoint
-from reinforce.training.state import State
+from reinforce.training.ranks import Ranks, join_ranks, share_from_first, wrap_ddp
 from reinforce.training.step import Prefetcher, backpropagate
-from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Feed, Task
 from reinforce.training.trials import Trials, compile_if_equal
 from teachers.fast_paths import recompilation

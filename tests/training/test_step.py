@@ -8,8 +8,8 @@ import open_clip
 import pytest
 import torch
 
+from reinforce.training.checkpoints import learning_rate, make_adamw, undecayed_parameters
 from reinforce.training.config import Optimizer
-from reinforce.training.optimizer import learning_rate, make_adamw, undecayed_parameters
 from reinforce.training.step import Prefetcher, StepOutput, backpropagate
 from reinforce.training.task import Batch
 from teachers.runtime.accelerator import Accelerator

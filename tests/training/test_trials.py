@@ -14,9 +14,8 @@ import torch
 
 from reinforce.storage import Storage
 from reinforce.training import trials
-from reinforce.training.distributed.ranks import Ranks
-from reinforce.training.saving import Checkpoints
-from reinforce.training.state import State
+from reinforce.training.checkpoints import Checkpoints, State
+from reinforce.training.ranks import Ranks
 from reinforce.training.step import Prefetcher
 from reinforce.training.trials import Trials
 from teachers.fast_paths import recompilation, usage

@@ -13,18 +13,17 @@ import yaml
 
 from reinforce import settings
 from reinforce.cli import main
-from reinforce.dataset.files.store import Store
-from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.store import Store
 from reinforce.settings import parse
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import build
 from reinforce.terminal import Screen
-from reinforce.training.record.log import LOG
+from reinforce.training.log import LOG
 from reinforce.tuning.command import _run_stage
-from reinforce.tuning.config import TuneConfig
+from reinforce.tuning.config import BaseStudent, Trial, TuneConfig, scale_settings
+from reinforce.tuning.results import Outcome
 from reinforce.tuning.search import Search
-from reinforce.tuning.space import BaseStudent, Trial, scale_settings
-from reinforce.tuning.trials import Outcome
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.students import student_folder

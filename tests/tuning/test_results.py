@@ -10,7 +10,9 @@ import torch
 from rich.table import Table
 
 from reinforce.student.config import StudentConfig
+from reinforce.tuning.config import Setting, Trial
 from reinforce.tuning.results import (
+    Outcome,
     check_screening,
     make_curves,
     make_rows,
@@ -20,8 +22,6 @@ from reinforce.tuning.results import (
     spearman,
 )
 from reinforce.tuning.screening import ScaleMeasures, TeacherScreening, _most_likely_scale, _read_batches, screen
-from reinforce.tuning.space import Setting, Trial
-from reinforce.tuning.trials import Outcome
 from tests.helpers.tuning import scale_curve, scale_outcomes, toy_screening, trial_student
 
 

@@ -15,18 +15,18 @@ from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.terminal import Screen
-from reinforce.tuning.config import TuneConfig
-from reinforce.tuning.search import Search, _Scheduler
-from reinforce.tuning.space import (
+from reinforce.tuning.config import (
     LAMBDA,
     BaseStudent,
     Setting,
     Trial,
+    TuneConfig,
     lambda_settings,
     render_student_yaml,
     scale_settings,
 )
-from reinforce.tuning.trials import Outcome, begin_trial, mark_stopped, read_outcome
+from reinforce.tuning.results import Outcome, begin_trial, mark_stopped, read_outcome
+from reinforce.tuning.search import Search, _Scheduler
 from tests.helpers.tuning import METRIC, STUDENT, trial_student, tune_config
 
 INVALID: list[tuple[dict[str, Any], str]] = [

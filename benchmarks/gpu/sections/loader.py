@@ -13,9 +13,9 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.sections.shards import dataset
 from benchmarks.pipeline.figures import Figure
 from benchmarks.processes import cpu_of_all
-from reinforce.dataset.augment.backends import BACKENDS
-from reinforce.dataset.augment.device import augment
-from reinforce.dataset.augment.device_records import DEVICE_BACKEND
+from reinforce.images.backends import BACKENDS
+from reinforce.images.device import augment
+from reinforce.images.device_records import DEVICE_BACKEND
 from reinforce.student.teachers import IMAGE
 from reinforce.student.train import build
 from reinforce.training.step import Prefetcher

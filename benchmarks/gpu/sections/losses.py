@@ -11,9 +11,9 @@ import torch
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.pipeline.figures import Figure
-from reinforce.student import chunks
+from reinforce.student import loss as chunks
 from reinforce.student.loss import Objective, contrastive_losses
-from reinforce.training.distributed import gather
+from reinforce.training import gather
 from teachers.runtime.accelerator import Accelerator
 from teachers.runtime.flops import counted_flops, peak_flops
 

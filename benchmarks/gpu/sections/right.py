@@ -23,7 +23,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.pipeline.figures import Figure
 from teachers import registry
 from teachers.open_clip.teacher import image_spec, load_model, model_name
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.spec import CaptionerSpec, TeacherSpec
 
 RIGHT = "right"

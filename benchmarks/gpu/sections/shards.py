@@ -21,15 +21,15 @@ import reinforce
 from benchmarks.gpu import recipe
 from benchmarks.gpu.bench import Bench
 from benchmarks.pipeline.figures import Figure, Rule
-from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.manifest.manifest import update_manifest
-from reinforce.engine.inference.models import describe_loaded
-from reinforce.engine.messages.results import ShardResult
+from reinforce.dataset.manifest import update_manifest
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.messages import ShardResult
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.record.rates import Stages, add_stages
+from reinforce.engine.rates import Stages, add_stages
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, Worker
+from reinforce.engine.worker.models import describe_loaded
 from reinforce.errors import UserError
-from reinforce.processes.fast_paths import use_accelerator
+from reinforce.settings import use_accelerator
 
 SECTION, MANY, CHECKS, RUN = "shards", "shards, many augmentations", "checks of shards", "reinforce run"
 PER_SECOND = 400  # source images, with 2 augmentations

@@ -23,12 +23,12 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.sections.shards import dataset
 from benchmarks.pipeline.figures import Figure
 from benchmarks.processes import children
+from reinforce.processes.signals import Stopped, StopSignal
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import build, student_job
 from reinforce.terminal import Screen
-from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.loop import run_rank
-from reinforce.training.stop import Stopped, StopSignal
+from reinforce.training.ranks import join_ranks
 from teachers.fast_paths import usage
 
 SECTION, RESUMED, RANKS = "students", "resumed training", "ranks"

@@ -1,25 +1,49 @@
-"""Codebooks of layers: ``codebooks/<layer>.safetensors`` beside the layers of a dataset.
-
-A codebook is fitted once, and stored. Its digest is part of the fingerprint of its layer, and is in dataset.json and in
-the footer of each file of the layer. So a codebook that has changed is refused, and nothing is decoded with it.
-"""
+"""The codecs by their names in configs."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from reinforce.dataset.codecs.base import Arrays, Codes, FittedCodec, Floats
-from reinforce.dataset.codecs.registry import find_fitted
+from reinforce.dataset.codecs.base import Arrays, Codec, Codes, FittedCodec, Floats
+from reinforce.dataset.codecs.plain import First, Plain, PrincipalComponents, Standardised
+from reinforce.dataset.codecs.quantisers import ProductQuantiser, ResidualQuantiser
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.terminal import escape
+
+CODECS: tuple[type[Codec], ...] = (Plain, First, PrincipalComponents, ProductQuantiser, ResidualQuantiser)
+
+
+def find_fitted(name: str) -> FittedCodec:
+    """The codec that a codebook names. Raises ValueError if there is none."""
+    prefix, _, inner = name.rpartition("-")
+    codec = Standardised(find_codec(inner)) if prefix == Standardised.prefix else find_codec(name)
+    if not isinstance(codec, FittedCodec):
+        raise ValueError(f"codec {name!r} has no codebook")
+    return codec
+
+
+@functools.lru_cache
+def find_codec(name: str) -> Codec:
+    """The codec of a name. Raises ValueError if there is none."""
+    for codec in CODECS:
+        if re.fullmatch(codec.pattern, name):
+            return codec(name)
+    raise ValueError(f"there is no codec {name!r}; there are: {'; '.join(codec.example for codec in CODECS)}")
+
+
+# -- Codebooks of layers: ``codebooks/<layer>.safetensors`` beside the layers of a dataset.
+#
+# A codebook is fitted once, and stored. Its digest is part of the fingerprint of its layer, and is in dataset.json and
+# in the footer of each file of the layer. So a codebook that has changed is refused, and nothing is decoded with it.
 
 FOLDER = "codebooks"
 #: Key of a table's metadata with the codebook of its column of codes.

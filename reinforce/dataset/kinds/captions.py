@@ -10,7 +10,14 @@ import pyarrow.compute as pc
 
 import schemas
 from reinforce.config import Config
-from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, captions_layer, compute_fingerprint, mapping_at
+from reinforce.dataset.layers import (
+    SAMPLES,
+    Layer,
+    LayerKind,
+    captions_layer,
+    compute_fingerprint,
+    mapping_at,
+)
 from reinforce.terminal import plural
 
 if TYPE_CHECKING:

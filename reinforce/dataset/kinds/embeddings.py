@@ -14,23 +14,24 @@ import schemas
 from reinforce.config import Config
 from reinforce.dataset import vectors
 from reinforce.dataset.codecs.base import Codec
-from reinforce.dataset.codecs.registry import find_codec
-from reinforce.dataset.comparison import Comparison
+from reinforce.dataset.codecs.codebooks import find_codec
 from reinforce.dataset.layers import (
     SAMPLES,
     TRUE_CAPTION,
+    Comparison,
     Layer,
     LayerKind,
+    PickedValues,
+    TargetTensor,
     captions_layer,
     compute_fingerprint,
     embeddings_layer,
     inputs_of,
     mapping_at,
 )
-from reinforce.dataset.targets import PickedValues, TargetTensor
 from reinforce.errors import UserError
-from reinforce.input_config import IMAGES_ALONE
-from teachers.published.family import PublishedTeacherSpec
+from reinforce.source.config import IMAGES_ALONE
+from teachers.published import PublishedTeacherSpec
 
 if TYPE_CHECKING:
     from teachers.spec import ModelInfo
@@ -193,7 +194,7 @@ class ImageEmbeddings(_Embeddings):
     name = "images"
     pattern = embeddings_layer("*", "images")
     unit = "images"
-    producer = "image_embeddings:ImageEmbeddings"
+    producer = "embeddings:ImageEmbeddings"
     crops = True
     picks = "crop"
     _inputs_in_words = "augmented images"
@@ -214,7 +215,7 @@ class TextEmbeddings(_Embeddings):
     name = "texts"
     pattern = embeddings_layer("*", "*")
     unit = "texts"
-    producer = "text_embeddings:TextEmbeddings"
+    producer = "embeddings:TextEmbeddings"
     picks = "text"
     _inputs_in_words = "texts"
 

@@ -19,20 +19,21 @@ import schemas
 from reinforce.config import Config
 from reinforce.dataset import vectors
 from reinforce.dataset.codecs.base import Codec
-from reinforce.dataset.codecs.codebooks import Codebook, codebook_of
-from reinforce.dataset.codecs.registry import find_codec
-from reinforce.dataset.codecs.standardised import MEAN, Standardised
-from reinforce.dataset.comparison import Comparison
+from reinforce.dataset.codecs.codebooks import Codebook, codebook_of, find_codec
+from reinforce.dataset.codecs.plain import MEAN, Standardised
 from reinforce.dataset.layers import (
     SAMPLES,
+    Comparison,
     Layer,
     LayerKind,
+    PickedValues,
+    TargetEncoder,
+    TargetTensor,
     compute_fingerprint,
     mapping_at,
 )
-from reinforce.dataset.targets import PickedValues, TargetEncoder, TargetTensor
 from reinforce.errors import UserError
-from teachers.patch_config import Patches
+from teachers.spec import Patches
 
 if TYPE_CHECKING:
     from teachers.spec import ModelInfo, ModelSpec
@@ -120,7 +121,7 @@ class PatchFeatures(LayerKind):
         return getattr(spec, "patches", None) is not None
 
     def encoder(self, model: Any, device: Any) -> TargetEncoder:
-        from teachers.patches.encoder import patches_of
+        from teachers.image_encoder import patches_of
 
         found = patches_of(model, device)
         entry = {"grid": [found.rows, found.columns], "dim": found.dim}

@@ -15,16 +15,17 @@ import pyarrow as pa
 import schemas
 from reinforce.config import Config
 from reinforce.dataset import vectors
-from reinforce.dataset.comparison import Comparison
 from reinforce.dataset.layers import (
     SAMPLES,
+    Comparison,
     Layer,
     LayerKind,
+    PickedValues,
+    TargetTensor,
     compute_fingerprint,
     mapping_at,
 )
-from reinforce.dataset.targets import PickedValues, TargetTensor
-from teachers.custom.classifier import LEAST_TEMPERATURE, MOST_TEMPERATURE
+from teachers.custom import LEAST_TEMPERATURE, MOST_TEMPERATURE
 
 if TYPE_CHECKING:
     from teachers.spec import ModelInfo

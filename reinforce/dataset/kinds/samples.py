@@ -11,11 +11,19 @@ import pyarrow.compute as pc
 
 import schemas
 from reinforce.config import Config
-from reinforce.dataset.layers import LABELS, NO_IMAGES, SAMPLES, Layer, LayerKind, compute_fingerprint, mapping_at
+from reinforce.dataset.layers import (
+    LABELS,
+    NO_IMAGES,
+    SAMPLES,
+    Layer,
+    LayerKind,
+    compute_fingerprint,
+    mapping_at,
+)
 from reinforce.images.policy import image_policy, reads_crops
-from reinforce.input_config import Limits
-from reinforce.source.captions import CAPTION_POLICY
-from teachers.published.family import crops_of
+from reinforce.source.config import Limits
+from reinforce.source.samples import CAPTION_POLICY
+from teachers.published import crops_of
 
 if TYPE_CHECKING:
     from teachers.spec import ModelInfo

@@ -1,10 +1,12 @@
-"""Scores: a struct of some numbers a row."""
+"""What a scorer must offer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,26 +14,279 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import schemas
-from reinforce.config import Config, Score
+from reinforce.config import Config, Fact, Score
 from reinforce.dataset.layers import (
     SAMPLES,
     TRUE_CAPTION,
     Layer,
     LayerKind,
     compute_fingerprint,
+    embeddings_layer,
     inputs_of,
     mapping_at,
     model_of,
     scores_layer,
 )
-from reinforce.dataset.scoring.base import Scorer
-from reinforce.dataset.scoring.facts import Facts
-from reinforce.dataset.scoring.head import Head
-from reinforce.dataset.scoring.similarity import Similarity
+from reinforce.dataset.vectors import own_slots
 from reinforce.errors import UserError
+from reinforce.source.references import image_digest
+from schemas import IMAGE_DIGEST, TRUE_CAPTIONS
+from teachers import weights
+from teachers.open_clip.catalog import model_config
 
 if TYPE_CHECKING:
     from teachers.spec import ModelInfo
+
+Floats = npt.NDArray[np.float32]
+
+
+class StoredRows(Protocol):
+    """The rows of a row group in the layers that are stored."""
+
+    def values(self, layer: str) -> Any:
+        """The value of each row in a layer: vectors as float32 [rows, count, D], NaN where there is none."""
+
+    def samples(self) -> pa.Table:
+        """The columns of the samples that the scorer names, and keys."""
+
+
+class Scorer(ABC):
+    """Computes some scores of each sample. ``kinds.scores`` has the class for each key of a config.
+
+    Attributes:
+        key: the key of the config that chooses it.
+        names: of the scores, which are the columns of the layer.
+        needs: the layers, besides the samples, that they are computed from.
+        columns: the columns of the samples that they are computed from.
+        earlier: versions by which layers that exist are continued, and what is wrong with each.
+    """
+
+    key: ClassVar[str]
+    names: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    earlier: ClassVar[Mapping[int, str]] = {}
+
+    @abstractmethod
+    def __init__(self, spec: Score, version: int | None = None) -> None:
+        """Raises ValueError or OSError that names the fix."""
+
+    @classmethod
+    def version_for(cls, spec: Score, captions: int) -> int | None:
+        """The version of new layers of a dataset with at most ``captions`` true captions a sample; None for the only
+        one."""
+        return None
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """A JSON object that the layer's fingerprint covers besides the layers that are needed."""
+
+    @abstractmethod
+    def scores(self, rows: StoredRows) -> Mapping[str, Floats]:
+        """Each score [rows]; NaN where a value that it needs is null."""
+
+
+# -- Facts about a sample that no model is needed for.
+
+_FACTS_VERSION = 1
+
+
+def _bytes(samples: pa.Table) -> Any:
+    if "image" in samples.column_names:
+        return pc.binary_length(samples["image"])
+    return pc.struct_field(samples["image_ref"], "length")
+
+
+def _aspect(samples: pa.Table) -> Any:
+    width, height = (pc.cast(samples[name], pa.float64()) for name in ("width", "height"))
+    return pc.divide(pc.max_element_wise(width, height), pc.min_element_wise(width, height))
+
+
+def _digest(place: int) -> Callable[[pa.Table], Any]:
+    """A number of 24 bits, which float32 holds, from ``place`` in the digest of the encoded image."""
+
+    def part(samples: pa.Table) -> Any:
+        if "image" in samples.column_names:
+            digests = pa.array([image_digest(image.as_buffer()) for image in samples["image"]], pa.uint64())
+        elif IMAGE_DIGEST in samples.column_names:
+            digests = samples[IMAGE_DIGEST]
+        else:  # of an earlier version
+            return pa.nulls(len(samples), pa.uint64())
+        return pc.bit_wise_and(
+            pc.shift_right(digests, pa.scalar(place, pa.uint64())), pa.scalar(2**24 - 1, pa.uint64())
+        )
+
+    return part
+
+
+#: The columns of the samples that a fact is computed from, and how, by name.
+_COMPUTED: dict[Fact, tuple[tuple[str, ...], Callable[[pa.Table], Any]]] = {
+    "width": (("width",), lambda samples: samples["width"]),
+    "height": (("height",), lambda samples: samples["height"]),
+    "aspect": (("width", "height"), _aspect),
+    "bytes": (("image", "image_ref"), _bytes),
+    "characters": (("caption",), lambda samples: pc.utf8_length(samples["caption"])),
+    "words": (("caption",), lambda samples: pc.list_value_length(pc.utf8_split_whitespace(samples["caption"]))),
+    "digest_1": (("image", IMAGE_DIGEST), _digest(0)),
+    "digest_2": (("image", IMAGE_DIGEST), _digest(24)),
+}
+
+
+class Facts(Scorer):
+    """Sizes of the image, and lengths of the true caption, which are null where there is none.
+
+    ``tokens`` are those of the whole caption, without the marks at its start and end.
+    """
+
+    key = "facts"
+
+    def __init__(self, spec: Score, version: int | None = None) -> None:
+        self._facts, self._tokenizer = spec.facts or [], spec.tokenizer
+        self._computed = {**_COMPUTED, "tokens": (("caption",), self._tokens)}
+        self.names = tuple(self._facts)
+        self.columns = tuple(dict.fromkeys(column for name in self._facts for column in self._computed[name][0]))
+        if "tokens" in self._facts:
+            model_config(self._tokenizer)  # raises what is wrong with the name
+        elif "tokenizer" in spec.model_fields_set:
+            raise ValueError("tokenizer: used only for the fact `tokens`; remove it")
+
+    def identity(self) -> dict[str, Any]:
+        tokenizer = {"tokenizer": self._tokenizer} if "tokens" in self._facts else {}
+        return {"facts": [*self.names], "version": _FACTS_VERSION, **tokenizer}
+
+    def scores(self, rows: StoredRows) -> Mapping[str, Floats]:
+        samples = rows.samples()
+        found = {name: pc.cast(self._computed[name][1](samples), pa.float32(), safe=False) for name in self._facts}
+        return {name: pc.fill_null(values, np.nan).to_numpy() for name, values in found.items()}
+
+    def _tokens(self, samples: pa.Table) -> Any:
+        texts = samples["caption"].to_pylist()
+        return pa.array([None if text is None else self._count_tokens(text) for text in texts], pa.int64())
+
+    @cached_property
+    def _count_tokens(self) -> Callable[[str], int]:
+        """The number of tokens of a text. Raises OSError or ValueError if the tokenizer cannot be loaded."""
+        import open_clip
+
+        tokenizer = open_clip.get_tokenizer(self._tokenizer)
+        if isinstance(tokenizer, open_clip.SimpleTokenizer):
+            return lambda text: len(tokenizer.encode(text))
+        return lambda text: len(tokenizer.tokenizer.encode(tokenizer.clean_fn(text), add_special_tokens=False))
+
+
+# -- A linear head on a teacher's embeddings of the images, as scores of aesthetics or of unsafe content are made.
+
+
+class Head(Scorer):
+    """``weight`` [N, D] or [D] and ``bias`` [N] of a safetensors file, applied to each augmented image of a row.
+
+    Each output gives its mean and its maximum over the augmentations: ``score_mean`` and ``score_max``.
+    """
+
+    key = "head"
+
+    def __init__(self, spec: Score, version: int | None = None) -> None:
+        assert spec.head is not None
+        assert spec.teacher is not None
+        self._file, self._teacher, self._outputs = spec.head, spec.teacher, spec.names
+        self.names = tuple(f"{name}_{statistic}" for name in self._outputs for statistic in ("mean", "max"))
+        self.needs = (embeddings_layer(spec.teacher, "images"),)
+
+    def identity(self) -> dict[str, Any]:
+        return {"head": weights.identity(self._file), "teacher": self._teacher, "names": self._outputs}
+
+    @cached_property
+    def _parameters(self) -> tuple[Floats, Floats]:
+        """Weights [N, D] and biases [N]. Raises ValueError."""
+        from safetensors.numpy import load_file
+
+        tensors = load_file(weights.fetch(self._file))
+        if "weight" not in tensors or tensors.keys() - {"weight", "bias"}:
+            found = ", ".join(sorted(tensors)[:5])
+            raise ValueError(f"{self._file} must have `weight` [N, D], and may have `bias` [N]; it has {found}")
+        weight = np.atleast_2d(tensors["weight"].astype(np.float32))
+        bias = np.atleast_1d(tensors.get("bias", np.zeros(len(weight))).astype(np.float32))
+        if weight.ndim != 2 or bias.shape != (len(weight),) or len(weight) != len(self._outputs):
+            raise ValueError(
+                f"{self._file}: weight {list(tensors['weight'].shape)} and bias {list(bias.shape)} do not give "
+                f"{len(self._outputs)} outputs; set `names` to one name for each output"
+            )
+        return weight, bias
+
+    def scores(self, rows: StoredRows) -> Mapping[str, Floats]:
+        weight, bias = self._parameters
+        vectors = rows.values(self.needs[0])
+        if vectors.shape[2] != weight.shape[1]:
+            raise ValueError(f"{self._file} is for vectors of {weight.shape[1]} numbers, not {vectors.shape[2]}")
+        outputs = vectors @ weight.T + bias
+        means, largest = outputs.mean(axis=1), outputs.max(axis=1)
+        found: dict[str, Floats] = {}
+        for n, name in enumerate(self._outputs):
+            found |= {f"{name}_mean": means[:, n], f"{name}_max": largest[:, n]}
+        return found
+
+
+# -- Similarity of images and texts by teachers: the score by which data filtering networks choose.
+
+_SIMILARITY_VERSION = 1
+_EACH_CAPTION_ONCE = 2  # the version of layers over several true captions
+
+
+class Similarity(Scorer):
+    """Cosines of a row's augmented images and its texts.
+
+    For each kind of texts, such as ``caption``: ``caption_mean`` and ``caption_max`` over augmentations and texts,
+    both averaged over the teachers, and with several teachers ``caption_spread``, the standard deviation of their
+    means. Of several true captions, each counts once.
+    """
+
+    key = "similarity"
+    earlier: ClassVar = {
+        _SIMILARITY_VERSION: "its means over captions count those of a sample with few of them several times"
+    }
+
+    def __init__(self, spec: Score, version: int | None = None) -> None:
+        self._teachers, self._texts = spec.similarity or [], spec.texts
+        self._version = version or _SIMILARITY_VERSION
+        self.columns = (TRUE_CAPTIONS,) if self._version == _EACH_CAPTION_ONCE else ()
+        statistics = ("mean", "max", "spread")[: 3 if len(self._teachers) > 1 else 2]
+        self.names = tuple(f"{texts}_{statistic}" for texts in self._texts for statistic in statistics)
+        self.needs = tuple(embeddings_layer(t, inputs) for t in self._teachers for inputs in ("images", *self._texts))
+
+    @classmethod
+    def version_for(cls, spec: Score, captions: int) -> int:
+        return _EACH_CAPTION_ONCE if captions > 1 and TRUE_CAPTION in spec.texts else _SIMILARITY_VERSION
+
+    def identity(self) -> dict[str, Any]:
+        return {"similarity": self._teachers, "texts": self._texts, "version": self._version}
+
+    def scores(self, rows: StoredRows) -> Mapping[str, Floats]:
+        found: dict[str, Floats] = {}
+        for texts in self._texts:
+            cosines = [self._cosines(rows, teacher, texts) for teacher in self._teachers]
+            means = np.stack([self._means(rows, texts, of) for of in cosines])
+            found[f"{texts}_mean"] = means.mean(axis=0)
+            found[f"{texts}_max"] = np.stack([of.max(axis=(1, 2)) for of in cosines]).mean(axis=0)
+            if len(cosines) > 1:
+                found[f"{texts}_spread"] = means.std(axis=0)
+        return found
+
+    def _means(self, rows: StoredRows, texts: str, cosines: Floats) -> Floats:
+        """The mean [rows] of cosines [rows, K, N]."""
+        if self._version != _EACH_CAPTION_ONCE or texts != TRUE_CAPTION:
+            found: Floats = cosines.mean(axis=(1, 2))
+            return found
+        own = own_slots(rows.samples(), cosines.shape[2])[:, None]
+        return cosines.mean(axis=(1, 2), where=np.broadcast_to(own, cosines.shape))
+
+    @staticmethod
+    def _cosines(rows: StoredRows, teacher: str, texts: str) -> Floats:
+        """Cosines [rows, K, N] of vectors with unit norm."""
+        images, vectors = (rows.values(embeddings_layer(teacher, inputs)) for inputs in ("images", texts))
+        return np.matmul(images, vectors.transpose(0, 2, 1))
+
+
+# -- Scores: a struct of some numbers a row.
 
 _WIDTH = 4
 #: The scorers by the key of a config that chooses them.

@@ -1,60 +1,440 @@
-"""The driver: leases the shards of a plan to workers until every one is finished or quarantined.
-
-Each turn of its loop
-
-1. asks for as many workers as there are shards left, at most `workers.max` (`worker_pool.py`),
-2. decides about the shards of workers that have died (`policy/failures.py`),
-3. leases shards to workers that can take one (`shard_queue.py`),
-4. handles what is ready: started workers, ended leases, pulses of workers (`worker_lifecycle.py`),
-5. reports metrics and progress (`reporter.py`), and writes new events and records.
-"""
+"""State that the parts of the driver share."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
 
-from reinforce.cluster import ControlWatch, RayletWatch, cause_of, draining_nodes, live_nodes
-from reinforce.dataset.files.damage import set_aside, set_aside_notes
-from reinforce.dataset.files.index import IndexWriter
-from reinforce.dataset.files.listing import Listing
-from reinforce.dataset.files.store import MANIFEST, DamagedFile, Store
+from reinforce.dataset.claims import Claims
+from reinforce.dataset.index import IndexWriter, set_aside, set_aside_notes
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.manifest.claims import Claims
-from reinforce.dataset.manifest.manifest import describe_difference
-from reinforce.dataset.runs.shard_records import RecordWriter, read_records
-from reinforce.engine.driver.policy.decisions import (
+from reinforce.dataset.manifest import describe_difference
+from reinforce.dataset.runs import (
+    PROGRESS_FILE,
+    FailingShard,
+    LeaseProgress,
+    RecordWriter,
+    RunProgress,
+    SlowShard,
+    WorkerProgress,
+    read_records,
+)
+from reinforce.dataset.store import MANIFEST, DamagedFile, Listing, Store
+from reinforce.engine.driver.failures import (
+    FailurePolicy,
+    Hang,
+    LoadLimit,
+    StallLimits,
+    error_text,
+    find_hang,
+    find_silence,
+    ray_ended,
+    silence_limit,
+)
+from reinforce.engine.driver.faults import (
     DeathVerdict,
     Decision,
+    EndedWorker,
     LeaveShard,
+    PauseWorker,
     Quarantine,
+    ReplaceWorker,
     Requeue,
     Retry,
     RunAlone,
 )
-from reinforce.engine.driver.policy.failures import error_text, ray_ended
-from reinforce.engine.driver.reporter import Reporter
-from reinforce.engine.driver.state import RunState
-from reinforce.engine.driver.worker_lifecycle import WorkerLifecycle
-from reinforce.engine.driver.worker_pool import Slot
-from reinforce.engine.messages.results import ShardResult, StorageFailure, WorkerInfo
-from reinforce.engine.messages.task import PendingShard
-from reinforce.engine.messages.tracebacks import shorten
+from reinforce.engine.driver.worker_pool import ShardQueue, Slot, WorkerPool
+from reinforce.engine.messages import PendingShard, ShardResult, StorageFailure, WorkerId, WorkerInfo, shorten
 from reinforce.engine.plan.plan import Plan
-from reinforce.engine.record.progress import Progress
-from reinforce.engine.record.summary import WORKER_LOST, Ending, RunSummary, ending_of, summarize
+from reinforce.engine.preflight.check_machines import heic_note
+from reinforce.engine.record import (
+    WORKER_LOST,
+    Ending,
+    Events,
+    Progress,
+    Rates,
+    Recorder,
+    RunSummary,
+    RunTotals,
+    Snapshot,
+    ending_of,
+    summarize,
+    totals_values,
+)
 from reinforce.errors import StorageError, UserError
+from reinforce.processes.cluster import (
+    ControlWatch,
+    RayletWatch,
+    cause_of,
+    draining_nodes,
+    is_node_lost,
+    live_nodes,
+    live_resources,
+)
+from reinforce.processes.imports import HEIC_HINT, reads_heic
 from reinforce.processes.signals import stop_requests
+from reinforce.storage import JOB_VARIABLE
 from reinforce.terminal import plural
 from schemas import Reason
 from teachers.fast_paths.usage import problem_lines
+from teachers.redact import Redactor
+
+
+class RunState:
+    """The state of a run. ``config`` is that of the plan with the workers fitted to the cluster, and ``needed`` are the
+    layers that some shard lacks."""
+
+    def __init__(self, plan: Plan, store: Store, progress: Progress) -> None:
+        self.plan, self.store, self.progress = plan, store, progress
+        self.needed = frozenset(name for shard in plan.pending for name in shard.layers)
+        models = any(plan.layers[name].loads_model for name in self.needed)
+        workers = plan.config.workers.fitted_to(live_resources(), models)
+        self.config = plan.config.model_copy(update={"workers": workers})
+        self.redact = Redactor(self.config.model_dump(mode="json"))
+        self.queue, self.totals = ShardQueue(plan.pending), RunTotals()
+        self.policy = FailurePolicy(self.config.failures, plan.layers, plan.shards, plan.quarantined, workers.recycle)
+        self.events = Events(store, self.config, self.redact)
+        self.pool = WorkerPool(self.config, plan.layers, self.needed)
+        self.silent: Sequence[Slot] = ()  # workers with leases that have not answered for some seconds
+
+    def log(self, text: str) -> None:
+        """Print a line for the user, without secrets."""
+        self.progress.log(self.redact(text))
+
+    def snapshot(self, now: float) -> Snapshot:
+        return Snapshot(
+            shards_done=len(self.totals.finished),
+            shards=len(self.plan.pending),
+            samples=max(self.totals.samples, self.pool.samples),
+            samples_done=self.totals.samples,
+            busy=self.pool.busy,
+            alive=self.pool.alive(now),
+            workers=len(self.pool.started),
+            quarantined_shards=len(self.policy.quarantined),
+            refused_rows=sum(self.totals.refused.values()),
+            silent=self._silent_hosts(),
+            starting=len(self.pool.loading),
+        )
+
+    def _silent_hosts(self) -> Counter[str]:
+        """The number of shards that wait for a host which does not answer, and may be lost, by its name."""
+        shards = Counter[str]()
+        for slot in self.silent:
+            if slot in self.pool.started:
+                shards[slot.id.place] += len(slot.leases)
+        for death in self.policy.deaths:  # not known to be lost yet
+            shards[death.worker.id.place] += len(death.worker.shards)
+        return shards
+
+
+# -- Starts of workers, and their ends: at fault, dead, hung, on drained nodes, or after ``workers.recycle`` shards.
+
+_SILENT_SECONDS = 15.0  # without an answer, after which the progress line names the host
+
+
+class WorkerLifecycle:
+    """Removes workers from the pool, which starts others in their place, and reports them to the policy."""
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+        self._pool, self._policy, self._events = state.pool, state.policy, state.events
+        self._limits = StallLimits(state.config.failures)
+        self._load_limit = LoadLimit(state.config.workers.start_timeout)
+        self._logged: set[str] = set()  # fallbacks of models
+        self.polled: dict[Any, Slot] = {}  # requests for pulses that are under way
+
+    # -- starts
+
+    def finish_start(self, ref: Any) -> WorkerInfo | None:
+        """Record that the process of a worker runs, that it has loaded its models, or that it failed.
+
+        Returns what a worker reports that has loaded its models. Raises UserError if no other could start.
+        """
+        slot = self._pool.loading.pop(ref)
+        try:
+            info: WorkerId | WorkerInfo = ray.get(ref)
+        except RayTaskError as error:
+            self._policy.load_raised(cause_of(error), time.monotonic())
+            self._pool.remove(slot)
+            return None
+        except RayError as error:
+            self._events.add("worker_failed_to_start", error=shorten(self._state.redact.cut(str(error)), 500))
+            running, possible = len(self._pool.started), min(len(self._pool.slots), self._pool.cluster_capacity())
+            self._policy.load_died(str(error), is_node_lost(error), running, possible)
+            self._pool.discard(slot)
+            return None
+        if isinstance(info, WorkerId):
+            self._pool.begin_load(slot, info)
+            return None
+        self._policy.load_passed()
+        self._load_limit.record(time.monotonic() - slot.load_began)
+        self._pool.record_start(slot, info)
+        if len(self._pool.started) == 1 and self._state.config.workers.batch == "auto":
+            self._state.log(f"workers.batch: auto gives {info.batch:,} images at the first worker")
+        self._policy.add_notes(info.notes)
+        if info.reads_heic not in (None, reads_heic()) and not any(HEIC_HINT in note for note in self._policy.notes):
+            self._policy.add_notes([heic_note(f"workers, the first on {info.id.place}")])
+        self._state.totals.add_usage(info.fast_paths)
+        for line in {*problem_lines(info.fast_paths)} - self._logged:  # also in the summary, with the counts
+            self._logged.add(line)
+            self._state.log(line)
+        started = {"accelerator": info.accelerator, "batch": info.batch, "device": info.device}
+        started["fast_paths"] = [asdict(one) for one in info.fast_paths]
+        self._events.add("worker_started", node=info.id.node, pid=info.id.pid, **started)
+        return info
+
+    def _end_hung_loads(self) -> None:
+        """Kill workers that load their models for too long. Raises UserError if no other could start."""
+        limit = self._load_limit
+        for slot in self._pool.loads_over(limit.seconds):
+            worker = slot.process
+            assert worker is not None
+            self._pool.remove(slot)
+            self._events.add("worker_failed_to_start", node=worker.node, pid=worker.pid, error=f"hung: {limit.origin}")
+            self._state.log(
+                f"a worker hung while it loaded its models and was killed, {worker} (limit: {limit.origin})"
+            )
+            self._policy.load_hung(worker, limit.origin, time.monotonic(), len(self._pool.started))
+
+    # -- leases that have ended
+
+    def record_success(self, slot: Slot, result: ShardResult) -> None:
+        """Record that a lease returned, and replace the workers that this proves to be at fault."""
+        slot.finished, slot.memory = slot.finished + 1, result.memory
+        quarantined, workers = result.quarantine_reason is not None, len(self._pool.slots)
+        returned = (result.shard, slot.id, quarantined, time.monotonic(), workers, result.layers)
+        for decision in self._policy.lease_returned(*returned):
+            for other in [other for other in self._pool.started if other.id == decision.worker]:
+                self._replace(other, decision.reason)
+
+    def record_failure(self, slot: Slot, shard: PendingShard, error: Exception) -> None:
+        """Record that a lease raised, and replace or pause its worker if that is the cause."""
+        text = shorten(self._state.redact.cut(error_text(error)), 500)
+        now, workers = time.monotonic(), len(self._pool.slots)
+        match self._policy.worker_failed(slot.id, shard.name, error, text, now, workers):
+            case ReplaceWorker(_, reason):
+                self._replace(slot, reason)
+            case PauseWorker(worker, until):
+                self._state.queue.pause(worker, until)
+
+    def record_death(self, slot: Slot, error: RayError) -> None:
+        """Record that the process of a worker has died, or that its node cannot be reached."""
+        # A process that died is reported as dead at once. An unreachable one may be on a node that is being lost.
+        dead, memory = not isinstance(error, ActorUnavailableError), isinstance(error, OutOfMemoryError)
+        worker, reason = self._end(slot), self._state.redact.cut(str(error)).strip().splitlines()[0][:300]
+        if memory:
+            neighbours = sum(other.id.node == worker.id.node for other in self._pool.started)
+            worker = replace(worker, neighbours=neighbours)
+        self._policy.worker_died(worker, reason, time.monotonic(), dead, memory)
+
+    def recycle(self, slot: Slot) -> None:
+        """End a worker after ``workers.recycle`` shards."""
+        worker = self._end(slot)
+        node, pid, _ = worker.id
+        self._events.add("worker_recycled", node=node, pid=pid, shards=slot.leased, memory=worker.use.last)
+
+    def _replace(self, slot: Slot, reason: str) -> None:
+        """Kill a worker that is at fault."""
+        failures = self._policy.consecutive_failures[slot.id]
+        worker = self._end(slot)
+        node, pid, _ = worker.id
+        self._events.add("worker_replaced", node=node, pid=pid, failures=failures, reason=reason)
+        self._state.log(f"a worker is replaced, {worker.id}: {reason}")
+        for shard in worker.shards:
+            self._state.queue.put_back(Requeue(shard))
+            self._state.totals.retries[WORKER_LOST] += 1
+        self._policy.worker_replaced(worker.id, time.monotonic())
+
+    def _end(self, slot: Slot) -> EndedWorker:
+        worker = EndedWorker(slot.id, tuple(slot.leases.values()), slot.alone, slot.use)
+        self._pool.remove(slot)
+        self._policy.forget_worker(worker.id)
+        return worker
+
+    # -- drained nodes
+
+    def follow_drains(self, deadlines: Mapping[str, int]) -> None:
+        """Give no leases to workers on nodes that Ray drains, and end those that have finished theirs."""
+        drains = self._policy.drains
+        for node, seconds in drains.update(deadlines, time.time()).items():
+            self._report_drain(node, seconds)
+        self._pool.drain(drains.nodes)
+        for slot in [slot for slot in self._pool.leaving if not slot.leases]:
+            node, pid, _ = self._end(slot).id
+            self._events.add("worker_drained", node=node, pid=pid, shards=slot.finished)
+            if not self._pool.started:
+                self._state.log("no worker is left, because the nodes are drained; the run waits for other nodes")
+
+    def _report_drain(self, node: str, seconds: float | None) -> None:
+        slots = [slot for slot in self._pool.started if slot.id.node == node]
+        shards = [shard.name for slot in slots for shard in slot.leases.values()]
+        self._events.add("node_drained", node=node, seconds=seconds, workers=len(slots), shards=shards)
+        when = "" if seconds is None else f" and ends in {seconds:.0f} s"
+        busy = f"{plural(len(slots), 'worker')}, {plural(len(shards), 'shard')} in flight"
+        place = slots[0].id.place if slots else node[:12]
+        self._state.log(f"node {place} is drained{when} ({busy}): its workers finish these and get no others")
+
+    # -- pulses and hangs
+
+    def poll(self) -> None:
+        """Ask workers for their pulse, in turns, and kill those that have not answered for too long."""
+        self._end_hung_loads()
+        now = time.monotonic()
+        unanswered = self._pool.polls.unanswered(now)
+        self._state.silent = [slot for slot, t in unanswered if slot.leases and t > _SILENT_SECONDS]
+        silent = {slot: t for slot, t in unanswered if slot.leases and t > silence_limit(slot.pulse, self._limits)}
+        for slot, board in self._pool.read_boards(silent).items():
+            self._kill_hung(slot, find_silence(silent[slot], slot.pulse, board, self._limits))
+        for slot in self._pool.polls.due(now, self._limits.least):
+            self.polled[slot.actor.pulse.options(concurrency_group="control").remote()] = slot
+
+    def record_pulse(self, ref: Any) -> None:
+        """Record the answer of a worker, and kill the worker if a shard in it makes no progress."""
+        slot = self.polled.pop(ref)
+        self._pool.polls.answered(slot)
+        if slot not in self._pool.started:  # it has ended since
+            return
+        with contextlib.suppress(RayError):  # a dead worker is detected when its leases fail
+            self._pool.record_pulse(slot, ray.get(ref))
+            self._limits.record(slot.pulse.slowest)
+            shards = {shard.name for shard in slot.leases.values()}
+            if hang := find_hang(slot.pulse, shards, self._limits):
+                self._kill_hung(slot, hang)
+
+    def _kill_hung(self, slot: Slot, hang: Hang) -> None:
+        """Kill a worker in which a shard makes no progress: a thread that hangs cannot be stopped otherwise."""
+        self._limits.record_hang(hang)
+        self._policy.worker_hung(self._end(slot), hang, time.monotonic())
+
+
+# -- Reports a run while it goes: metrics, and ``runs/<run>/progress.json``.
+
+_METRICS_SECONDS = 2.0
+_PROGRESS_SECONDS, _PROGRESS_SECONDS_LOCAL = 10.0, 2.0
+_SECONDS_PER_WORKER = 0.006  # a driver of 10,000 workers writes 3 MB once a minute
+_FAILING = 20  # shards that are named
+
+
+class Reporter:
+    """Records metrics and writes ``progress.json``. Changes nothing of the run."""
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+        self._recorder = Recorder()
+        self._metrics_due = self._progress_due = 0.0
+        self._started = time.time()
+
+    def report(self, last: bool = False) -> None:
+        """Record metrics and write the progress if they are due, or at the end of the run."""
+        now = time.monotonic()
+        if not (last or now >= self._metrics_due):
+            return
+        self._metrics_due = now + _METRICS_SECONDS
+        snapshot = self._state.snapshot(now)
+        rates = self._state.progress.rates(snapshot)
+        self._record_metrics(snapshot, Rates(eta=0.0) if last else rates, 0 if last else snapshot.workers)
+        if last or now >= self._progress_due:
+            least = _PROGRESS_SECONDS_LOCAL if self._state.store.local else _PROGRESS_SECONDS
+            interval = least + len(self._state.pool.slots) * _SECONDS_PER_WORKER
+            self._progress_due = now + interval
+            progress = self._progress(snapshot, rates, interval)
+            text = self._state.redact(json.dumps(progress.model_dump(mode="json"), ensure_ascii=False))
+            with contextlib.suppress(UserError):  # the run itself does not need it
+                self._state.store.write_bytes(text.encode("utf-8", "replace"), "runs", progress.run, PROGRESS_FILE)
+
+    def _record_metrics(self, snapshot: Snapshot, rates: Rates, workers: int) -> None:
+        state = self._state
+        self._recorder.record(
+            {
+                **totals_values(state.totals, state.events.digest.counts),
+                "reinforce_accelerator_busy_seconds_total": max(snapshot.busy, state.totals.busy),
+                "reinforce_worker_seconds_total": snapshot.alive,
+                "reinforce_workers": workers,
+                "reinforce_waiting_shards": len(state.queue),
+                "reinforce_leased_shards": len(state.pool.leases),
+                **({} if rates.eta is None else {"reinforce_eta_seconds": rates.eta}),
+            }
+        )
+
+    def _progress(self, snapshot: Snapshot, rates: Rates, interval: float) -> RunProgress:
+        state, digest = self._state, self._state.events.digest
+        failing = list(digest.failing.items())[-_FAILING:]
+        return RunProgress(
+            run=state.events.run,
+            time=time.time(),
+            interval=interval,
+            started=self._started,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            shards=snapshot.shards,
+            shards_done=snapshot.shards_done,
+            samples=snapshot.samples,
+            samples_per_second=rates.samples_per_second,
+            busy_share=rates.busy_share,
+            eta_seconds=rates.eta,
+            waiting_shards=len(state.queue),
+            starting_workers=len(state.pool.loading),
+            quarantined_shards=snapshot.quarantined_shards,
+            quarantined=state.totals.refused + state.totals.quarantined,
+            workers=[worker_progress(slot) for slot in state.pool.started],
+            slowest=[SlowShard(shard=name, seconds=s, stage=stage) for s, name, stage in sorted(digest.slowest)[::-1]],
+            failing=[FailingShard(shard=name, failures=count, error=error) for name, (count, error) in failing],
+            failing_shards=len(digest.failing),
+            fast_paths=state.totals.fast_paths,
+            job=job_id(),
+        )
+
+
+def worker_progress(slot: Slot) -> WorkerProgress:
+    """A started worker with its shards, and the stage of each at its last pulse."""
+    assert slot.info is not None
+    now, clock = time.time(), time.monotonic()
+    seen = {lease.shard: lease for lease in slot.pulse.leases}
+    shards = []
+    for name, leased_at in slot.leased_at.items():
+        found: dict[str, Any] = {"shard": name, "leased": round(now - (clock - leased_at), 3)}
+        if lease := seen.get(name):
+            since = now - (clock - slot.pulse_at) - lease.seconds
+            found |= {"stage": lease.stage, "what": lease.what, "since": round(since, 3)}
+        shards.append(LeaseProgress(**found))
+    return WorkerProgress(
+        worker=slot.index,
+        host=slot.id.place,
+        pid=slot.id.pid,
+        log=slot.info.log,
+        samples=slot.pulse.samples,
+        shards=shards,
+    )
+
+
+def job_id() -> str:
+    """The id by which `ray job logs` finds this process, or ''."""
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        found = json.loads(os.environ.get(JOB_VARIABLE, "{}")).get("metadata", {}).get("job_submission_id")
+        return found if isinstance(found, str) else ""
+    return ""
+
+
+# -- The driver: leases the shards of a plan to workers until every one is finished or quarantined.
+#
+# Each turn of its loop
+#
+# 1. asks for as many workers as there are shards left, at most `workers.max` (`worker_pool.py`),
+# 2. decides about the shards of workers that have died (`policy/failures.py`),
+# 3. leases shards to workers that can take one (`shard_queue.py`),
+# 4. handles what is ready: started workers, ended leases, pulses of workers (`worker_lifecycle.py`),
+# 5. reports metrics and progress (`reporter.py`), and writes new events and records.
 
 #: Reasons of retries, in metrics.
 _RETRY_REASONS: dict[type, str] = {Retry: "error", Requeue: WORKER_LOST, RunAlone: "suspect"}

@@ -1,4 +1,4 @@
-"""The pool of worker actors: asks the cluster for as many as are useful, and tracks the leases of each."""
+"""Polling of workers for their pulse, in turns, with those that have not answered yet."""
 
 from __future__ import annotations
 
@@ -6,23 +6,89 @@ import heapq
 import itertools
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import ray
 
-from reinforce.cluster import call_on_nodes, live_resources
 from reinforce.config import Config, Workers
 from reinforce.dataset.layers import Layer
-from reinforce.engine.driver.policy.no_fault import MemoryUse
-from reinforce.engine.driver.polls import Polls
-from reinforce.engine.messages.pulse import LeasePulse, Pulse, read_board
-from reinforce.engine.messages.results import WorkerId, WorkerInfo
-from reinforce.engine.messages.task import PendingShard
+from reinforce.engine.driver.faults import Decision, MemoryUse, Quarantine, Requeue, Retry, RunAlone
+from reinforce.engine.messages import PendingShard, WorkerId, WorkerInfo
+from reinforce.engine.pulse import LeasePulse, Pulse, read_board
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, as_actor
+from reinforce.processes.cluster import call_on_nodes, live_resources
 from reinforce.processes.cores import Node, capacity, cores_per_process
 from reinforce.terminal import plural
+
+POLL_SECONDS = 5.0  # between two requests to one worker, at least
+POLLS_PER_SECOND = 100.0  # of all workers, unless the limit needs more
+MAX_IN_FLIGHT = 1024
+_SLOW_ANSWER_SECONDS = 30.0  # requests that wait longer do not count for MAX_IN_FLIGHT
+_PAUSE_SECONDS = 30.0  # a driver that did not look for so long was itself stopped
+
+_Worker = TypeVar("_Worker", bound=Hashable)
+
+
+def poll_interval(workers: int, least: float) -> float:
+    """Seconds between two requests to one worker: more with many workers, a quarter of the ``least`` limit at most."""
+    return max(POLL_SECONDS, min(least / 4, workers / POLLS_PER_SECOND))
+
+
+class Polls(Generic[_Worker]):
+    """Requests to workers for their pulse.
+
+    The driver calls ``due`` once a tick and asks the workers that it returns. At most ``MAX_IN_FLIGHT`` requests are
+    under way, not counting slow ones.
+    """
+
+    def __init__(self) -> None:
+        self._turns: dict[_Worker, float] = {}  # time from which a worker is due, in the order of their turns
+        self._asked: dict[_Worker, float] = {}  # in the order in which they were asked
+        self._looked: float | None = None
+
+    def add(self, worker: _Worker, now: float) -> None:
+        self._turns[worker] = now + POLL_SECONDS
+
+    def remove(self, worker: _Worker) -> None:
+        self._turns.pop(worker, None)
+        self._asked.pop(worker, None)
+
+    def due(self, now: float, least: float) -> list[_Worker]:
+        """The workers to ask now; ``least`` is the smallest limit of a step."""
+        interval = poll_interval(len(self._turns), least)
+        free = MAX_IN_FLIGHT - sum(now - asked <= _SLOW_ANSWER_SECONDS for asked in self._asked.values())
+        turns: list[_Worker] = []
+        due: list[_Worker] = []
+        for worker, at in self._turns.items():
+            if at > now or len(due) >= free:
+                break
+            turns.append(worker)
+            if worker not in self._asked:
+                self._asked[worker] = now
+                due.append(worker)
+        for worker in turns:
+            del self._turns[worker]  # its next turn is after those of the others
+            self._turns[worker] = now + interval
+        return due
+
+    def answered(self, worker: _Worker) -> None:
+        self._asked.pop(worker, None)
+
+    def unanswered(self, now: float) -> list[tuple[_Worker, float]]:
+        """Workers that were asked and have not answered, with the seconds since then, the longest first.
+
+        Time in which the driver itself did not run does not count.
+        """
+        if self._looked is not None and now - self._looked > _PAUSE_SECONDS:
+            self._asked = dict.fromkeys(self._asked, now)
+        self._looked = now
+        return [(worker, now - asked) for worker, asked in self._asked.items()]
+
+
+# -- The pool of worker actors: asks the cluster for as many as are useful, and tracks the leases of each.
 
 _CAPACITY_SECONDS = 5.0  # between two counts of the cluster's resources
 _BOARD_SECONDS = 10.0  # for the boards of workers that do not answer
@@ -291,3 +357,129 @@ class WorkerPool:
             f"a worker needs {workers.cores} CPUs and {workers.gpus or 0:g} GPUs, but the largest node has "
             f"{best.get('CPU', 0):g} CPUs and {best.get('GPU', 0):g} GPUs. Lower workers.cpus or workers.gpus."
         )
+
+
+# -- Shards that wait for a worker, and the choice of the worker.
+
+#: Workers at which a shard has failed.
+Tried: TypeAlias = "frozenset[WorkerId]"
+_MAX_RETRIES = 64  # handed out in one call
+
+
+def _distance(slot: Slot, tried: Tried) -> int:
+    """Distance of a worker from those that have tried a shard: 2 on another node, 1 in another process, else 0."""
+    if slot.id in tried:
+        return 0
+    return 1 if any(worker.node == slot.id.node for worker in tried) else 2
+
+
+class ShardQueue:
+    """Shards that are ready, that wait for a time, or that must run alone (suspects)."""
+
+    def __init__(self, shards: Iterable[PendingShard]) -> None:
+        self._ready = deque(shards)
+        self._suspects: deque[tuple[PendingShard, Tried]] = deque()
+        self._retries: deque[tuple[PendingShard, Tried]] = deque()
+        self._delayed: list[tuple[float, int, PendingShard, Tried]] = []
+        self._order = itertools.count()  # heapq must never compare shards
+        self._draining = False  # whether a worker may be draining
+        self._paused: dict[WorkerId, float] = {}  # until when
+
+    def __len__(self) -> int:
+        return len(self._ready) + len(self._suspects) + len(self._delayed) + len(self._retries)
+
+    @property
+    def needs_all_slots(self) -> bool:
+        """Whether ``hand_out`` needs busy workers as well as those that can take a lease."""
+        return bool(self._suspects or self._retries or self._delayed) or self._draining
+
+    def put_back(self, decision: Decision, tried: Tried = frozenset()) -> None:
+        """Queue what is left to do of a shard after a decision; the workers of ``tried`` have failed at it.
+
+        A retry goes to another node than theirs, or at least to another worker, if there is one; a suspect to another
+        node if a worker is idle there.
+        """
+        match decision:
+            case Retry(shard, at):
+                heapq.heappush(self._delayed, (at, next(self._order), shard, tried))
+            case Requeue(shard):
+                self._ready.appendleft(shard)
+            case RunAlone(shard):
+                self._suspects.append((shard, tried))
+            case Quarantine(rest=PendingShard() as rest):
+                self._ready.append(rest)
+
+    def pause(self, worker: WorkerId, until: float) -> None:
+        """Lease nothing to a worker before time ``until``."""
+        self._paused[worker] = until
+
+    def hand_out(
+        self,
+        slots: Iterable[Slot],
+        lease: Callable[..., None],
+        now: float,
+        failing: Collection[WorkerId] = frozenset(),
+    ) -> None:
+        """Lease two shards to every started worker, and a suspect to a worker that has nothing else.
+
+        ``slots`` are all started workers, or those that can take a lease unless ``needs_all_slots``; ``failing`` are
+        those at which the last lease failed. ``lease(slot, shard)`` or ``lease(slot, shard, alone=True)`` starts a
+        lease. Where no worker is idle, as many workers as there are suspects get no further leases until they are.
+        """
+        while self._delayed and self._delayed[0][0] <= now:
+            _, _, shard, tried = heapq.heappop(self._delayed)
+            if tried:
+                self._retries.append((shard, tried))
+            else:
+                self._ready.append(shard)
+        self._paused = {worker: until for worker, until in self._paused.items() if until > now}
+        staying = [slot for slot in slots if not slot.leaving]
+        slots = [slot for slot in staying if not (self._paused and slot.id in self._paused)]
+        idle = [slot for slot in slots if slot.free == SHARDS_IN_FLIGHT] if self._suspects else []
+        while self._suspects and idle:
+            shard, tried = self._suspects.popleft()
+            slot = max(idle, key=lambda slot: _distance(slot, tried))
+            idle.remove(slot)
+            lease(slot, shard, alone=True)
+        self._drain(staying)
+        if self._retries:
+            self._hand_out_retries(slots, lease, failing)
+        for _ in range(SHARDS_IN_FLIGHT if self._ready else 0):
+            for slot in slots:
+                if self._ready and slot.free and not slot.draining:
+                    lease(slot, self._ready.popleft())
+
+    def _hand_out_retries(
+        self, slots: Sequence[Slot], lease: Callable[..., None], failing: Collection[WorkerId]
+    ) -> None:
+        """Lease shards that have failed to workers that are as far as possible from those that tried them.
+
+        The ``failing`` workers get none while there are others, because they are free most of the time.
+        """
+        if failing:
+            slots = [slot for slot in slots if slot.id not in failing] or slots
+        nodes = {slot.id.node for slot in slots}
+        for _ in range(min(len(self._retries), _MAX_RETRIES)):
+            free = [slot for slot in slots if slot.free and not slot.draining]
+            if not free:
+                return
+            shard, tried = self._retries.popleft()
+            best = max(free, key=lambda slot: _distance(slot, tried))
+            elsewhere = nodes - {worker.node for worker in tried}
+            others = elsewhere or any(slot.id not in tried for slot in slots)
+            if _distance(best, tried) == (2 if elsewhere else 1 if others else 0):
+                lease(best, shard)
+            else:  # wait for a worker that has not tried it
+                self._retries.append((shard, tried))
+
+    def _drain(self, slots: Sequence[Slot]) -> None:
+        if not self._suspects and not self._draining:
+            return
+        draining = sum(slot.draining for slot in slots)
+        for slot in slots:
+            busy = slot.free < SHARDS_IN_FLIGHT and not slot.alone and slot.id not in self._paused
+            if draining < len(self._suspects) and not slot.draining and busy:
+                slot.draining, draining = True, draining + 1
+            elif slot.draining and not self._suspects:
+                slot.draining = False
+        self._draining = any(slot.draining for slot in slots)

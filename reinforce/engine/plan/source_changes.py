@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from reinforce.config import Config
-from reinforce.dataset.files.layer_file import LayerFile
-from reinforce.dataset.files.store import Store, parse_footer
+from reinforce.dataset.layer_file import LayerFile
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.runs.shard_records import SourceRecord
-from reinforce.engine.messages.task import PendingShard
+from reinforce.dataset.runs import SourceRecord
+from reinforce.dataset.store import Store, parse_footer
+from reinforce.engine.messages import PendingShard
 from reinforce.engine.plan.plan import Plan
 from reinforce.errors import UserError
 from reinforce.source.formats.base import Shard
-from reinforce.source.identity import SourceState, listed_state, moved_folders, probe_state
 from reinforce.source.reading import read_samples
+from reinforce.source.references import SourceState, listed_state, moved_folders, probe_state
 from reinforce.source.samples import RawSample
 from reinforce.source.urls import canonical, shard_stem
 from reinforce.terminal import first_lines

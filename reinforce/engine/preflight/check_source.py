@@ -14,23 +14,20 @@ from dataclasses import dataclass
 
 from reinforce.config import Config
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
-from reinforce.engine.messages.task import PendingShard
+from reinforce.engine.messages import PendingShard
 from reinforce.engine.plan.plan import Plan
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, check_decoder, check_header, is_heic
-from reinforce.labels.identities import identity_of
-from reinforce.labels.interface import Wanted
+from reinforce.labels.index import MissingLabels, identity_of
+from reinforce.labels.members import Wanted
 from reinforce.labels.rows import open_labels
-from reinforce.labels.unread import MissingLabels
 from reinforce.processes.attempts import Attempts, pause_seconds
 from reinforce.processes.imports import HEIC_HINT, reads_heic
-from reinforce.source.captions import REPLACED
 from reinforce.source.file_types import is_image_name
-from reinforce.source.formats.base import Shard, SourceFormat
-from reinforce.source.formats.recognise import find_format, unexpected_name
-from reinforce.source.identity import probe_state
+from reinforce.source.formats.base import Shard, SourceFormat, find_format, unexpected_name
 from reinforce.source.reading import SeveralCaptions, find_several, read_samples
-from reinforce.source.samples import RawSample, ReadBudget, Refusal
+from reinforce.source.references import probe_state
+from reinforce.source.samples import REPLACED, RawSample, ReadBudget, Refusal
 from reinforce.source.urls import canonical, filesystem
 from reinforce.terminal import plural
 

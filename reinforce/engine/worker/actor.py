@@ -1,7 +1,6 @@
-"""The worker actor: one per accelerator (or per few cores), holding every model that the run's layers need.
+"""A full batch of every model before a run, so that its memory is known to suffice, and ``workers.batch: auto``.
 
-Two shards are in flight in it at a time. Its decode processes work for both, and their batches take turns at the
-accelerator, so that it does not wait for the next shard to begin when one ends.
+As many are copied to the device at the same time as in a run, where one computes and the others wait for their turn.
 """
 
 from __future__ import annotations
@@ -11,46 +10,120 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 
 from reinforce.config import Config
-from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer
-from reinforce.engine.decode.decode_pool import DecodePool
-from reinforce.engine.inference.models import Counters, Models, describe_loaded, load_models
-from reinforce.engine.inference.self_test import precisions
-from reinforce.engine.inference.session import device_report
-from reinforce.engine.messages.pulse import Pulse, WorkerWatch, output_path, process_memory
-from reinforce.engine.messages.results import (
+from reinforce.dataset.store import Store
+from reinforce.engine.messages import (
     LayerFailure,
     LoadFailure,
+    PendingShard,
     ShardFailure,
     ShardResult,
     StorageFailure,
     WorkerId,
     WorkerInfo,
 )
-from reinforce.engine.messages.task import PendingShard
-from reinforce.engine.plan.recipe import check_class_files
-from reinforce.engine.record.metrics import Recorder
-from reinforce.engine.worker.full_batch import fit_batch
-from reinforce.engine.worker.producers.registry import check_models, measure_costs
+from reinforce.engine.plan.plan import check_class_files
+from reinforce.engine.pulse import Pulse, WorkerWatch, output_path, process_memory
+from reinforce.engine.record import Recorder
+from reinforce.engine.worker.decode import DecodePool, Row
+from reinforce.engine.worker.inference import IN_WORK, Inference, Session, device_report
+from reinforce.engine.worker.models import (
+    MAX_AUTO_BATCH,
+    Counters,
+    Models,
+    describe_loaded,
+    load_models,
+    rows_per_batch,
+)
+from reinforce.engine.worker.producers.registry import check_models, make_producers, measure_costs
+from reinforce.engine.worker.self_test import precisions
 from reinforce.engine.worker.shard import ShardProcess, allocate_pixels
 from reinforce.errors import StorageError, UserError
 from reinforce.processes.imports import reads_heic
 from reinforce.source.samples import AbsentShard
-from reinforce.source.urls import is_local
-from reinforce.source.whole_reads import is_storage_error
+from reinforce.source.urls import is_local, is_storage_error
 from reinforce.storage import forget_credentials
 from schemas import Reason
 from teachers.fast_paths.usage import Usage, growth, snapshot
 from teachers.redact import Redactor
 from teachers.runtime import determinism
+from teachers.runtime.accelerator import forget_peak
+
+_COPIED = 2 * IN_WORK  # batches on the device, of two shards
+_POLL_SECONDS = 0.001
+
+
+def fit_batch(models: Models, config: Config, layers: Iterable[Layer]) -> Config:
+    """``config`` with a number for ``workers.batch: auto``.
+
+    On CUDA, full batches of the models that make ``layers`` are tried, and halved if they do not fit. Raises UserError
+    if a model fails.
+    """
+    if models.accelerator.device.type == "cuda":
+        return find_batch(models, config, [*layers])
+    return _with_batch(config, config.workers.images)
+
+
+def find_batch(models: Models, config: Config, layers: list[Layer], largest: int = MAX_AUTO_BATCH) -> Config:
+    """As ``fit_batch`` on CUDA; ``auto`` is at most ``largest``."""
+    automatic = config.workers.batch == "auto"
+    if automatic:
+        config = _with_batch(config, largest)
+    while _try_batch(models, config, layers):
+        pass
+    models.counters = Counters()
+    forget_peak(models.accelerator.device)
+    if automatic:
+        models.batches.take_notes()
+        planned = rows_per_batch(config)
+        if (rows := models.batches.fitting("rows", planned)) < planned:
+            config = _with_batch(config, rows * config.augmentations.count)
+    return config
+
+
+def _with_batch(config: Config, batch: int) -> Config:
+    return config.model_copy(update={"workers": config.workers.model_copy(update={"batch": batch})})
+
+
+def _try_batch(models: Models, config: Config, layers: list[Layer]) -> bool:
+    """Run full batches side by side -> whether something did not fit and batches are smaller now."""
+    sessions = [Session(config, models) for _ in range(_COPIED)]
+    inferences = [Inference(session, make_producers(layers, session)) for session in sessions]
+    rows = [Row(f"{i}", None, i) for i in range(inferences[0].rows_per_batch)]
+    layout = inferences[0].layout
+    noise = np.random.default_rng(0).integers(0, 256, len(rows) * layout.cell_bytes, np.uint8)
+
+    def run(inference: Inference) -> None:
+        inference.run(rows, layout.cells(noise))
+        inference.fill()
+
+    try:
+        with ThreadPoolExecutor(_COPIED) as threads:
+            with models.lock.take(0):  # until all are copied, or one could not be
+                futures = [threads.submit(run, inference) for inference in inferences]
+                while models.lock.waiting < _COPIED and not models.batches.short and not any(map(Future.done, futures)):
+                    time.sleep(_POLL_SECONDS)
+            for future in futures:
+                future.result()
+    except LayerFailure as error:
+        raise UserError(f"{error.layer} fails in a full batch of {config.workers.images}: {error.args[1]}") from None
+    return models.batches.end_of_search()
+
+
+# -- The worker actor: one per accelerator (or per few cores), holding every model that the run's layers need.
+#
+# Two shards are in flight in it at a time. Its decode processes work for both, and their batches take turns at the
+# accelerator, so that it does not wait for the next shard to begin when one ends.
 
 SHARDS_IN_FLIGHT = 2
 #: Python's default is 5 ms: a thread that has read a flag of the device waits so long for one that runs Python code.

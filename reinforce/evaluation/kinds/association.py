@@ -11,8 +11,7 @@ import numpy as np
 
 from reinforce.errors import UserError
 from reinforce.evaluation.images import ImageBatches
-from reinforce.evaluation.kinds.base import ImageSet, SetKind
-from reinforce.evaluation.kinds.files import SetFiles, image_bytes, read_tables
+from reinforce.evaluation.kinds.base import ImageSet, SetFiles, SetKind, image_bytes, read_tables
 from reinforce.evaluation.reading import LabelledImage
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Metrics, Outcome

@@ -16,15 +16,13 @@ import numpy as np
 
 from reinforce.errors import UserError
 from reinforce.evaluation.classes import Template, load_class_names, load_templates
-from reinforce.evaluation.fields import read_label
 from reinforce.evaluation.images import ImageBatches
-from reinforce.evaluation.kinds.base import ImageSet, SetKind
-from reinforce.evaluation.kinds.files import CLASSES, TEMPLATES, SetFiles, read_tars
+from reinforce.evaluation.kinds.base import CLASSES, TEMPLATES, ImageSet, SetFiles, SetKind, read_tars
 from reinforce.evaluation.kinds.labels import ZeroShotSet, read_labels
-from reinforce.evaluation.reading import LabelledImage
+from reinforce.evaluation.reading import LabelledImage, read_label
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Metrics, Outcome
-from reinforce.input_config import Limits
+from reinforce.source.config import Limits
 from reinforce.source.samples import RawSample, Refusal
 
 if TYPE_CHECKING:

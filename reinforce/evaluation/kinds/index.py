@@ -17,10 +17,10 @@ from pydantic import Field
 from reinforce.errors import UserError
 from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetKind, SetSource
+from reinforce.evaluation.model_names import resolve_models
 from reinforce.evaluation.reading import LabelledImage, input_of, read_samples
 from reinforce.evaluation.report import Metrics, Outcome
-from reinforce.input_config import Limits
-from reinforce.model_names import resolve_models
+from reinforce.source.config import Limits
 from reinforce.source.samples import Refusal
 
 if TYPE_CHECKING:
@@ -114,8 +114,7 @@ def _neighbours(queries: torch.Tensor, index: torch.Tensor, count: int, accelera
     """The ``count`` nearest rows of ``index``, int64 [N, count], for each query, without the row of the query."""
     import torch
 
-    from reinforce.evaluation.probing import find_nearest
-    from reinforce.evaluation.ranking import BLOCK
+    from reinforce.evaluation.ranking import BLOCK, find_nearest
 
     parts = []
     for start in range(0, len(queries), BLOCK):

@@ -12,7 +12,6 @@ from pydantic import Field
 
 from reinforce.errors import UserError
 from reinforce.evaluation.classes import load_class_names, load_groups, name_folders
-from reinforce.evaluation.fields import is_json_field, read_json_field, read_label
 from reinforce.evaluation.kinds.base import OwnSet, SetSource
 from reinforce.evaluation.reading import (
     File,
@@ -21,13 +20,15 @@ from reinforce.evaluation.reading import (
     check_file_size,
     detect_kind,
     input_of,
+    is_json_field,
     list_class_folders,
     make_loader,
+    read_json_field,
+    read_label,
     read_samples,
 )
-from reinforce.input_config import Limits
-from reinforce.source.captions import json_error
-from reinforce.source.samples import RawSample, Refusal
+from reinforce.source.config import Limits
+from reinforce.source.samples import RawSample, Refusal, json_error
 from reinforce.terminal import plural
 from schemas import Reason
 

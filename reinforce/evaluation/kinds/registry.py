@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from reinforce.evaluation.kinds import association, choice, classification, index, knn, linear, retrieval, segmentation
+from reinforce.evaluation.kinds import association, classification, index, probes, retrieval, segmentation
 
 _KINDS = (
-    classification.KIND, retrieval.KIND, knn.KIND, linear.KIND, index.KIND, association.KIND, choice.KIND,
+    classification.KIND, retrieval.RETRIEVAL, probes.KNN, probes.LINEAR, index.KIND, association.KIND, retrieval.CHOICE,
     segmentation.KIND,
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in _KINDS}

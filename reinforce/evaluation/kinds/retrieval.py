@@ -1,30 +1,125 @@
-"""Retrieval: images with captions, where models find one by the other."""
+"""Images in files of their own with captions beside them: SugarCrepe, ShareGPT4V, Urban1k, XM3600, as published."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
 
 from reinforce.errors import UserError
-from reinforce.evaluation.fields import CaptionFields, read_captions
 from reinforce.evaluation.images import ImageBatches
-from reinforce.evaluation.kinds.annotated import read_annotated
-from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetKind, SetSource
-from reinforce.evaluation.kinds.files import SetFiles, image_bytes, read_tables
-from reinforce.evaluation.reading import LabelledImage, input_of, read_samples
+from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetFiles, SetKind, SetSource, image_bytes, read_tables
+from reinforce.evaluation.reading import (
+    CaptionFields,
+    LabelledImage,
+    input_of,
+    make_loader,
+    read_captions,
+    read_samples,
+)
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import RECALLS, Metrics, Outcome
-from reinforce.input_config import Limits
+from reinforce.source.config import Limits
 from reinforce.source.samples import Refusal
+from reinforce.source.urls import canonical, filesystem, read_whole
 from schemas import Reason
 
 if TYPE_CHECKING:
     from reinforce.evaluation.encoding import Models
+
+_PREFIX_BYTES = 32 * 2**20  # of ShareGPT4V's file of gigabytes, which has the set at its beginning
+
+
+def read_annotated(one: SuiteSet, files: SetFiles) -> Iterator[LabelledImage]:
+    """Yield the images of a set; targets are their captions, of SugarCrepe the right and the wrong one.
+
+    Raises UserError for a file that cannot be read.
+    """
+    load, (_, root) = make_loader(files.folder), filesystem(files.folder)
+    readers = {
+        "sugarcrepe": _read_sugarcrepe,
+        "sharegpt4v": _read_sharegpt4v,
+        "pairs": _read_pairs,
+        "xm3600": _read_xm3600,
+    }
+    try:
+        for name, captions in readers[one.layout](one, files):
+            if not captions or not all(isinstance(caption, str) and caption for caption in captions):
+                raise UserError(f"{one.name}: {name} has no text for one of its captions.")
+            yield LabelledImage(name, functools.partial(load, f"{root.rstrip('/')}/{name}"), captions)
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        shown = canonical(files.shards[0])
+        raise UserError(f"{one.name}: {shown} has another shape than the published file: {error!r}.") from error
+    except OSError as error:
+        raise UserError(f"{one.name}: a file of {canonical(files.folder)} cannot be read: {error}.") from error
+
+
+def _read_sugarcrepe(one: SuiteSet, files: SetFiles) -> Iterator[tuple[str, list[Any]]]:
+    for row in json.loads(_read(files.shards[0])).values():
+        yield f"val2017/{row['filename']}", [row["caption"], row["negative_caption"]]
+
+
+def _read_sharegpt4v(one: SuiteSet, files: SetFiles) -> Iterator[tuple[str, list[Any]]]:
+    """The first rows of the file; the rest is not read."""
+    fs, path = filesystem(files.shards[0])
+    text = bytes(fs.cat_file(path, start=0, end=_PREFIX_BYTES)).decode("utf-8", "ignore")
+    decoder, position = json.JSONDecoder(), text.index("[") + 1
+    for _ in range(one.size):
+        position += len(text[position : position + 100]) - len(text[position : position + 100].lstrip(" \n\r\t,"))
+        if text[position : position + 1] == "]":
+            return
+        row, position = decoder.raw_decode(text, position)
+        yield row["image"], [row["conversations"][1]["value"].replace("\n", " ")]
+
+
+def _read_xm3600(one: SuiteSet, files: SetFiles) -> Iterator[tuple[str, list[Any]]]:
+    """The first caption of each image in the language that the key of the set ends with."""
+    language = one.key.rpartition("/")[2]
+    for line in _read(files.shards[0]).splitlines():
+        row = json.loads(line)
+        yield f"images/{row['image/key']}.jpg", row[language]["caption"][:1]
+
+
+def _read_pairs(one: SuiteSet, files: SetFiles) -> Iterator[tuple[str, list[Any]]]:
+    """The first line of each file of captions, and the image of its name."""
+    for url in files.shards:
+        lines = _read(url).splitlines()
+        yield f"image/{url.rpartition('/')[2].removesuffix('.txt')}.jpg", lines[:1]
+
+
+def _read(url: str) -> str:
+    fs, path = filesystem(url)
+    return read_whole(fs, path).decode("utf-8-sig")
+
+
+# -- The choice between a right and a wrong caption of an image (SugarCrepe).
+
+
+def _score_choice(models: Models, images: ImageBatches) -> Outcome:
+    """The share of images whose right caption, the first of two, has the higher score.
+
+    Equal scores, and scores that are not finite, are misses; the published evaluation counts equal scores as hits.
+    """
+    vectors, pairs = models.encode_all(images)
+    texts = models.encode_texts([caption for pair in pairs for caption in pair]) if pairs else {}
+    metrics: dict[str, Metrics] = {}
+    for name, of_images in vectors.items():
+        right, wrong = ((of_images.double() * texts[name][side::2].double()).sum(1).float() for side in (0, 1))
+        metrics[name] = {"acc": float((right > wrong).double().mean())}
+    return Outcome(metrics, len(pairs) + len(images.refused), images.refused)
+
+
+CHOICE = SetKind(
+    "choice", lambda one, files: ImageSet(one.name, functools.partial(read_annotated, one, files), _score_choice)
+)
+
+
+# -- Retrieval: images with captions, where models find one by the other.
 
 #: Directions, with the names that DataComp's result files have for them.
 _WAYS = {"text_to_image": "image_retrieval", "image_to_text": "text_retrieval"}
@@ -111,7 +206,7 @@ def _open(one: SuiteSet, files: SetFiles) -> ImageSet:
     return ImageSet(one.name, functools.partial(read, one, files), functools.partial(_score, False, shared=shared))
 
 
-KIND = SetKind("retrieval", _open, section="retrieval", open_own=_open_own)
+RETRIEVAL = SetKind("retrieval", _open, section="retrieval", open_own=_open_own)
 
 
 def _read_tables(one: SuiteSet, files: SetFiles) -> Iterator[LabelledImage]:

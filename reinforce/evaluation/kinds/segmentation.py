@@ -1,7 +1,8 @@
-"""Semantic segmentation: a linear head learns the class of each pixel from frozen patch features, without texts."""
+"""A page of segmentations: images of sets with masks, their true classes, and those that each model finds."""
 
 from __future__ import annotations
 
+import colorsys
 import functools
 import io
 import itertools
@@ -9,6 +10,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,29 +18,94 @@ from PIL import Image
 from pydantic import Field
 
 from reinforce.errors import UserError
-from reinforce.evaluation.dense.crops import covering, random_crop, squashed
-from reinforce.evaluation.dense.masks import LAYOUTS, LayoutName, Pair, list_pairs, read_mask, recognise
-from reinforce.evaluation.dense.page import draw
 from reinforce.evaluation.images import ImageBatches
-from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetKind
-from reinforce.evaluation.kinds.files import SetFiles
+from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetFiles, SetKind
+from reinforce.evaluation.kinds.masks import (
+    IGNORED,
+    LAYOUTS,
+    LayoutName,
+    Pair,
+    covering,
+    list_pairs,
+    random_crop,
+    read_mask,
+    recognise,
+    squashed,
+)
 from reinforce.evaluation.reading import LabelledImage
 from reinforce.evaluation.registry import SuiteSet
-from reinforce.evaluation.report import Metrics, Outcome, Segmented
+from reinforce.evaluation.report import Metrics, Outcome, Report, Segmented
 from reinforce.images.policy import PUBLISHED_POLICY, ImageRefused
-from reinforce.input_config import Limits
-from reinforce.processes.prefetch import prefetch
-from reinforce.seeds import permutation, uniforms
+from reinforce.processes.attempts import prefetch
+from reinforce.reports import TEMPLATES, picture_address, render
+from reinforce.source.config import Limits
 from reinforce.source.samples import Refusal
+from reinforce.storage import write_file
 from reinforce.terminal import Screen, show_progress
+from schemas.seeds import permutation, uniforms
 
 if TYPE_CHECKING:
     import torch
 
-    from reinforce.evaluation.dense.head import Schedule, Segmenter
     from reinforce.evaluation.encoding import Encoder, Models
-    from teachers.patches.encoder import PatchEncoder
+    from reinforce.evaluation.kinds.segmentation_head import Schedule, Segmenter
+    from teachers.image_encoder import PatchEncoder
     from teachers.runtime.accelerator import Accelerator
+
+#: Images of each set.
+SHOWN = 12
+_SIDE = 320  # pixels of the longer side of a picture
+_OPACITY = 0.7
+_GOLDEN = 0.618034  # of the circle of hues: neighbours in the list of classes differ
+
+
+def draw(key: str, image: Image.Image, true: np.ndarray, found: np.ndarray, right: float) -> Segmented:
+    """The pictures of an image; ``true`` and ``found`` [H, W] are its class indices."""
+    image = image.copy()
+    image.thumbnail((_SIDE, _SIDE))
+    pixels = np.asarray(image)
+    return Segmented(key, _encode(pixels), _encode(_coloured(image, true)), _encode(_coloured(image, found)), right)
+
+
+def write_page(report: Report, url: str) -> None:
+    """Write one HTML file with the pictures in it."""
+    sets = []
+    for name in dict.fromkeys(name for result in report.results.values() for name in result.sets):
+        columns = {}
+        for model, result in report.results.items():
+            for of_model in result.sets[name].segmented.values():
+                columns[model] = (result.metrics.get(f"{name}/miou"), {one.key: one for one in of_model})
+        if columns:
+            keys = dict.fromkeys(key for _, found in columns.values() for key in found)
+            rows = [(key, [found.get(key) for _, found in columns.values()]) for key in keys]
+            sets.append((name, [(model, score) for model, (score, _) in columns.items()], rows))
+    style = (TEMPLATES / "report" / "report.css").read_text(encoding="utf-8")
+    page = render("segmentation.html", style=style, sets=sets, address=picture_address)
+    write_file(page.encode(), url)
+
+
+def _coloured(image: Image.Image, labels: np.ndarray) -> np.ndarray:
+    """The image under the colours of its classes; ignored pixels stay."""
+    small = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST))
+    pixels = np.asarray(image, np.float32)
+    mixed = pixels + _OPACITY * (_colours()[small] - pixels)
+    return np.where((small == IGNORED)[:, :, None], pixels, mixed).astype(np.uint8)
+
+
+@lru_cache(maxsize=1)
+def _colours() -> np.ndarray:
+    """A colour for each class index, float32 [256, 3]; the first is black, as the background of many sets."""
+    hues = [colorsys.hsv_to_rgb(index * _GOLDEN % 1, 0.55 + 0.45 * (index % 3) / 2, 1.0) for index in range(255)]
+    return 255 * np.array([(0, 0, 0), *hues], np.float32)
+
+
+def _encode(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "WEBP", quality=80)
+    return buffer.getvalue()
+
+
+# -- Semantic segmentation: a linear head learns the class of each pixel from frozen patch features, without texts.
 
 _CHECKED = 16  # masks of each part that are read when a set is opened
 _RATIOS = 0.5, 2.0
@@ -96,7 +163,7 @@ class SegmentationSet(OwnSet):
         return None if self.limit is None else 2 * self.limit
 
     def schedule_of(self, layout: LayoutName) -> Schedule:
-        from reinforce.evaluation.dense.head import Schedule
+        from reinforce.evaluation.kinds.segmentation_head import Schedule
 
         steps, warmup = _STEPS[self.schedule]
         steps = self.steps or steps
@@ -214,8 +281,8 @@ def _score(masks: _Masks, models: Models, images: ImageBatches) -> Outcome:
 
 
 def _train(masks: _Masks, name: str, models: Models, images: ImageBatches, refused: dict[str, Refusal]) -> Segmenter:
-    from reinforce.evaluation.dense.head import Segmenter, train_head
-    from teachers.patches.encoder import patches_of
+    from reinforce.evaluation.kinds.segmentation_head import Segmenter, train_head
+    from teachers.image_encoder import patches_of
 
     config, accelerator, encoder = masks.config, models.accelerator, models.encoders[name]
     if encoder.image is None:
@@ -292,7 +359,7 @@ def _measure(
     """Measure all models on the test part -> metrics and pictures by model."""
     import torch
 
-    from reinforce.evaluation.dense.head import confusion, mean_iou, most_likely
+    from reinforce.evaluation.kinds.segmentation_head import confusion, mean_iou, most_likely
 
     views = {(one.size, one.stride is None) for one in segmenters.values()}
 

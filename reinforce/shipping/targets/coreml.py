@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from reinforce.shipping.targets.base import BOTH, ExportOptions, Run, Target, row_by_row
+from reinforce.shipping.targets.base import BOTH, ExportOptions, Run, Target, Tower, row_by_row
 from reinforce.shipping.targets.mil import Interpreter
-from reinforce.shipping.towers import Tower
 
 OUTPUT = "final_emb_1"
 #: The app's models by the side of their square pictures; their packages are called mobileclip_MODEL_image and _text.

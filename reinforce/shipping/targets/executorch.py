@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from reinforce.shipping.steps import silenced
-from reinforce.shipping.targets.base import ExportOptions, Run, Target, row_by_row
-from reinforce.shipping.towers import Tower
+from reinforce.shipping.targets.base import ExportOptions, Run, Target, Tower, row_by_row, silenced
 
 
 class ExecuTorch(Target):

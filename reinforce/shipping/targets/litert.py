@@ -7,9 +7,7 @@ from pathlib import Path
 
 import torch
 
-from reinforce.shipping.steps import silenced
-from reinforce.shipping.targets.base import ExportOptions, Run, Target, row_by_row
-from reinforce.shipping.towers import Tower
+from reinforce.shipping.targets.base import ExportOptions, Run, Target, Tower, row_by_row, silenced
 
 #: `--weights` -> recipe of ai-edge-quantizer.
 _RECIPES = {"int8": "weight_only_wi8_afp32", "dynamic-int8": "dynamic_wi8_afp32"}

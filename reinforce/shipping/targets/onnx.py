@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from reinforce.shipping.targets.base import ExportOptions, Run, Target
-from reinforce.shipping.towers import Tower
+from reinforce.shipping.targets.base import ExportOptions, Run, Target, Tower
 
 OUTPUT = "embeddings"
 #: Size in bytes from which weights are stored in a separate file: a protobuf message is limited to 2 GB.

@@ -5,16 +5,24 @@ A format is one object. All other code reads sources through it, and never asks 
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import glob
 import json
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date, time
+from importlib import import_module
 from typing import Any
 
-from reinforce.input_config import DEFAULT, Input, Limits
-from reinforce.source.file_types import foreign_name, is_image_name
-from reinforce.source.samples import Item, ReadBudget, unique_keys
-from reinforce.source.urls import Info, filesystem
-from reinforce.source.whole_reads import read_whole
+from reinforce.errors import UserError
+from reinforce.source.config import DEFAULT, MODULES, Input, Limits
+from reinforce.source.file_types import MANIFEST, METADATA, foreign_name, image_extension, is_image_name
+from reinforce.source.samples import Item, RawSample, ReadBudget, Refusal, UnreadSample, as_lines, texts_of, unique_keys
+from reinforce.source.urls import Info, canonical, filesystem, list_whole, read_whole
+from schemas import Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,3 +214,382 @@ class SourceFormat:
         that are left out.
         """
         raise NotImplementedError
+
+
+# -- Rows of tables become samples: which columns hold the image, the key, the caption and the metadata.
+
+#: Names of columns with images, with their places, and with keys: upper or lower case, in the order of preference.
+IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "image_base64")
+PLACES = ("file_name", "filename", "image_path", "filepath", "path", "image_url", "url", "image_name")
+KEYS = ("key", "__key__", "uid")
+
+_SHOWN_COLUMNS = 30
+_LONGEST_PLACE = 4096
+
+
+class NoColumn(ValueError):
+    """A table that lacks a column that is needed, or has it with another type."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table that are read. ``texts`` maps caption fields without ``json:`` to their columns;
+    ``metadata`` are those of the json member, which has that of the image where it is a path or URL, ``all`` names all
+    columns, for messages, and ``captions`` those with captions."""
+
+    image: str
+    key: str | None
+    texts: Mapping[str, str]
+    metadata: tuple[str, ...]
+    all: tuple[str, ...]
+    captions: tuple[str, ...] = ()
+
+    @property
+    def read(self) -> set[str]:
+        """Every column that is needed."""
+        return {self.image, *self.texts.values(), *self.metadata} | ({self.key} if self.key else set())
+
+
+def find_columns(names: Sequence[str], spec: Input, plain: Sequence[str] | None = None) -> Columns:
+    """The columns of a table with these ``names`` by a config; ``plain`` are those that metadata can be read from.
+
+    Raises NoColumn.
+    """
+    image = _named(names, spec.image, "input.image", (*IMAGES, *PLACES))
+    if image is None:
+        raise NoColumn(f"no column has images: it has {_listed(names)}; name one in input.image")
+    key = _named(names, spec.key, "input.key", KEYS)
+    fields = [place.partition(":") for place in spec.caption_fields]
+    texts = {}
+    for place in (name for name, is_json, _ in fields if not is_json):
+        column = next((c for c in (place, "text" if place == "txt" else "") if c in names and c != image), None)
+        if column is not None:
+            texts[place] = column
+    wanted = {name for extension, is_json, name in fields if is_json and extension == "json"}
+    if spec.metadata == "all":
+        wanted |= {*names}
+    elif spec.metadata != "none":
+        wanted |= {*spec.metadata}
+    metadata = tuple(name for name in (names if plain is None else plain) if name in wanted)
+    captions = (*texts.values(), *(name for _, is_json, name in fields if is_json and name in metadata))
+    return Columns(image, key, texts, metadata, tuple(names), captions)
+
+
+def joined_rows(rows: Iterable[Any], find: Callable[[Sequence[str]], Columns], spec: Input) -> Iterator[Any]:
+    """Make one row of rows with equal images that follow one another, with a list of their captions in each column.
+
+    ``rows`` are (number, row) and faults; ``find`` finds the columns of a row by their names. Without
+    ``captions_per_sample``, the rows as they are.
+    """
+    most = spec.captions_per_sample
+    if most is None:
+        yield from rows
+        return
+    held: Any = None  # (number, row)
+    columns: Columns | None = None
+    for item in rows:
+        row = item[1] if isinstance(item, tuple) and isinstance(item[1], Mapping) else None
+        image = held[1].get(columns.image) if held and columns else None
+        if columns and row and image and row.get(columns.image) == image:
+            add_captions(held[1], row, columns.captions, most)
+            continue
+        if held:
+            yield held
+        held = columns = None
+        if row is None:
+            yield item
+            continue
+        held = item[0], dict(row)
+        with contextlib.suppress(NoColumn):  # which reading the row refuses
+            columns = find([*row])
+    if held:
+        yield held
+
+
+def add_captions(row: dict[str, Any], other: Mapping[str, Any], names: Sequence[str], most: int) -> None:
+    """Add the captions of another row to a row, up to ``most`` in a column."""
+    for name in names:
+        known = texts_of(row.get(name))
+        row[name] = [*known, *(text for text in texts_of(other.get(name)) if text not in known)][
+            : max(most, len(known))
+        ]
+
+
+class RowReader:
+    """Makes the samples of the rows of a shard. ``shard`` is its name: of rows without a key, the key is made of it."""
+
+    def __init__(self, shard: str, spec: Input) -> None:
+        self._shard, self._limits, self._several = shard, spec.limits, spec.captions_per_sample is not None
+
+    def sample(self, number: int, row: Mapping[str, Any], columns: Columns) -> RawSample | UnreadSample | Refusal:
+        """The sample of row ``number`` of the shard."""
+        value = row.get(columns.key) if columns.key else None
+        key = f"{self._shard}-{number:08d}" if value is None or value == "" else str(value)
+        image, named = row.get(columns.image), columns.image.lower() in PLACES
+        if isinstance(image, dict):
+            named = image.get("bytes") is None
+            image = image.get("path") if named else image.get("bytes")
+        place = image if isinstance(image, str) and (is_place(image) or (named and not is_data(image))) else None
+        sidecars, left_out = self._sidecars(key, row, columns, place)
+        if place is not None:
+            return UnreadSample(key, place, sidecars, left_out, columns.all)
+        if isinstance(image, str):
+            image = _from_base64(image, self._limits)
+        if isinstance(image, Refusal):
+            return Refusal(key, image.reason, f"column {columns.image}: {image.detail}")
+        if not isinstance(image, bytes):
+            what = "null" if image is None else f"of type {type(image).__name__}"
+            return Refusal(key, Reason.NO_IMAGE, f"column {columns.image} is {what}")
+        return make_sample(UnreadSample(key, "", sidecars, left_out, columns.all), image, self._limits)
+
+    def _sidecars(
+        self, key: str, row: Mapping[str, Any], columns: Columns, place: str | None
+    ) -> tuple[dict[str, bytes], dict[str, Refusal]]:
+        found: dict[str, bytes] = {}
+        for text_field, column in columns.texts.items():
+            value = row.get(column)
+            if self._several:
+                value = as_lines(value)
+            elif isinstance(value, list):  # several captions
+                value = next((one for one in value if isinstance(one, str) and one.strip()), None)
+            if isinstance(value, str):
+                found[text_field] = value.encode("utf-8", "replace")
+        document = {name: row[name] for name in columns.metadata if name in row and name != columns.image}
+        if place is not None and columns.image in columns.metadata:
+            document[columns.image] = place
+        if document:
+            found["json"] = _to_json(document)
+        limit = self._limits.sidecar_bytes
+        left_out = {
+            name: Refusal(
+                key, Reason.SIDECAR_BYTES, f"{name}: {len(data)} bytes, above limits.sidecar_bytes of {limit}"
+            )
+            for name, data in found.items()
+            if len(data) > limit
+        }
+        return {name: data for name, data in found.items() if name not in left_out}, left_out
+
+
+def make_sample(place: UnreadSample, image: bytes, limits: Limits, url: str | None = None) -> RawSample | Refusal:
+    """The sample with these bytes of its image; ``url`` is that of a file that holds nothing else."""
+    if len(image) > limits.image_bytes:
+        detail = f"{len(image)} bytes, above limits.image_bytes of {limits.image_bytes}"
+        return Refusal(place.key, Reason.IMAGE_BYTES, detail)
+    members = (image_extension(image), *place.sidecars, *place.left_out)
+    return RawSample(
+        place.key, image, 0, len(image), place.sidecars, place.left_out, {}, members, place.columns or None, url
+    )
+
+
+def is_place(text: str) -> bool:
+    """Whether a text is a path or URL, and not a base64 image: these contain neither a dot nor ``://``."""
+    head = text[:_LONGEST_PLACE]
+    return not is_data(head) and ("." in head or "://" in head)
+
+
+def is_data(text: str) -> bool:
+    """Whether a text is a URL that holds the image itself."""
+    return text.startswith("data:")
+
+
+def _named(names: Sequence[str], configured: str | None, key: str, known: Sequence[str]) -> str | None:
+    """The configured column, else the first of the known ones. Raises NoColumn if the configured one is missing."""
+    if configured is not None:
+        if configured not in names:
+            raise NoColumn(f"{key}: there is no column {configured!r}; it has {_listed(names)}")
+        return configured
+    lower = {name.lower(): name for name in reversed(names)}
+    return next((lower[name] for name in known if name in lower), None)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN_COLUMNS} more" if len(names) > _SHOWN_COLUMNS else ""
+    return ", ".join(name[:100] for name in names[:_SHOWN_COLUMNS]) + more
+
+
+def _from_base64(text: str, limits: Limits) -> bytes | Refusal:
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    if len(text) * 3 // 4 > limits.image_bytes + 2:
+        detail = f"{len(text)} base64 characters, above limits.image_bytes of {limits.image_bytes} bytes"
+        return Refusal(None, Reason.IMAGE_BYTES, detail)
+    with contextlib.suppress(ValueError):
+        return base64.b64decode(text, validate=True)
+    if text.isascii():
+        with_others = text.translate({ord("-"): "+", ord("_"): "/", ord("\n"): None, ord("\r"): None})
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(with_others + "=" * (-len(with_others) % 4), validate=True)
+    return Refusal(None, Reason.IMAGE_BROKEN, f"neither base64 nor a path or URL: {text[:40]!r}")
+
+
+def _to_json(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, default=_plain).encode()  # lone surrogates stay, as escapes
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON has no type for."""
+    if isinstance(value, date | time):
+        return value.isoformat()
+    return None if isinstance(value, bytes | bytearray) else str(value)
+
+
+# -- The format of a source, by the config, the names of its files or the first file; and the files of a folder.
+
+_FIRST_BYTES = 512
+_TRAIN = re.compile(r"(^|/)train[-_.0-9][^/]*$")
+_NO_FOLDER = re.compile(r"[*?\[{]|::|^https?://|\.txt\Z", re.IGNORECASE)
+
+
+def find_format(name: str) -> SourceFormat:
+    found: SourceFormat = import_module(MODULES[name]).FORMAT
+    return found
+
+
+def all_formats() -> list[SourceFormat]:
+    """Every format, in the order of the registry."""
+    return [find_format(name) for name in MODULES]
+
+
+def source_format(urls: Sequence[str], named: str | None) -> SourceFormat:
+    """The format of all files of a source."""
+    if named is not None:
+        return find_format(named)
+    known = all_formats()
+    first = None
+    for url in urls:
+        found = format_of_name(url, known)
+        if found and found.prevails:
+            return found
+        first = first or found
+    return first or _format_of_content(urls[0])
+
+
+def format_of_name(url: str, known: Sequence[SourceFormat] | None = None) -> SourceFormat | None:
+    """The format that a file has by its name, or None. ``known`` are the formats, if the caller has them."""
+    name = _name(url)
+    return next((one for one in known or all_formats() if name.endswith(one.endings)), None)
+
+
+def unexpected_name(url: str, format_: SourceFormat) -> str | None:
+    """The format that a file's name suggests, and the fix, if it is another format."""
+    if not format_.endings or _name(url).endswith((*format_.endings, *format_.other_endings)):
+        return None
+    found = None if format_.prevails else format_of_name(url)
+    return format_.foreign(url) if found is None else f"a {found.noun} by its name, not a {format_.noun}"
+
+
+def format_of_folder(fs: Any, path: str) -> SourceFormat | None:
+    """The format that a folder has as a whole, or None. Raises the errors of the storage."""
+    # A later format is a more special one: a reinforced dataset is a folder, too.
+    return next((one for one in reversed(all_formats()) if one.recognises_folder(fs, path)), None)
+
+
+def _name(url: str) -> str:
+    return url.partition("?")[0].rpartition("/")[2].lower()
+
+
+def _format_of_content(url: str) -> SourceFormat:
+    """The format of a file or folder by its content; the default if it is not recognised or cannot be read."""
+    found, foreign = None, foreign_name(url) is not None
+    known = [one for one in all_formats() if not foreign or _name(url).endswith(one.content_endings)]
+    if known:
+        try:
+            fs, path = filesystem(url)
+            if fs.isfile(path):
+                head = fs.read_block(path, 0, _FIRST_BYTES)
+                found = next((one for one in known if one.recognises(head)), None)
+            elif fs.isdir(path) and not foreign:
+                found = format_of_folder(fs, path.rstrip("/"))
+        except Exception:  # each driver has its own exceptions; reading reports them
+            found = None
+    return found or find_format(DEFAULT)
+
+
+def expand_folders(source: str | Sequence[str], named: str | None) -> tuple[list[str], list[str]]:
+    """Entries of ``source`` where a folder of tars, tables or lines is a pattern for its files, and notes.
+
+    A folder with images is one of images, also with other files in it. ``named`` is the format that the config names,
+    if any. Raises UserError.
+    """
+    entries, notes = [], []
+    for entry in [source] if isinstance(source, str) else source:
+        is_path = not _NO_FOLDER.search(entry) and format_of_name(entry) is None and foreign_name(entry) is None
+        expanded, found = files_of_folder(entry, named, images_first=True) if is_path else (entry, [])
+        entries.append(expanded)
+        notes += found
+    return entries, notes
+
+
+def files_of_folder(data: str, named: str | None = None, images_first: bool = False) -> tuple[str, list[str]]:
+    """The `source` of a config for a folder, a file or a pattern, and notes. Raises UserError.
+
+    ``named`` restricts it to the files of one format. With ``images_first``, a folder with images remains what it is.
+    """
+    fs, path = filesystem(data)
+    try:
+        is_folder = fs.isdir(path)
+    except Exception as error:  # each driver has its own exceptions
+        raise UserError(f"{canonical(data)} cannot be read: {type(error).__name__}: {error}.") from error
+    if not is_folder:
+        return data, []
+    folder, path = data.rstrip("/"), path.rstrip("/")
+    whole = format_of_folder(fs, path)
+    if whole and not whole.is_listed:
+        return folder, []
+    files = sorted(file[len(path) + 1 :] for file in list_whole(lambda: fs.find(path)))
+    inner = [file.removesuffix(MANIFEST) for file in files if file.endswith(f"/{MANIFEST}")]
+    by_format: dict[str, list[str]] = {}
+    for file in files:
+        name = file.rpartition("/")[2].lower()
+        if _is_hidden(file) or name in METADATA or file.startswith(tuple(inner)):
+            continue
+        if whole and images_first and is_image_name(name):
+            return folder, []
+        kind = format_of_name(file)
+        if kind is not None and named in (None, kind.name):
+            by_format.setdefault(kind.name, []).append(file)
+    found = next((by_format[one.name] for one in all_formats() if one.name in by_format), None)
+    if found is None:
+        return folder, []
+    train = [file for file in found if _TRAIN.search(file)]
+    chosen = train or found
+    pattern = f"{folder if '://' in folder else glob.escape(folder)}/{_pattern(chosen, bool(train))}"
+    if inner and "**" in pattern:
+        raise UserError(
+            f"source: {canonical(folder)} has a reinforced dataset in it, {inner[0].rstrip('/')}. Name the files "
+            "of the source by patterns, such as FOLDER/*.parquet."
+        )
+    left = len(found) - len(chosen)
+    notes = [f"files of other splits than `train` are left out: {left:,}; `source` can name them"] if left else []
+    return pattern, notes
+
+
+def _pattern(files: Sequence[str], train: bool) -> str:
+    """A glob for files, by their paths in a folder: in one folder or at any depth."""
+    folders = {file.rpartition("/")[0] for file in files}
+    ending = _common_ending([file.rpartition("/")[2] for file in files])
+    name = f"{'train' if train else ''}*{ending}"
+    only = next(iter(folders)) if len(folders) == 1 else None
+    if only is None:
+        return f"**/{name}"
+    return f"{glob.escape(only)}/{name}" if only else name
+
+
+def _common_ending(names: Sequence[str]) -> str:
+    """The extensions that all names have, such as ``.tar`` or ``.jsonl.gz``; ``.tar*`` if they differ."""
+    endings = {
+        "." + ".".join(name.split(".")[-2:]) if name.count(".") > 1 and _is_packed(name) else os.path.splitext(name)[1]
+        for name in names
+    }
+    if len(endings) == 1:
+        return next(iter(endings))
+    first = min(endings, key=len)
+    return f"{first}*" if all(ending.startswith(first) for ending in endings) else ".*"
+
+
+def _is_packed(name: str) -> bool:
+    return name.rpartition(".")[2] in ("gz", "xz", "bz2", "zst", "zstd")
+
+
+def _is_hidden(file: str) -> bool:
+    return any(part.startswith((".", "_")) for part in file.split("/"))

@@ -13,11 +13,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from reinforce.input_config import Limits
+from reinforce.source.config import Limits
 from reinforce.source.formats.base import Part, divided
-from reinforce.source.formats.lines import BrokenRow, LinesFormat, Row
-from reinforce.source.urls import filesystem
-from reinforce.source.whole_reads import read_whole, report_opened
+from reinforce.source.formats.jsonl import BrokenRow, LinesFormat, Row
+from reinforce.source.urls import filesystem, read_whole, report_opened
 
 _MOST_BYTES = 2**30
 _START = re.compile(rb'\s*\{\s*"(info"\s*:\s*\{|(licenses|images|annotations)"\s*:\s*\[\s*\{)')

@@ -13,11 +13,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from reinforce.source.captions import REPLACED
 from reinforce.source.file_types import is_image_name
-from reinforce.source.formats.base import Part
-from reinforce.source.formats.columns import IMAGES, PLACES
-from reinforce.source.formats.lines import (
+from reinforce.source.formats.base import IMAGES, PLACES, Part
+from reinforce.source.formats.jsonl import (
     COMPRESSIONS,
     BrokenRow,
     LinesFormat,
@@ -26,6 +24,7 @@ from reinforce.source.formats.lines import (
     file_lines,
     too_long,
 )
+from reinforce.source.samples import REPLACED
 from reinforce.source.urls import canonical
 
 _ROW_BYTES = 2**20

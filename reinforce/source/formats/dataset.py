@@ -11,18 +11,32 @@ from typing import Any
 import pyarrow as pa
 
 from reinforce.errors import UserError
-from reinforce.input_config import Input
-from reinforce.parquet.footers import RefusedFile
-from reinforce.source.captions import as_lines
+from reinforce.source.config import Input
 from reinforce.source.file_types import MANIFEST
-from reinforce.source.formats.base import Shard, SourceFormat
-from reinforce.source.formats.columns import Columns, make_sample
+from reinforce.source.formats.base import Columns, Shard, SourceFormat, make_sample
 from reinforce.source.formats.parquet import ParquetFile, Row
+from reinforce.source.parquet_file import RefusedFile
 from reinforce.source.references import ImageRoots, LostImage, images_or_losses
-from reinforce.source.samples import Item, RawSample, ReadBudget, Refusal, UnreadSample, unique_keys
-from reinforce.source.urls import Info, canonical, expand, filesystem
-from reinforce.source.views import RowDigests, rows_path, shards_path, split_view
-from reinforce.source.whole_reads import read_whole
+from reinforce.source.samples import (
+    Item,
+    RawSample,
+    ReadBudget,
+    Refusal,
+    UnreadSample,
+    as_lines,
+    unique_keys,
+)
+from reinforce.source.urls import (
+    Info,
+    RowDigests,
+    canonical,
+    expand,
+    filesystem,
+    read_whole,
+    rows_path,
+    shards_path,
+    split_view,
+)
 from schemas import IMAGE_DIGEST, TRUE_CAPTIONS, Reason, image_column
 
 _VIEW_BYTES = 2**30  # of a file of a view

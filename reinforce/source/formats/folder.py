@@ -16,20 +16,26 @@ from glob import escape
 from typing import Any
 
 from reinforce.errors import UserError
-from reinforce.input_config import SOURCES, Input
-from reinforce.parquet.footers import RefusedFile
-from reinforce.source.captions import parse_json
+from reinforce.source.config import SOURCES, Input
 from reinforce.source.file_types import METADATA, foreign_name, is_image_name, unread_heic
-from reinforce.source.formats.base import ListedSample, Shard, SourceFormat
-from reinforce.source.formats.columns import Columns, NoColumn, RowReader, add_captions, find_columns
-from reinforce.source.formats.lines import BrokenRow, LinesFormat
+from reinforce.source.formats.base import (
+    Columns,
+    ListedSample,
+    NoColumn,
+    RowReader,
+    Shard,
+    SourceFormat,
+    add_captions,
+    find_columns,
+    format_of_name,
+)
+from reinforce.source.formats.jsonl import BrokenRow, LinesFormat
 from reinforce.source.formats.parquet import Parquet, ParquetFile, is_binary
-from reinforce.source.formats.recognise import format_of_name
 from reinforce.source.formats.tar import sample_of_files, split_name
-from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample, as_utf8
+from reinforce.source.parquet_file import RefusedFile
+from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample, as_utf8, parse_json
 from reinforce.source.streams import FileReader, UnreadableFile, read_ahead
-from reinforce.source.urls import canonical, filesystem
-from reinforce.source.whole_reads import list_whole
+from reinforce.source.urls import canonical, filesystem, list_whole
 from reinforce.terminal import plural
 from schemas import Reason
 

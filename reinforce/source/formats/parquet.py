@@ -15,16 +15,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reinforce.input_config import Input, Limits
-from reinforce.parquet.checked_file import CheckedFile
-from reinforce.parquet.footers import FooterCheck, RefusedFile, check_codecs
-from reinforce.parquet.pages import BadPage
-from reinforce.source.formats.base import Part, Shard, SourceFormat, divided
-from reinforce.source.formats.columns import Columns, NoColumn, RowReader, find_columns, joined_rows
+from reinforce.source.config import Input, Limits
+from reinforce.source.formats.base import (
+    Columns,
+    NoColumn,
+    Part,
+    RowReader,
+    Shard,
+    SourceFormat,
+    divided,
+    find_columns,
+    joined_rows,
+)
+from reinforce.source.parquet_file import BadPage, CheckedFile, FooterCheck, RefusedFile, check_codecs
 from reinforce.source.samples import Item, Refusal
 from reinforce.source.streams import check_file
-from reinforce.source.urls import filesystem
-from reinforce.source.whole_reads import open_whole
+from reinforce.source.urls import filesystem, open_whole
 from schemas import Reason
 
 Row = Mapping[str, Any]

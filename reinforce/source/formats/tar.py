@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from reinforce.input_config import Input, Limits
+from reinforce.source.config import Input, Limits
 from reinforce.source.file_types import foreign_name, is_image_name, unread_heic
 from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.samples import (
@@ -21,8 +21,7 @@ from reinforce.source.samples import (
     refused_rest,
     refusing_absent,
 )
-from reinforce.source.streams import open_stream
-from reinforce.source.tar import DamagedTar, File, Member, Readable, members
+from reinforce.source.streams import DamagedTar, File, Member, Readable, members, open_stream
 from reinforce.source.urls import COMPRESSIONS
 from schemas import Reason
 

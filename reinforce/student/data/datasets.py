@@ -17,26 +17,23 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from reinforce.dataset.augment.backends import load_backend
-from reinforce.dataset.augment.device_records import DEVICE_BACKEND
-from reinforce.dataset.files.damage import describe_damaged, find_damaged
-from reinforce.dataset.files.index import read_index
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.aligned import AlignedLayers, check_completeness, kept_rows, row_group_table
+from reinforce.dataset.index import describe_damaged, find_damaged, read_index
 from reinforce.dataset.kinds.registry import kind_of, owner_of
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, inputs_of, model_of, require_images
-from reinforce.dataset.manifest.manifest import read_manifest, select_names
-from reinforce.dataset.reading.aligned import AlignedLayers
-from reinforce.dataset.reading.completeness import check_completeness
-from reinforce.dataset.reading.row_counts import kept_rows, row_group_table
-from reinforce.dataset.reading.sample import ImagePolicies
+from reinforce.dataset.manifest import read_manifest, select_names
+from reinforce.dataset.sample import ImagePolicies
+from reinforce.dataset.store import Store
 from reinforce.dataset.view import View, open_view
 from reinforce.errors import UserError
-from reinforce.evaluation.fields import is_in_json, read_captions
-from reinforce.input_config import Limits
+from reinforce.evaluation.reading import is_in_json, read_captions
+from reinforce.images.backends import load_backend
+from reinforce.images.device_records import DEVICE_BACKEND
+from reinforce.source.config import Limits
 from reinforce.source.references import ImageRoots
 from reinforce.student.config import Data, Source
 from reinforce.student.data.examples import ExampleSpec
-from reinforce.student.data.reader import StreamedDataset, Target
+from reinforce.student.data.stream import StreamedDataset, Target
 from reinforce.student.teachers import captioner_names
 from reinforce.terminal import plural
 

@@ -14,18 +14,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation, from_records
 from reinforce.dataset.kinds.registry import kind_of
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
-from reinforce.dataset.targets import PickedValues
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, PickedValues, captions_layer, embeddings_layer
 from reinforce.errors import UserError
-from reinforce.evaluation.fields import is_in_json, read_captions
+from reinforce.evaluation.reading import is_in_json, read_captions
 from reinforce.images.policy import IMAGE_POLICY
-from reinforce.input_config import Limits
-from reinforce.seeds import uniforms
+from reinforce.images.records import AUGMENTATION_BACKEND, Augmentation, from_records
+from reinforce.source.config import Limits
 from reinforce.source.references import ImageRoots, referenced_images
-from reinforce.source.tar import DamagedTar
+from reinforce.source.streams import DamagedTar
 from schemas import IMAGE_DIGEST, TRUE_CAPTIONS, image_columns
+from schemas.seeds import uniforms
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.intp]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from reinforce.errors import UserError
-from reinforce.student.loss_config import Loss
+from reinforce.student.config import Loss
 from reinforce.student.terms.base import Models, Tensors, Term
 
 

@@ -20,7 +20,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from reinforce.errors import UserError
-from reinforce.student.loss_config import DenseLoss, Loss
+from reinforce.student.config import DenseLoss, Loss
 from reinforce.student.terms.base import MAP, Models, Tensors, Term, head_name
 from reinforce.student.terms.moments import Moments, Standardise
 

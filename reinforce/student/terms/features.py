@@ -6,7 +6,7 @@ for each WHAT of images and kinds of text; weight is lambda * features_weight, a
 weighted. It is how one-sided teachers are used, and how a student of images alone learns.
 
 z is the teacher's vector v [D] of unit norm, or with ``standardise`` (v - m) / s, with the mean m and the standard
-deviation s of each dimension over the first vectors of the same WHAT; see ``reinforce.student.first_targets``. With
+deviation s of each dimension over the first vectors of the same WHAT; see ``reinforce.student.online``. With
 h = head(feature), the distance is
 
     cosine:        1 - cos(h, z)
@@ -27,13 +27,12 @@ from typing import Any, Literal
 import torch
 
 from reinforce.errors import UserError
-from reinforce.student.chunks import Logits, cross_entropies
-from reinforce.student.loss import full_precision
-from reinforce.student.loss_config import FeatureLoss, Loss
+from reinforce.student.config import FeatureLoss, Loss
+from reinforce.student.loss import Logits, cross_entropies, full_precision
 from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.base import Models, Rows, Tensors, Term, check_rows, head_name, unit
 from reinforce.student.terms.moments import Moments, Standardise
-from reinforce.training.distributed import gather
+from reinforce.training import gather
 from teachers.runtime.determinism import tf32
 
 

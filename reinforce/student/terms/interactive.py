@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import torch
 
 from reinforce.errors import UserError
-from reinforce.student.chunks import Logits, cross_entropies
-from reinforce.student.loss import full_precision
-from reinforce.student.loss_config import Loss
+from reinforce.student.config import Loss
+from reinforce.student.loss import Logits, cross_entropies, full_precision
 from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo
 from reinforce.student.terms.base import Models, Rows, Tensors, Term, as_scalar, check_rows, head_name, unit
-from reinforce.training.distributed import gather
+from reinforce.training import gather
 from teachers.runtime.determinism import tf32
 
 

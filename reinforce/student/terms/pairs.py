@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from reinforce.errors import UserError
+from reinforce.student.config import Loss
 from reinforce.student.loss import Objective, contrastive_losses
-from reinforce.student.loss_config import Loss
 from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo
 from reinforce.student.terms.base import Models, Rows, Term, scale_name
 from reinforce.training.config import HIGHEST_LOGIT_SCALE

@@ -20,7 +20,7 @@ import torch
 
 from reinforce.dataset.kinds.probabilities import probabilities_layer
 from reinforce.errors import UserError
-from reinforce.student.loss_config import Loss
+from reinforce.student.config import Loss
 from reinforce.student.teachers import IMAGE
 from reinforce.student.terms.base import Models, Tensors, Term, check_rows, head_name
 

@@ -12,10 +12,10 @@ import torch
 
 from reinforce.dataset.kinds.registry import owner_of
 from reinforce.errors import UserError
-from reinforce.student.loss_config import TERMS, Loss
+from reinforce.student.config import TERMS, Loss
 from reinforce.student.teachers import IMAGE
 from reinforce.student.terms.base import MAP, Models, Rows, Tensors, Term, module_name, scale_name
-from teachers.patches.maps import features_and_map
+from teachers.image_encoder import features_and_map
 
 #: The module of each term, in the order of the losses.
 MODULES = {name: importlib.import_module(f"{__package__}.{name}") for name in TERMS}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from reinforce.student.config import Loss
 from reinforce.student.loss import scale_losses
-from reinforce.student.loss_config import Loss
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from reinforce.student.terms.base import Models, Rows, Term, scale_name
 from reinforce.student.terms.pairs import find_scales

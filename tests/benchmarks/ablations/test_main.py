@@ -26,9 +26,9 @@ from benchmarks.ablations.trainings import _Progress
 from examples.demo.compare import MEASURES, SECONDS
 from reinforce import settings
 from reinforce.config import load_config
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.store import Store
 from reinforce.errors import UserError
-from reinforce.student.layers.pointwise import avoid_faulty_convolutions
+from reinforce.student.layers import avoid_faulty_convolutions
 from reinforce.terminal import Screen
 from teachers.open_clip.teacher import random_model
 from tests.helpers import demo

@@ -30,7 +30,7 @@ DEVICE = "benchmarks.gpu.probe._card_id"
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Measures in this process, with the decode processes of the other tests."""
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("reinforce.training.record.log.draw_curves", lambda *_: None)  # a second each
+    monkeypatch.setattr("reinforce.training.log.draw_curves", lambda *_: None)  # a second each
     monkeypatch.setattr("teachers.runtime.determinism.set_flags", lambda *_, **__: None)  # flags of the other tests
     monkeypatch.setattr(gpu_shards.Shards, "__exit__", lambda *_: None)  # closes the pool
     monkeypatch.setattr("benchmarks.gpu.__main__.run_section", measure_here)

@@ -17,13 +17,11 @@ from benchmarks.scale import child, page
 from benchmarks.scale.__main__ import QUICK, main, measure_resume, measure_start, measure_status
 from benchmarks.scale.cluster import Cluster, SimulatedRay, config_of, simulated
 from reinforce.config import parse_config
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.store import Store
 from reinforce.engine.driver import driver
-from reinforce.engine.driver.shard_queue import ShardQueue
-from reinforce.engine.driver.worker_pool import Slot
+from reinforce.engine.driver.worker_pool import ShardQueue, Slot
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.record.progress import Progress
-from reinforce.engine.record.summary import RunSummary
+from reinforce.engine.record import Progress, RunSummary
 
 
 @pytest.fixture

@@ -14,20 +14,19 @@ import pytest
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.codecs.codebooks import codebook_of, load, path_of
-from reinforce.dataset.codecs.registry import find_codec, find_fitted
+from reinforce.dataset.codecs.codebooks import codebook_of, find_codec, find_fitted, load, path_of
 from reinforce.dataset.convert import convert
 from reinforce.dataset.drop import drop, plan_drop
-from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import kind_of, stored_layer
-from reinforce.dataset.validate.validate import validate
+from reinforce.dataset.store import Store
+from reinforce.dataset.validate import validate
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
-from reinforce.inspection.report import inspect
+from reinforce.explore.neighbours import mean_vectors
+from reinforce.explore.report import inspect
 from reinforce.labels.difference import diff
 from reinforce.publishing.card import write_card
 from reinforce.publishing.labels import export_labels
-from reinforce.selection.neighbours import mean_vectors
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
 

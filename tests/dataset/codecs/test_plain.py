@@ -12,8 +12,8 @@ import pytest
 import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset.convert import convert
-from reinforce.dataset.files.store import Store
-from reinforce.dataset.validate.validate import validate
+from reinforce.dataset.store import Store
+from reinforce.dataset.validate import validate
 from reinforce.dataset.vectors import decode
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from reinforce.config import Failures
-from reinforce.engine.driver.policy.hangs import (
+from reinforce.engine.driver.failures import (
     CEILING,
     MODEL_FLOOR,
     STORAGE_FLOOR,
@@ -19,8 +19,16 @@ from reinforce.engine.driver.policy.hangs import (
     find_silence,
     silence_limit,
 )
-from reinforce.engine.driver.polls import MAX_IN_FLIGHT, Polls, poll_interval
-from reinforce.engine.messages.pulse import DECODING, READING, SERVER, WAITING, WRITING, LeasePulse, Pulse
+from reinforce.engine.driver.worker_pool import MAX_IN_FLIGHT, Polls, poll_interval
+from reinforce.engine.pulse import (
+    DECODING,
+    READING,
+    SERVER,
+    WAITING,
+    WRITING,
+    LeasePulse,
+    Pulse,
+)
 
 
 def test_few_workers_are_asked_every_five_seconds_and_many_in_turns_within_a_quarter_of_the_limit() -> None:

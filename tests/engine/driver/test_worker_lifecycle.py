@@ -10,14 +10,13 @@ import pytest
 from ray.exceptions import ActorUnavailableError
 
 from reinforce.config import parse_config
-from reinforce.dataset.files.store import Store
-from reinforce.engine.driver.state import RunState
-from reinforce.engine.driver.worker_lifecycle import WorkerLifecycle
+from reinforce.dataset.store import Store
+from reinforce.engine.driver.driver import RunState, WorkerLifecycle
 from reinforce.engine.driver.worker_pool import Slot
-from reinforce.engine.messages.results import ShardFailure, ShardResult, WorkerId, WorkerInfo
+from reinforce.engine.messages import ShardFailure, ShardResult, WorkerId, WorkerInfo
 from reinforce.engine.plan.plan import LayerState, Plan
 from reinforce.engine.preflight.check_machines import heic_note
-from reinforce.engine.record.progress import Progress
+from reinforce.engine.record import Progress
 from reinforce.processes.imports import reads_heic
 from schemas import Reason
 from tests.helpers.driver import Actor, pool_of, shard, started
@@ -33,7 +32,7 @@ class Workers:
         self.lines: list[str] = []
         progress = Progress()
         monkeypatch.setattr(progress, "log", self.lines.append)
-        monkeypatch.setattr("reinforce.engine.driver.state.live_resources", list)
+        monkeypatch.setattr("reinforce.engine.driver.driver.live_resources", list)
         self.here, self.there = started("x"), started("y")
         self.pool = pool_of(monkeypatch, [self.here, self.there])
         plan = Plan(config, {}, 10, {"samples": LayerState(0, 0, 0, 10)}, [])
@@ -72,7 +71,7 @@ def test_workers_that_lack_a_decoder_of_the_driver_are_named_once_before_they_ge
 ) -> None:
     for pid, (node, reads) in enumerate((("x", reads_heic()), ("y", not reads_heic()), ("z", not reads_heic()))):
         info = WorkerInfo(WorkerId(node, pid, f"host-{node}"), "cpu", {}, reads_heic=reads)
-        monkeypatch.setattr("reinforce.engine.driver.worker_lifecycle.ray.get", lambda _, info=info: info)
+        monkeypatch.setattr("reinforce.engine.driver.driver.ray.get", lambda _, info=info: info)
         workers.pool.loading["start"] = Slot(Actor())
         assert workers.lifecycle.finish_start("start") == info
     assert workers.state.policy.notes == [heic_note("workers, the first on host-y")]

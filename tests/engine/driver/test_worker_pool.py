@@ -7,13 +7,11 @@ import time
 import pytest
 
 from reinforce.config import Workers
-from reinforce.engine.driver.policy.decisions import Quarantine, Requeue, Retry, RunAlone
-from reinforce.engine.driver.reporter import job_id, worker_progress
-from reinforce.engine.driver.shard_queue import ShardQueue
-from reinforce.engine.driver.worker_pool import Slot, describe_workers
-from reinforce.engine.messages.pulse import LeasePulse, Pulse
-from reinforce.engine.messages.results import WorkerId, WorkerInfo
-from reinforce.engine.messages.task import PendingShard
+from reinforce.engine.driver.driver import job_id, worker_progress
+from reinforce.engine.driver.faults import Quarantine, Requeue, Retry, RunAlone
+from reinforce.engine.driver.worker_pool import ShardQueue, Slot, describe_workers
+from reinforce.engine.messages import PendingShard, WorkerId, WorkerInfo
+from reinforce.engine.pulse import LeasePulse, Pulse
 from schemas import Reason
 from tests.helpers.driver import Actor, pool_of, shard, started
 
@@ -83,7 +81,7 @@ def test_no_worker_is_placed_on_an_avoided_node_unless_no_other_can_hold_one_now
     now, cpus = [time.monotonic()], {"x": 4.0, "y": 0.0}
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.setattr(
-        "reinforce.cluster.ray.nodes",
+        "reinforce.processes.cluster.ray.nodes",
         lambda: [{"NodeID": name, "Alive": True, "Resources": {"CPU": count}} for name, count in cpus.items()],
     )
     pool.avoid(frozenset({"x"}))
@@ -121,7 +119,7 @@ def test_workers_on_a_drained_node_get_no_further_leases_and_others_are_started_
 
 def test_a_drained_node_has_no_places_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [{"NodeID": name, "Alive": True, "Resources": {"CPU": 4.0}} for name in ("node", "other")]
-    monkeypatch.setattr("reinforce.cluster.ray.nodes", lambda: nodes)
+    monkeypatch.setattr("reinforce.processes.cluster.ray.nodes", lambda: nodes)
     pool = pool_of(monkeypatch, [], cpus=1)
     pool.grow(100)
     assert len(pool.slots) == 8

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from reinforce.config import load_config, parse_config
-from reinforce.engine.plan.check_output import overlaps
+from reinforce.engine.plan.source_shards import overlaps
 from reinforce.engine.run import run
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, picture, tree, write_tar

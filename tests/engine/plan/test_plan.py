@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.store import Store
 from reinforce.engine.plan.plan import NotInSource, make_plan
 from reinforce.engine.plan.source_shards import source_shards
 from reinforce.errors import UserError

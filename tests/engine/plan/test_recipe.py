@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from reinforce.config import load_config, parse_config
-from reinforce.engine.plan.plan import Plan, make_plan
-from reinforce.engine.plan.recipe import build_layers, describe_models, version_notes
+from reinforce.engine.plan.plan import Plan, build_layers, describe_models, make_plan, version_notes
 from reinforce.errors import UserError
-from reinforce.parallel.machines import nodes_of_run
+from reinforce.processes.parallel import nodes_of_run
 from reinforce.source.urls import expand
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import student_job

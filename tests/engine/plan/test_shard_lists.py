@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.dataset.validate.validate import validate
+from reinforce.dataset.validate import validate
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError
 from reinforce.source import streams
-from reinforce.source.formats import lines
+from reinforce.source.formats import jsonl as lines
 from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample
 from tests.helpers.data import picture

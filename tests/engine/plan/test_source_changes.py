@@ -14,15 +14,15 @@ import yaml
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.manifest.manifest import DIGEST_KEY, update_manifest
-from reinforce.dataset.runs.shard_records import RecordWriter, SourceRecord
-from reinforce.engine.messages.results import LayerFailure, ShardResult
+from reinforce.dataset.manifest import DIGEST_KEY, update_manifest
+from reinforce.dataset.runs import RecordWriter, SourceRecord
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.messages import LayerFailure, ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.source_changes import changes_note, find_copies, finished_note, referenced_source_change
 from reinforce.engine.run import run
 from reinforce.errors import UserError
-from reinforce.source.identity import read_state
+from reinforce.source.references import read_state
 from tests.helpers.commands import run_command
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import forget_sources, reinforce_here

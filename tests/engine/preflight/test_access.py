@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from reinforce.config import parse_config
-from reinforce.engine.preflight.access import config_uses
+from reinforce.engine.preflight.check_machines import config_uses
 from tests.helpers.commands import printed_by, run_command
 from tests.helpers.data import config_of
 

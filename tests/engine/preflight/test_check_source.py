@@ -14,10 +14,10 @@ import s3fs
 import yaml
 
 from reinforce.config import parse_config
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.store import Store
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import FirstSample, check_source
-from reinforce.engine.preflight.estimate_bytes import expected_bytes
+from reinforce.engine.preflight.estimate import expected_bytes
 from reinforce.engine.run import run
 from reinforce.errors import UserError
 from tests.helpers.commands import run_command

@@ -14,17 +14,21 @@ from rich.console import Console
 
 from reinforce.config import parse_config
 from reinforce.engine.plan.plan import Plan, make_plan
-from reinforce.engine.preflight.access import config_uses
-from reinforce.engine.preflight.check_machines import Machine, heic_note, machine_warnings
-from reinforce.engine.preflight.estimate_bytes import (
+from reinforce.engine.preflight.check_machines import Machine, config_uses, heic_note, machine_warnings
+from reinforce.engine.preflight.estimate import (
+    DECODE_MS,
+    OWN_MS,
+    Effort,
+    Rate,
     SourceStatistics,
     bytes_by_codec,
+    estimate_effort,
     expected_bytes,
     expected_samples,
+    make_report,
+    measured_rate,
     plan_table,
 )
-from reinforce.engine.preflight.estimate_hours import DECODE_MS, OWN_MS, Effort, Rate, estimate_effort, measured_rate
-from reinforce.engine.preflight.report import make_report
 from reinforce.processes.imports import reads_heic
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.pages import measured

@@ -16,15 +16,20 @@ import pytest
 import torch
 
 from reinforce.config import parse_config
-from reinforce.engine.decode.decode_pool import DecodePool
-from reinforce.engine.inference.models import Models, load_models
-from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, ShardResult, StorageFailure
-from reinforce.engine.messages.task import PendingShard
-from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.messages import (
+    LayerFailure,
+    LoadFailure,
+    PendingShard,
+    ShardFailure,
+    ShardResult,
+    StorageFailure,
+)
+from reinforce.engine.plan.plan import build_layers, describe_models, make_plan
 from reinforce.engine.worker import actor
-from reinforce.engine.worker import stale_files as inputs
 from reinforce.engine.worker.actor import Worker, as_actor
+from reinforce.engine.worker.decode import DecodePool
+from reinforce.engine.worker.models import Models, load_models
+from reinforce.engine.worker.producers import base as inputs
 from reinforce.engine.worker.producers import registry
 from reinforce.engine.worker.producers.registry import measure_costs
 from reinforce.errors import UserError

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from reinforce.dataset.validate.validate import validate
-from reinforce.source.identity import ChangedSource
+from reinforce.dataset.validate import validate
+from reinforce.source.references import ChangedSource
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.models import ColorTeacher
 from tests.helpers.reinforced import fresh_dataset, shard_process

@@ -16,25 +16,21 @@ import torch
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.augment.records import replay
-from reinforce.dataset.files.store import LayerWriter, Store
-from reinforce.engine.decode.row import Decoded, Row
-from reinforce.engine.inference.inference import Batch
-from reinforce.engine.inference.models import Models
-from reinforce.engine.inference.session import Session
-from reinforce.engine.messages.results import ShardResult
-from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.plan.recipe import build_layers, describe_models
-from reinforce.engine.worker.producers.base import RowGroup
+from reinforce.dataset.store import LayerWriter, Store
+from reinforce.engine.messages import ShardResult
+from reinforce.engine.plan.plan import build_layers, describe_models, make_plan
+from reinforce.engine.worker.decode import Decoded, Row
+from reinforce.engine.worker.inference import Batch, Session
+from reinforce.engine.worker.models import Models
+from reinforce.engine.worker.producers.base import MisalignedLayer, Refusals, RowGroup
 from reinforce.engine.worker.producers.registry import make_producers
-from reinforce.engine.worker.refusals import Refusals
-from reinforce.engine.worker.stale_files import MisalignedLayer
 from reinforce.images.policy import decode
-from reinforce.seeds import seed_for
+from reinforce.images.records import replay
 from reinforce.source.samples import Refusal
 from reinforce.source.urls import shard_name
 from schemas import WHOLE_SHARD, Reason
-from teachers.preprocessing.pixels import to_pixels
+from schemas.seeds import seed_for
+from teachers.pixels import to_pixels
 from teachers.redact import Redactor
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of, config_of_tar, members_of, tree

@@ -13,15 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.dataset.files.damage import set_aside
-from reinforce.dataset.files.layer_file import RefusedFile
-from reinforce.dataset.files.store import LayerWriter, Store
-from reinforce.dataset.runs.key_sample import ShardKeys
-from reinforce.dataset.runs.shard_records import RecordWriter, ShardRecord, SourceRecord
-from reinforce.dataset.validate.validate import validate
-from reinforce.engine.messages.results import ShardResult
+from reinforce.dataset.index import set_aside
+from reinforce.dataset.layer_file import RefusedFile
+from reinforce.dataset.runs import RecordWriter, ShardKeys, ShardRecord, SourceRecord
+from reinforce.dataset.store import LayerWriter, Store
+from reinforce.dataset.validate import validate
+from reinforce.engine.messages import ShardResult
 from reinforce.engine.plan.plan import make_plan
-from reinforce.source.identity import read_state
+from reinforce.source.references import read_state
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import forget_sources, reinforce_here, shard_process
 

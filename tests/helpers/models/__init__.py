@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from reinforce.engine.inference.self_test import TEXTS
+from reinforce.engine.worker.self_test import TEXTS
 from teachers.fast_paths.usage import enabled, fast_path
 from teachers.protocols import ImageSpec
 

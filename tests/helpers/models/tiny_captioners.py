@@ -13,8 +13,8 @@ import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from teachers.preprocessing.fit import fit
-from teachers.preprocessing.pixels import to_pixels
+from teachers.fit import fit
+from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.registry import captioner_spec
 from teachers.spec import CaptionerSpec

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.dataset.files.store import Store
-from reinforce.dataset.validate.validate import validate
+from reinforce.dataset.store import Store
+from reinforce.dataset.validate import validate
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError

@@ -13,14 +13,14 @@ import pytest
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.store import Store
 from reinforce.engine.plan import source_shards
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.plan.source_shards import write_lists
 from reinforce.engine.preflight.check_source import check_source
-from reinforce.engine.preflight.estimate_bytes import expected_bytes
+from reinforce.engine.preflight.estimate import expected_bytes
 from reinforce.errors import UserError
-from reinforce.input_config import Input
+from reinforce.source.config import Input
 from reinforce.source.formats.base import ListedSample, Shard
 from reinforce.source.formats.tar import split_name
 from reinforce.source.reading import read_samples

@@ -13,10 +13,9 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.engine.plan.source_shards import SourceShards, source_shards
-from reinforce.input_config import Input, Limits
-from reinforce.parquet.footers import RefusedFile
-from reinforce.source.formats.base import Shard
-from reinforce.source.formats.recognise import find_format
+from reinforce.source.config import Input, Limits
+from reinforce.source.formats.base import Shard, find_format
+from reinforce.source.parquet_file import RefusedFile
 from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample
 from tests.helpers.data import picture

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow.parquet import encryption
 
-from reinforce.input_config import Limits
-from reinforce.parquet import checked_file
+from reinforce.source import parquet_file as checked_file
+from reinforce.source.config import Limits
 from reinforce.source.formats import parquet
 from reinforce.source.samples import RawSample, Refusal
 from tests.helpers.data import picture
@@ -125,7 +125,7 @@ def test_a_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
 
 _READ = """
 import sys
-from reinforce.input_config import Input
+from reinforce.source.config import Input
 from reinforce.source.formats.base import Shard
 from reinforce.source.reading import read_samples
 for path in sys.argv[1:]:

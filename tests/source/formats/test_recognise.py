@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reinforce.source.file_types import foreign_content, foreign_name
-from reinforce.source.formats.recognise import find_format, unexpected_name
+from reinforce.source.formats.base import find_format, unexpected_name
 from tests.helpers.data import picture
 from tests.helpers.published import npz
 from tests.helpers.tars import TAR, outcomes, read

@@ -18,19 +18,17 @@ import torch
 
 import schemas
 from reinforce.dataset import vectors
-from reinforce.dataset.augment import fixed_point
-from reinforce.dataset.augment.backends import load_backend
-from reinforce.dataset.augment.device import augment
-from reinforce.dataset.augment.records import Augmentation, Crop, Op
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.store import Store
 from reinforce.errors import UserError
-from reinforce.input_config import Limits
+from reinforce.images import backends as fixed_point
+from reinforce.images.backends import load_backend
+from reinforce.images.device import augment
+from reinforce.images.records import Augmentation, Crop, Op
+from reinforce.source.config import Limits
 from reinforce.student.config import Data
-from reinforce.student.data.assembly import BufferPool
 from reinforce.student.data.examples import Example, Examples, ExampleSpec, SampleFile, make_examples
-from reinforce.student.data.feed import StudentFeed
-from reinforce.student.data.parts import PartMaker
-from reinforce.student.data.reader import Target
+from reinforce.student.data.feed import BufferPool, StudentFeed
+from reinforce.student.data.stream import PartMaker, Target
 from schemas import Reason
 from tests.helpers.data import picture
 from tests.helpers.evaluation import encode_png

@@ -21,13 +21,12 @@ import torch
 
 import reinforce
 import reinforce.student.data.feed
-from reinforce.dataset.augment.records import replay
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
-from reinforce.input_config import Limits
+from reinforce.images.records import replay
+from reinforce.source.config import Limits
 from reinforce.student.config import Data
-from reinforce.student.data.assembly import Assembler
-from reinforce.student.data.feed import StudentFeed
+from reinforce.student.data.feed import Assembler, StudentFeed
 from reinforce.training.task import Batch, Begun
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.in_loaders import letters, read

@@ -18,15 +18,22 @@ import pytest
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from reinforce.dataset.reading.aligned import AlignedShard, RowGroup
-from reinforce.dataset.reading.samples import KeptGroups
+from reinforce.dataset.aligned import AlignedShard, RowGroup
+from reinforce.dataset.sample import KeptGroups
 from reinforce.errors import UserError
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.feed import Streams, StudentFeed, plan_reading
-from reinforce.student.data.parts import Part, PartMaker
-from reinforce.student.data.reader import DatasetReader, StreamedDataset
-from reinforce.student.data.stream import RankStream, StreamPlan, StreamReader, make_orders
+from reinforce.student.data.stream import (
+    DatasetReader,
+    Part,
+    PartMaker,
+    RankStream,
+    StreamedDataset,
+    StreamPlan,
+    StreamReader,
+    make_orders,
+)
 from reinforce.training.order import GroupChunk, Order
 from reinforce.training.task import Begun
 from tests.helpers.data import config_of, members_of, picture, write_tar
@@ -100,13 +107,13 @@ def test_streams_of_a_small_dataset_do_not_each_read_the_row_groups_that_they_sh
     keys += [next(batches)["key"] for _ in range(7)]
     assert len(read) <= 25, "four epochs and what is read ahead"
     batches.close()
-    monkeypatch.setattr("reinforce.dataset.reading.samples._KEPT_BYTES", 1)
+    monkeypatch.setattr("reinforce.dataset.sample._KEPT_BYTES", 1)
     again = feed_of(url, streams=streams).batches(0, 1, 20, 3)
     assert [next(again)["key"] for _ in range(5)] == keys[3:], "whatever is kept"
 
 
 def test_the_row_groups_that_were_used_last_are_kept_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reinforce.dataset.reading.samples._KEPT_BYTES", 20_000)
+    monkeypatch.setattr("reinforce.dataset.sample._KEPT_BYTES", 20_000)
     read, kept = [], KeptGroups()
 
     def get(place: int) -> None:

@@ -17,8 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from teachers.coca.captioner import CocaCaptioner
-from teachers.coca.decoder import CocaDecoder, PlainCocaDecoder
-from teachers.coca.network import CocaNetwork
+from teachers.coca.decoder import CocaDecoder, CocaNetwork, PlainCocaDecoder
 from teachers.decoding.decode import decode
 from teachers.fast_paths import recompilation
 from teachers.fast_paths.usage import loading, set_enabled, snapshot

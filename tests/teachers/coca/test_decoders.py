@@ -11,14 +11,12 @@ import pytest
 import torch
 
 from teachers.coca.captioner import CocaCaptioner
-from teachers.coca.decoder import CocaDecoder, PlainCocaDecoder
+from teachers.coca.decoder import CocaDecoder, CocaNetwork, PlainCocaDecoder, check_decodable
 from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
-from teachers.coca.network import CocaNetwork, check_decodable
 from teachers.fast_paths import usage
 from teachers.fast_paths.frozen import freeze
 from teachers.registry import captioner_spec
-from teachers.runtime.accelerator import Accelerator
-from teachers.runtime.memory import cache_bytes
+from teachers.runtime.accelerator import Accelerator, cache_bytes
 from tests.helpers.models.tiny_coca import batch, build, coca_config
 from tests.helpers.real_sizes import RAISING
 from tests.helpers.stand_in_cuda import StandIn, stand_in_cuda
@@ -176,7 +174,7 @@ def test_captions_on_cuda_are_those_of_the_cpu_and_a_word_waits_at_most_once(opt
     on_cpu = build("cpu", **options)
     wanted = on_cpu.caption(*batch(on_cpu, 10))
     assert len({len(text) for of in wanted for text in of}) > 1
-    monkeypatch.setattr("teachers.coca.network.scaled_dot_product_attention", record)
+    monkeypatch.setattr("teachers.coca.decoder.scaled_dot_product_attention", record)
     with stand_in_cuda() as cuda:
         captioner = build("cuda", **options)
         pixels, seeds = batch(captioner, 10)

@@ -10,11 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from teachers.decoding.beams import BeamOptions, beam_search
-from teachers.decoding.decode import decode, sample
-from teachers.decoding.rules import DecodingRules, compact
-from teachers.decoding.sampling import TokenChooser
-from teachers.decoding.schedule import Schedule, entry_size
+from teachers.decoding.decode import BeamOptions, beam_search, decode, sample
+from teachers.decoding.sampling import DecodingRules, Schedule, TokenChooser, compact, entry_size
 from teachers.registry import captioner_spec
 from teachers.spec import CaptionerSpec
 from tests.helpers.models.tiny_captioners import seeds

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teachers.decoding.device_sampling import DeviceSampler
-from teachers.decoding.rules import DecodingRules
-from teachers.decoding.sampling import TokenChooser, sample_nucleus, sample_top_k, uniforms
+from teachers.decoding.sampling import DecodingRules, TokenChooser, sample_nucleus, sample_top_k, uniforms
 from teachers.registry import captioner_spec
 from tests.helpers.models.tiny_coca import batch, build
 from tests.helpers.stand_in_cuda import stand_in_cuda

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from teachers.fast_paths.step_graphs import Steps
+from teachers.fast_paths.recompilation import Steps
 from teachers.fast_paths.usage import VARIABLE, Usage, set_enabled, snapshot
 from tests.helpers.models.tiny_coca import batch, build
 from tests.helpers.stand_in_cuda import StandIn, stand_in_cuda

@@ -14,20 +14,19 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from reinforce.config import parse_config
-from reinforce.dataset.files.store import Store
-from reinforce.engine.inference.models import load_models
+from reinforce.dataset.store import Store
 from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.worker.models import load_models
 from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
-from reinforce.student.loss_config import Loss
+from reinforce.student.config import Loss
 from teachers.fast_paths import towers
-from teachers.fast_paths.fp8 import Float8Layers, Float8Linear, check_device
-from teachers.fast_paths.frozen import FrozenAttention
+from teachers.fast_paths.frozen import Float8Layers, Float8Linear, FrozenAttention, check_device
 from teachers.fast_paths.recompilation import Compiler
 from teachers.fast_paths.usage import loading, set_enabled, snapshot
 from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.open_clip.text import keep_residual_in_float32
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.registry import captioner_spec, describe_model, load_model, teacher_spec
 from teachers.runtime.accelerator import Accelerator

@@ -18,11 +18,11 @@ from reinforce.config import parse_config
 from reinforce.engine.check_models import check_class
 from reinforce.engine.worker.actor import Worker, as_actor
 from reinforce.errors import UserError
-from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.launch import launch
+from reinforce.training.ranks import join_ranks
 from reinforce.training.ray_train import environment_of_ranks
 from teachers.fast_paths.frozen import FrozenAttention, FrozenLinear, freeze
-from teachers.fast_paths.step_graphs import decoding_kernels
+from teachers.fast_paths.recompilation import decoding_kernels
 from teachers.runtime import determinism
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of

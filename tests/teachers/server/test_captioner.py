@@ -157,7 +157,7 @@ def test_no_more_of_an_answer_is_read_than_its_bound_also_of_an_error_or_one_tha
 
 
 def test_a_request_at_which_a_working_server_fails_costs_its_caption_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teachers.server.servers.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("teachers.server.captioner.FIRST_PAUSE", 0.01)
     with chat_server(by_color((500, {"error": {"message": "out of memory"}}))) as url:
         first, second = caption(url, [GRAY, RED])
     assert first == ["a wall"]
@@ -235,7 +235,7 @@ def test_a_redirect_of_a_server_is_refused_by_name_and_its_target_gets_no_reques
 def test_servers_that_reject_every_request_after_an_answer_end_the_wait_soon_with_the_status(
     monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
-    monkeypatch.setattr("teachers.server.servers.REJECTED_SECONDS", 0.2)
+    monkeypatch.setattr("teachers.server.captioner.REJECTED_SECONDS", 0.2)
     requests = iter(range(100))
 
     def answer(headers: Any, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -252,8 +252,8 @@ def test_servers_that_reject_every_request_after_an_answer_end_the_wait_soon_wit
 def test_a_server_that_rejects_every_request_does_not_end_a_run_while_another_answers_or_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("teachers.server.servers.REJECTED_SECONDS", 0.1)
-    monkeypatch.setattr("teachers.server.servers.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("teachers.server.captioner.REJECTED_SECONDS", 0.1)
+    monkeypatch.setattr("teachers.server.captioner.FIRST_PAUSE", 0.01)
     requests = iter(range(100))
 
     def slowly(headers: Any, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:

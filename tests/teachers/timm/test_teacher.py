@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
-from teachers.patches.encoder import patches_of
+from teachers.image_encoder import patches_of
 from teachers.registry import describe_model, load_model, teacher_spec
 from teachers.timm import family
 from tests.helpers.commands import json_of_process

@@ -19,9 +19,7 @@ from teachers.registry import load_model
 from teachers.runtime.accelerator import Accelerator
 from teachers.transformers import captioner as transformers_captioner
 from teachers.transformers import family
-from teachers.transformers.cached_decoder import merge_end_tokens
-from teachers.transformers.captioner import load
-from teachers.transformers.captioning_models import Git, chat_image_spec, end_tokens_of
+from teachers.transformers.captioner import Git, chat_image_spec, end_tokens_of, load, merge_end_tokens
 from tests.helpers.models import tiny_captioners
 from tests.helpers.models.tiny_captioners import PROMPT, Captioners, captioned, pictures, pixels_of, seeds, spec_of
 from tests.helpers.stand_in_cuda import stand_in_cuda

@@ -13,10 +13,10 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, RadioModel, Siglip2Model, XLMRobertaModel
 
 from reinforce.config import parse_config
-from reinforce.engine.inference.models import load_models
-from reinforce.engine.inference.self_test import precisions
-from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.plan.plan import build_layers, describe_models
+from reinforce.engine.worker.models import load_models
 from reinforce.engine.worker.producers.registry import check_models
+from reinforce.engine.worker.self_test import precisions
 from reinforce.errors import UserError
 from teachers.registry import describe_model, load_model, teacher_spec
 from teachers.transformers.teacher import square_size

@@ -13,21 +13,18 @@ import pyarrow as pa
 import torch
 
 from reinforce.dataset.layers import Layer
-from reinforce.engine.decode.row import Row
-from reinforce.engine.decode.rows import GROUP_ROWS
-from reinforce.engine.inference.batch_sizes import Demand, OutOfMemory, rows_per_batch
-from reinforce.engine.inference.inference import Batch, Outputs
-from reinforce.engine.inference.models import Models, count_tokens
-from reinforce.engine.inference.outputs import copied
-from reinforce.engine.inference.self_test import LONG_TEXT, TEXTS, check_captioner, probe_images
-from reinforce.engine.messages.pulse import SERVER
-from reinforce.engine.messages.results import raising_layer_failure
+from reinforce.engine.messages import raising_layer_failure
+from reinforce.engine.pulse import SERVER
+from reinforce.engine.worker.decode import GROUP_ROWS, Row
+from reinforce.engine.worker.inference import Batch, Outputs
+from reinforce.engine.worker.models import Demand, Models, OutOfMemory, copied, count_tokens, rows_per_batch
 from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
-from reinforce.seeds import seed_for
+from reinforce.engine.worker.self_test import LONG_TEXT, TEXTS, check_captioner, probe_images
 from reinforce.source.samples import Refusal
 from schemas import Reason
+from schemas.seeds import seed_for
 from teachers.decoding.postprocess import clean
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.protocols import NoCaptions
 from teachers.spec import ModelInfo, Precision
 

@@ -12,16 +12,16 @@ import pyarrow as pa
 import torch
 
 from reinforce.dataset.codecs.codebooks import load
-from reinforce.dataset.files.layer_file import MAX_BYTES
 from reinforce.dataset.kinds.registry import KINDS
+from reinforce.dataset.layer_file import MAX_BYTES
 from reinforce.dataset.layers import Layer
-from reinforce.engine.inference.inference import Batch, Outputs
-from reinforce.engine.inference.models import Models
-from reinforce.engine.inference.self_test import check_encoder, of_images
+from reinforce.engine.worker.inference import Batch, Outputs
+from reinforce.engine.worker.models import Models
 from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
+from reinforce.engine.worker.self_test import check_encoder, of_images
 from reinforce.errors import UserError
-from reinforce.seeds import philox_bits, seed_for
-from teachers.preprocessing.pixels import to_pixels
+from schemas.seeds import philox_bits, seed_for
+from teachers.pixels import to_pixels
 from teachers.spec import ModelInfo, Precision
 
 _KIND = KINDS["patches"]

@@ -12,13 +12,12 @@ import pyarrow as pa
 import torch
 
 from reinforce.dataset.layers import Layer
-from reinforce.engine.inference.inference import Batch, Outputs
-from reinforce.engine.inference.models import Models
-from reinforce.engine.inference.outputs import Floats
-from reinforce.engine.inference.self_test import check_numbers, of_images
+from reinforce.engine.worker.inference import Batch, Outputs
+from reinforce.engine.worker.models import Floats, Models
 from reinforce.engine.worker.producers.base import CROPS, Producer, RowGroup, Side
+from reinforce.engine.worker.self_test import check_numbers, of_images
 from reinforce.errors import UserError
-from teachers.preprocessing.pixels import to_pixels
+from teachers.pixels import to_pixels
 from teachers.spec import ModelInfo, Precision
 
 _COLUMNS = ("classes", "probabilities", "rest")

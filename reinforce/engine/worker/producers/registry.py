@@ -15,11 +15,10 @@ import torch
 from reinforce.config import Config
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer, LayerKind
-from reinforce.engine.inference.models import Counters, Models
-from reinforce.engine.inference.session import Session
-from reinforce.engine.record.rates import Cost
-from reinforce.engine.worker.producers.base import Producer
-from reinforce.engine.worker.refusals import Refusals
+from reinforce.engine.rates import Cost
+from reinforce.engine.worker.inference import Session
+from reinforce.engine.worker.models import Counters, Models
+from reinforce.engine.worker.producers.base import Producer, Refusals
 from teachers.runtime.flops import count_flops, peak_flops
 from teachers.spec import ModelInfo, Precision
 

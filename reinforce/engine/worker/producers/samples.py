@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from reinforce.dataset.files.origin import IMAGES
 from reinforce.dataset.layers import Layer
+from reinforce.dataset.store import IMAGES
 from reinforce.engine.worker.producers.base import Producer, RowGroup
 from reinforce.source.references import image_digest
 from reinforce.source.samples import RawSample

@@ -15,18 +15,16 @@ import torch
 from reinforce.config import Config
 from reinforce.dataset.kinds.scores import make_scorer
 from reinforce.dataset.layers import Layer, model_of
-from reinforce.engine.decode.row import Row
-from reinforce.engine.inference.batch_sizes import Demand, OutOfMemory
-from reinforce.engine.inference.inference import Batch, Outputs
-from reinforce.engine.inference.models import Models
-from reinforce.engine.inference.outputs import Floats
-from reinforce.engine.inference.self_test import LONG_TEXT, can_be_tested, check_numbers, score_probes
-from reinforce.engine.messages.results import raising_layer_failure
+from reinforce.engine.messages import raising_layer_failure
+from reinforce.engine.worker.decode import Row
+from reinforce.engine.worker.inference import Batch, Outputs
+from reinforce.engine.worker.models import Demand, Floats, Models, OutOfMemory
 from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
+from reinforce.engine.worker.self_test import LONG_TEXT, can_be_tested, check_numbers, score_probes
 from reinforce.source.samples import Refusal
 from schemas import Reason
-from teachers.custom.family import CAPTION, METADATA, PIXELS
-from teachers.preprocessing.pixels import to_pixels
+from teachers.custom import CAPTION, METADATA, PIXELS
+from teachers.pixels import to_pixels
 from teachers.spec import ModelInfo, Precision
 
 Mask = npt.NDArray[np.bool_]

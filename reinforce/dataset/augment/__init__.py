@@ -1,1 +1,0 @@
-"""Augmentation records, and the backends that replay them."""

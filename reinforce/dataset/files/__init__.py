@@ -1,1 +1,0 @@
-"""Layer files: paths, listings, reading, writing, damage."""

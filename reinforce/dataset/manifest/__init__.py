@@ -1,1 +1,0 @@
-"""``dataset.json``: its content, its checks, its differences from a config, claims."""

@@ -1,1 +1,0 @@
-"""``reinforce.open``: aligned layers, samples, and how they are shown."""

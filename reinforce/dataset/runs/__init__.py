@@ -1,1 +1,0 @@
-"""Records of runs in a dataset: shards, progress."""

@@ -1,1 +1,0 @@
-"""Scorers: numbers for each sample, computed from what is stored of it."""

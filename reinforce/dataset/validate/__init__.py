@@ -1,1 +1,0 @@
-"""``reinforce validate`` and ``--repair``."""

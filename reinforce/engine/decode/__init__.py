@@ -1,1 +1,0 @@
-"""The rows of a shard, decoded and augmented ahead in processes. Loads no torch in these."""

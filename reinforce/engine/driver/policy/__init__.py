@@ -1,1 +1,0 @@
-"""What a failure means. Pure: no Ray, no storage, no clock."""

@@ -1,1 +1,0 @@
-"""Models on one accelerator: batches, memory, turns, self-test, time."""

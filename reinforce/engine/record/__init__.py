@@ -1,1 +1,0 @@
-"""Records of a run: events, totals and summary, rates, metrics, progress."""

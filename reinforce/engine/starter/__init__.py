@@ -1,1 +1,0 @@
-"""``reinforce init``: a config for a source."""

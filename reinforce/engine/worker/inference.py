@@ -1,0 +1,346 @@
+"""What the models of one shard share: their turn at the accelerator, its memory, and the record of their time."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+
+from reinforce.config import Config
+from reinforce.dataset.layers import Layer
+from reinforce.engine.messages import raising_layer_failure
+from reinforce.engine.pulse import PREPARING, WAITING, LeaseWatch
+from reinforce.engine.rates import Cost, Stages
+from reinforce.engine.worker.decode import PixelCells, PixelLayout, Row, runs
+from reinforce.engine.worker.models import COPYING, Counters, Demand, Models, OutOfMemory, attempt, rows_per_batch
+from teachers.protocols import ImageSpec
+from teachers.runtime.accelerator import Accelerator, TimeMark
+
+_T = TypeVar("_T")
+_counting = threading.Lock()
+
+
+class Session:
+    """The models for one shard. ``counters`` receives the busy time of this shard, ``watch`` its steps."""
+
+    def __init__(
+        self, config: Config, models: Models, counters: Counters | None = None, watch: LeaseWatch | None = None
+    ) -> None:
+        self.config, self.models = config, models
+        self.watch = watch or LeaseWatch()
+        self.meter = StageMeter(models.accelerator, models.costs, models.counters, counters or Counters())
+        self._order = models.lock.next_order()
+
+    @contextlib.contextmanager
+    def stage(self, layer: str, what: str, inputs: int = 0) -> Iterator[None]:
+        """Run a layer's model on ``what``; the time for ``inputs`` is measured. Raises LayerFailure."""
+        measured = self.meter.stage(layer, inputs) if inputs else contextlib.nullcontext()
+        with self.watch.stage(layer, what), raising_layer_failure(layer), measured:
+            yield
+
+    @contextlib.contextmanager
+    def use_accelerator(self) -> Iterator[None]:
+        """Exclusive use of the accelerator; the oldest shard that waits gets it first."""
+        with self.models.use_accelerator(self._order):
+            yield
+            self.meter.update()
+
+    def attempt(self, work: Callable[[bool], _T]) -> tuple[_T | OutOfMemory, bool]:
+        """The result of ``work``, which holds tensors on the device, and its argument: whether others may, too."""
+        with self.watch.stage(WAITING), self.models.batches.on_device() as shared:
+            return attempt(partial(work, shared)), shared
+
+    def halve(self, shortage: OutOfMemory, demand: Demand, size: int, shared: bool) -> None:
+        """Halve the batches after one of ``size`` inputs did not fit. Raises UserError if they cannot be smaller."""
+        self.models.batches.halve(shortage, demand, size, self.config, shared)
+        with self.models.lock.take(self._order):
+            self.models.release_memory()
+
+
+class StageMeter:
+    """Measures the stages of a shard, from where the device reaches the start of their work to its end.
+
+    Their seconds are busy time of ``counters``. What the host does before and after them is not; gaps in them, where
+    the host queues work more slowly than the device does it, are. ``costs`` are those of layers, where they are known.
+    """
+
+    def __init__(self, accelerator: Accelerator, costs: Mapping[str, Cost], *counters: Counters) -> None:
+        self._accelerator, self._costs, self._counters = accelerator, costs, counters
+        self._pending: deque[tuple[str, int, TimeMark, TimeMark]] = deque()
+        self._stages: Stages = {}
+
+    @contextlib.contextmanager
+    def stage(self, layer: str, inputs: int) -> Iterator[None]:
+        """Work for ``inputs`` of a layer; it is not counted if it raises."""
+        start = self._accelerator.mark()
+        yield
+        self._pending.append((layer, inputs, start, self._accelerator.mark()))
+
+    def add_tokens(self, layer: str, tokens: int) -> None:
+        if tokens:
+            with _counting:
+                stage: Any = self._stages.setdefault(layer, Counter())
+                stage.update(tokens=tokens)
+
+    def update(self) -> None:
+        """Count the stages that the device has finished."""
+        with _counting:
+            while self._pending and self._accelerator.has_passed(self._pending[0][3]):
+                self._count(*self._pending.popleft())
+
+    def collect(self) -> Stages:
+        """The sums so far, after all work is done."""
+        for *_, end in [*self._pending]:  # of models whose outputs were not waited for
+            self._accelerator.wait_until(end)
+        self.update()
+        return self._stages
+
+    def _count(self, layer: str, inputs: int, start: TimeMark, end: TimeMark) -> None:
+        seconds = self._accelerator.seconds_between(start, end)
+        for counter in self._counters:
+            counter.busy += seconds
+        stage: Any = self._stages.setdefault(layer, Counter())
+        stage.update(inputs=inputs, seconds=seconds)
+        if layer in self._costs:
+            cost = self._costs[layer]
+            stage.update(flops=inputs * cost.flops, peak_flops=seconds * cost.peak)
+
+
+def device_report(accelerator: Accelerator) -> dict[str, Any]:
+    """Name of a CUDA device, its memory in bytes, and the most that tensors of this process have used; else nothing."""
+    if accelerator.device.type != "cuda":
+        return {}
+    return {
+        "name": torch.cuda.get_device_name(accelerator.device),
+        "memory_peak": accelerator.peak_memory(),
+        "memory_total": int(torch.cuda.get_device_properties(accelerator.device).total_memory),
+    }
+
+
+# -- Batches of rows through all models that see their images, one batch at a time.
+#
+# A shard has two batches in work, one that runs and one that waits for its turn at the accelerator. A shard that came
+# back only after its batch has ended would find the accelerator taken by the younger shard. So two shards of one worker
+# would proceed alternately and end together, and the accelerator would wait for the first images of the next two.
+
+#: Batches of a shard in work.
+IN_WORK = 2
+#: Outputs of a batch by layer: an array whose first axis is that of the rows, or a list.
+Outputs: TypeAlias = "dict[str, Any]"
+_Result = TypeVar("_Result")
+
+
+def rows_ahead(config: Config) -> int:
+    """Rows of a shard that are decoded ahead of its batches in work."""
+    return max(rows_per_batch(config), 2 * config.workers.cores)
+
+
+def cells_per_shard(config: Config) -> int:
+    """Pixel cells that a shard needs: for the rows ahead, the next one, and the batches in work."""
+    return rows_ahead(config) + 1 + IN_WORK * rows_per_batch(config)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows whose pixels are on the device.
+
+    ``crops`` are the augmented images [rows * K, S, S, 3], ``whole`` the whole images by preprocessing [rows, H, W, 3].
+    ``what`` describes the rows.
+    """
+
+    rows: Sequence[Row]
+    what: str
+    crops: torch.Tensor | None
+    whole: Mapping[ImageSpec, torch.Tensor]
+
+
+class Encoder(ABC):
+    """Runs the models of some layers on batches of rows. The defaults are those of models that see no image."""
+
+    def __init__(self, layers: Iterable[Layer], session: Session) -> None:
+        self.layers, self.session = [*layers], session
+        self.computed = [layer for layer in self.layers if not layer.published]
+
+    @property
+    def crops(self) -> bool:
+        """Whether it sees the augmented images."""
+        return False
+
+    @property
+    def whole(self) -> Iterable[ImageSpec]:
+        """The preprocessing of the whole images that it sees."""
+        return ()
+
+    def prepare(self, rows: Sequence[Row]) -> Any:
+        """What ``encode`` needs besides the pixels; called while others use the accelerator."""
+        return None
+
+    def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
+        """Run the models on the accelerator -> a function that returns the outputs and needs no accelerator.
+
+        Raises LayerFailure.
+        """
+        raise NotImplementedError
+
+    def encode_group(self, rows: Sequence[Row]) -> Outputs:
+        """Run models on what a row group needs no pixels for, beside its last batch. Raises LayerFailure."""
+        return {}
+
+    def fill(self) -> None:  # noqa: B027 - most see pixels only
+        """Run the largest batches of what needs no pixels. Raises LayerFailure."""
+
+    @abstractmethod
+    def demand(self, layer: Layer, rows: int) -> Demand:
+        """Settings to lower if ``rows`` rows of a layer do not fit in the memory of the device."""
+
+
+class Inference:
+    """Runs the models of ``encoders``, which share the pixels of each batch."""
+
+    def __init__(self, session: Session, encoders: Iterable[Encoder]) -> None:
+        self._session, self._encoders = session, [*encoders]
+        # Teachers come before captioners: their large forward passes show first whether the memory suffices.
+        self._seeing = [one for one in reversed(self._encoders) if one.crops or any(True for _ in one.whole)]
+
+    @property
+    def crops(self) -> bool:
+        """Whether a model sees the augmented images."""
+        return any(encoder.crops for encoder in self._seeing)
+
+    @property
+    def whole(self) -> tuple[ImageSpec, ...]:
+        """The preprocessing of the whole images that models see, each once."""
+        return tuple(sorted({spec for encoder in self._seeing for spec in encoder.whole}, key=repr))
+
+    @property
+    def layout(self) -> PixelLayout:
+        """The pixels of one row."""
+        policy = self._session.config.augmentations
+        return PixelLayout((policy.count, policy.size) if self.crops else None, self.whole)
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows of the next batch."""
+        return self._session.models.batches.fitting("rows", rows_per_batch(self._session.config))
+
+    def run(self, rows: Sequence[Row], pixels: PixelCells) -> Outputs:
+        """The outputs of the models that see images, for one batch.
+
+        ``pixels`` hold the cells of the rows. A batch that does not fit in the memory of the device is run in parts.
+        Raises LayerFailure, and UserError if a single row does not fit.
+        """
+        if not self._seeing:
+            return {}
+        parts: list[Outputs] = []
+        rest = rows
+        while rest:
+            part = rest[: self._session.models.batches.fitting("rows", len(rest))]
+            what = f"{len(part)} rows, keys {part[0].key!r} to {part[-1].key!r}"
+            finishes, shared = self._session.attempt(partial(self._encode, part, pixels, what))
+            if isinstance(finishes, OutOfMemory):
+                self._session.halve(finishes, self._demand(finishes.layer, len(part)), len(part), shared)
+            else:
+                parts.append({name: output for finish in finishes for name, output in finish().items()})
+                rest = rest[len(part) :]
+        return parts[0] if len(parts) == 1 else {name: _join([part[name] for part in parts]) for name in parts[0]}
+
+    def finish_group(self, rows: Sequence[Row]) -> Outputs:
+        """The outputs of the models that see no images, for the rows of a row group."""
+        return {name: output for one in self._encoders for name, output in one.encode_group(rows).items()}
+
+    def fill(self) -> None:
+        """Run the largest batches of the models that see no images."""
+        for encoder in self._encoders:
+            encoder.fill()
+
+    def _demand(self, name: str | None, rows: int) -> Demand:
+        found = ((encoder, layer) for encoder in self._seeing for layer in encoder.layers if layer.name == name)
+        return next((encoder.demand(layer, rows) for encoder, layer in found), COPYING)
+
+    def _encode(self, rows: Sequence[Row], pixels: PixelCells, what: str, shared: bool) -> list[Callable[[], Outputs]]:
+        """Start the outputs of rows that must fit."""
+        prepared = [encoder.prepare(rows) for encoder in self._seeing]
+        # The copies come first, on a stream of their own, while the other shard uses the accelerator.
+        copied = self._put(rows, pixels, what) if shared else None
+        with self._session.use_accelerator():
+            batch, end = copied or self._put(rows, pixels, what)
+            tensors = [*batch.whole.values(), *([] if batch.crops is None else [batch.crops])]
+            self._session.models.accelerator.wait_for_copies(tensors)
+            finishes = []
+            for encoder, given in zip(self._seeing, prepared, strict=True):  # a comprehension would keep a failed batch
+                finishes.append(encoder.encode(batch, given))
+            return [*finishes, partial(self._wait_until_read, end, what)]
+
+    def _wait_until_read(self, end: TimeMark, what: str) -> Outputs:
+        """Wait for the copies of pixels, whose cells are written again afterwards; outputs may be waited for later."""
+        with self._session.watch.stage(PREPARING, what):
+            self._session.models.accelerator.wait_until(end)
+        return {}
+
+    def _put(self, rows: Sequence[Row], pixels: PixelCells, what: str) -> tuple[Batch, TimeMark]:
+        """Copy the pixels of rows to the device, where they are after ``wait_for_copies`` -> also when all are read."""
+        accelerator = self._session.models.accelerator
+        cells = [row.cell for row in rows if row.cell is not None]
+        crops = None
+        with self._session.watch.stage(PREPARING, what), accelerator.copy_stream():
+            if self.crops:
+                assert pixels.crops is not None
+                crops = accelerator.put_parts(runs(pixels.crops, cells)).flatten(0, 1)
+            whole = {spec: accelerator.put_parts(runs(pixels.whole[spec], cells)) for spec in self.whole}
+            return Batch(rows, what, crops, whole), accelerator.mark()
+
+
+def _join(parts: Sequence[Any]) -> Any:
+    """The outputs of a layer for a batch, from those of its parts."""
+    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else list(itertools.chain(*parts))
+
+
+class Batches:
+    """Runs batches of rows of one shard, in threads that end with the context.
+
+    ``size`` returns the rows of the next batch, and ``watch`` receives when the shard waits for one.
+    """
+
+    def __init__(self, size: Callable[[], int], watch: LeaseWatch) -> None:
+        self._size, self._watch = size, watch
+        self._threads = ThreadPoolExecutor(IN_WORK, f"batches of {watch.shard}")
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown()
+
+    def run(
+        self, rows: Iterable[Row], run: Callable[[list[Row]], _Result], at_end: Callable[[list[Row]], _Result]
+    ) -> Iterator[tuple[list[Row], _Result]]:
+        """Yield each batch and what ``run`` returned for it, in order; at last no rows and what ``at_end`` returned.
+
+        ``at_end`` receives all rows and runs beside the last batch. While the consumer has one batch, at most one
+        other is in work.
+        """
+        rows, seen = iter(rows), list[Row]()
+        in_work: deque[tuple[list[Row], Future[_Result]]] = deque()
+        while batch := list(itertools.islice(rows, self._size())):
+            seen += batch
+            in_work.append((batch, self._threads.submit(run, batch)))
+            if len(in_work) == IN_WORK:
+                yield self._oldest(in_work)
+        in_work.append(([], self._threads.submit(at_end, seen)))
+        while in_work:
+            yield self._oldest(in_work)
+
+    def _oldest(self, in_work: deque[tuple[list[Row], Future[_Result]]]) -> tuple[list[Row], _Result]:
+        batch, future = in_work.popleft()
+        with self._watch.stage(WAITING):
+            return batch, future.result()

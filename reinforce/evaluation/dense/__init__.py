@@ -1,1 +1,0 @@
-"""Dense evaluations: semantic segmentation by a linear head on frozen patch features."""

@@ -1,0 +1,274 @@
+"""Sets of two parts, with which image features are measured without texts: a classifier learns from one of them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from reinforce.errors import UserError
+from reinforce.evaluation.images import ImageBatches
+from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetKind
+from reinforce.evaluation.kinds.classification import own_metrics
+from reinforce.evaluation.kinds.labels import Labelled, LabelledSource, read_labels
+from reinforce.evaluation.reading import LabelledImage
+from reinforce.evaluation.report import Metrics, Outcome
+from reinforce.source.config import Limits
+from reinforce.source.samples import Refusal
+from reinforce.terminal import plural
+
+if TYPE_CHECKING:
+    import torch
+
+    from reinforce.evaluation.encoding import Models
+    from teachers.runtime.accelerator import Accelerator
+
+TRAIN, TEST = "train", "test"
+
+
+class TwoPartSet(OwnSet):
+    """A set of two parts, whose classes are joined by name."""
+
+    train: LabelledSource = Field(description="images that the classifier learns from")
+    test: LabelledSource = Field(description="images that it classifies; each class must be in `train`")
+
+    @property
+    def source(self) -> str:
+        return f"{self.train.model_dump_json()} {self.test.model_dump_json()}"
+
+    @property
+    def size(self) -> int | None:
+        sizes = self.train.size, self.test.size
+        return None if None in sizes else sum(filter(None, sizes))
+
+    def fault(self, counts: np.ndarray) -> str | None:
+        """Why a training part with so many images of each class, int64 [C], is too small; None if it is not."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Features:
+    """Finite features of unit norm on the CPU, float32 [N, D] and [Q, D], with classes, int64 [N] and [Q].
+
+    Classes of the training part are 0 to the highest without gaps, and those of the test part are among them.
+    """
+
+    train: torch.Tensor
+    train_labels: np.ndarray
+    test: torch.Tensor
+    test_labels: np.ndarray
+
+
+#: Learns from the training part, and returns the metrics on the test part.
+Classify = Callable[[TwoPartSet, Features, "Accelerator"], Metrics]
+
+
+def two_part_kind(name: str, classify: Classify) -> SetKind:
+    """The kind of the sets in the section ``name``, whose configs derive from TwoPartSet."""
+    return SetKind(name, None, section=name, open_own=functools.partial(_open, classify))
+
+
+class _Parts:
+    """The two parts, read as one set: targets are pairs of the part, 0 or 1, and the index into ``classes``."""
+
+    def __init__(self, config: TwoPartSet, name: str, limits: Limits, images_from: Sequence[str]) -> None:
+        sources = {TRAIN: config.train, TEST: config.test}
+        self._parts = {
+            part: read_labels(source, f"{name}.{part}", limits, images_from, numbers=True)
+            for part, source in sources.items()
+        }
+        keys = {part: _keys(found) for part, found in self._parts.items()}
+        index = {key: number for number, key in enumerate(dict.fromkeys([*keys[TRAIN], *keys[TEST]]))}
+        self.classes = [name for name, _ in index]
+        self._index = {part: [index[key] for key in of_part] for part, of_part in keys.items()}
+        self._hashes = [np.zeros(part.images, np.uint64) for part in self._parts.values()]
+        self.counts = [np.zeros(len(index), np.int64) for _ in self._parts]
+        for found, count, place in zip(self._parts.values(), self.counts, self._index.values(), strict=True):
+            count[place] = found.counts
+
+    @property
+    def images(self) -> int:
+        return sum(part.images for part in self._parts.values())
+
+    def fault(self, config: TwoPartSet, train: np.ndarray, test: np.ndarray) -> str | None:
+        """Why parts with so many images of each class, int64 [C], cannot be used; None if they can."""
+        present = np.flatnonzero(train)
+        if len(present) < 2:
+            only = f"one class, {self.classes[present[0]]!r}" if len(present) else "no usable image"
+            return f"the training part has {only}: give images of two classes or more."
+        if len(missing := np.flatnonzero((train == 0) & (test > 0))):
+            return (
+                f"{len(missing):,} of {int((test > 0).sum()):,} classes of the test part have no usable image in the "
+                f"training part, such as {self.classes[missing[0]]!r}: add some, or remove those of the test part."
+            )
+        return "the test part has no usable image: check it." if not test.any() else config.fault(train)
+
+    def examples(self) -> Iterator[LabelledImage | Refusal]:
+        for number, (part, found) in enumerate(self._parts.items()):
+            for row, item in enumerate(found.examples()):
+                if isinstance(item, Refusal):
+                    yield replace(item, key=f"{part}/{item.key}")
+                else:
+                    load = functools.partial(_load, item.load, self._hashes[number], row)
+                    target = number, self._index[part][item.target]
+                    yield LabelledImage(f"{part}/{item.key}", load, target)
+
+    def note(self) -> str:
+        """The images that both parts have, by the hashes of the files that were loaded."""
+        train, test = (hashes[hashes > 0] for hashes in self._hashes)
+        both = int(np.isin(test, train).sum())
+        return f"{plural(both, 'test image')} of {len(test):,} also in the training part" if both else ""
+
+
+def _keys(part: Labelled) -> list[tuple[str, int]]:
+    """The classes by name, and by number among those of equal names: ImageNet's names have two missiles."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for name in part.classes:
+        keys.append((name, seen[name]))
+        seen[name] += 1
+    return keys
+
+
+def _load(load: Callable[[], bytes], hashes: np.ndarray, row: int) -> bytes:
+    data = load()
+    if row < len(hashes):  # else the source has grown since it was opened
+        hashes[row] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
+    return data
+
+
+def _open(
+    classify: Classify,
+    config: TwoPartSet,
+    name: str,
+    limits: Limits,
+    images_from: Sequence[str] = (),
+    known: ImageSet | None = None,
+) -> ImageSet:
+    """A set of the user, which is checked; ``known`` has the same parts. Raises UserError."""
+    parts = _Parts(config, name, limits, images_from) if known is None else known.parts
+    if fault := parts.fault(config, *parts.counts):
+        raise UserError(f"{name}: {fault}")
+
+    def score(models: Models, images: ImageBatches) -> Outcome:
+        vectors, targets = models.encode_all(images, config.source)
+        if not targets:
+            return Outcome({}, len(images.refused), images.refused)
+        of_parts, labels = np.array(targets, np.int64).T
+        first = int((of_parts == 0).sum())
+        counts = [np.bincount(of_part, minlength=len(parts.classes)) for of_part in (labels[:first], labels[first:])]
+        total = len(labels) + len(images.refused)
+        outcome = Outcome({}, total, images.refused, int((counts[0] > 0).sum()), note=parts.note())
+        if fault := parts.fault(config, *counts):
+            return replace(outcome, failed=dict.fromkeys(vectors, fault))
+        dense = np.cumsum(counts[0] > 0) - 1  # classes of `classes: imagenet` may have no image
+        metrics: dict[str, Metrics] = {}
+        for model, of_model in vectors.items():
+            features = Features(of_model[:first], dense[labels[:first]], of_model[first:], dense[labels[first:]])
+            finite = bool(of_model.isfinite().all())  # else `evaluate_set` reports how many are not
+            metrics[model] = classify(config, features, models.accelerator) if finite else {}
+        return replace(outcome, metrics=metrics)
+
+    return ImageSet(name, parts.examples, score, parts.images, parts=parts)
+
+
+# -- k nearest neighbours: each test image gets the class of the most similar training images, as in DINO's evaluation.
+
+
+class KnnSet(TwoPartSet):
+    """A set on which the nearest training images of an image vote for its class, each with exp(cosine / temperature).
+
+    Needs no texts. The metrics are ``kK/top1`` for each number K of neighbours.
+    """
+
+    k: list[Annotated[int, Field(ge=1)]] = Field(
+        [10, 20, 100, 200], min_length=1, description="numbers of neighbours; each gives a metric"
+    )
+    temperature: float = Field(0.07, gt=0, description="temperature of the votes")
+
+    @field_validator("k")
+    @classmethod
+    def _check_k(cls, k: list[int]) -> list[int]:
+        if len({*k}) < len(k):
+            raise ValueError("k: a number is there twice; remove it")
+        return k
+
+    @property
+    def scores(self) -> list[str]:
+        return [f"k{count}/top1" for count in self.k]
+
+    def fault(self, counts: np.ndarray) -> str | None:
+        if max(self.k) <= (images := int(counts.sum())):
+            return None
+        return (
+            f"k of {max(self.k)} neighbours is above the {images:,} usable images of the training part: set `k` to "
+            f"smaller numbers, such as [{min(10, images)}]."
+        )
+
+
+def _classify_nearest(config: TwoPartSet, features: Features, accelerator: Accelerator) -> Metrics:
+    import torch
+
+    from reinforce.evaluation.ranking import classify
+
+    assert isinstance(config, KnnSet)
+    accelerator = accelerator.of_float64("nearest neighbours")
+    labels, true = (torch.from_numpy(part) for part in (features.train_labels, features.test_labels))
+    found = classify(features.train, labels, features.test, config.k, config.temperature, accelerator)
+    return {f"k{count}/top1": float((predicted == true).double().mean()) for count, predicted in found.items()}
+
+
+KNN = two_part_kind("knn", _classify_nearest)
+
+
+# -- A linear probe: softmax regression from the features of the training images to their classes.
+
+
+class LinearSet(TwoPartSet):
+    """A set on which softmax regression learns the classes from the features. Needs no texts."""
+
+    l2: list[Annotated[float, Field(gt=0)]] = Field(
+        [1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6],
+        min_length=1,
+        description="weights of the squared norm; of several, the best one on a held-out fifth of the training part",
+    )
+
+    @property
+    def scores(self) -> list[str]:
+        return ["top1", "top5", "mean_per_class"]
+
+    def fault(self, counts: np.ndarray) -> str | None:
+        from reinforce.evaluation.ranking import FOLD
+
+        if len(self.l2) == 1 or counts.max() >= FOLD:
+            return None
+        return (
+            f"no class of the training part has {FOLD} usable images, of which one would be held out to choose `l2`: "
+            "set `l2` to one number, such as [0.01]."
+        )
+
+
+def _classify(config: TwoPartSet, features: Features, accelerator: Accelerator) -> Metrics:
+    import torch
+
+    from reinforce.evaluation.ranking import PROBE_BLOCK, fit_probe, rank_classes
+
+    assert isinstance(config, LinearSet)
+    accelerator = accelerator.of_float64("linear probes")
+    probe = fit_probe(features.train, features.train_labels, config.l2, accelerator)
+    ranked = []
+    for start in range(0, len(features.test), PROBE_BLOCK):
+        inputs = probe.inputs(accelerator.put(features.test[start : start + PROBE_BLOCK]))
+        true = accelerator.put(features.test_labels[start : start + PROBE_BLOCK])
+        ranked.append(torch.stack(rank_classes(inputs, probe.weights, true)).cpu().numpy())
+    ranks, predicted = np.concatenate(ranked, axis=1)
+    return own_metrics(None, None, features.test_labels, ranks, predicted)
+
+
+LINEAR = two_part_kind("linear", _classify)

@@ -1,0 +1,210 @@
+"""Passes over the shards, by chunks of shards, each of which is a part.
+
+A pass reads the columns that its own rules need. Its codes, which say what rules have left out so far, are kept with
+the results, so that no later pass evaluates them again.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from reinforce.dataset.aligned import AlignedLayers
+from reinforce.dataset.index import Columns
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.view import ViewRows
+from reinforce.errors import UserError
+from reinforce.explore.expressions import connect, evaluate, join_rows
+from reinforce.explore.parts import Arrays, Parts, content_digest
+from reinforce.explore.rules import BoundRule, Codes, Group, Ordered, Search, layers_of
+
+_CHUNK_ROWS, _CHUNK_SHARDS = 2**18, 64
+_THREADS = 8  # of a process that reads an object store
+_T = TypeVar("_T")
+_local = threading.local()
+
+
+@dataclass(frozen=True)
+class ShardChunk:
+    """Shards that are read together, each with its rows; ``first`` is the number of the first row in the dataset."""
+
+    shards: Mapping[str, int]
+    first: int
+
+    @property
+    def rows(self) -> int:
+        return sum(self.shards.values())
+
+
+def chunks_of(rows: Mapping[str, int]) -> list[ShardChunk]:
+    """Divide shards, given with their rows."""
+    chunks: list[ShardChunk] = []
+    shards: dict[str, int] = {}
+    first = 0
+    for shard, count in rows.items():
+        if shards and (sum(shards.values()) + count > _CHUNK_ROWS or len(shards) == _CHUNK_SHARDS):
+            chunks.append(ShardChunk(shards, first))
+            first += chunks[-1].rows
+            shards = {}
+        shards[shard] = count
+    return [*chunks, ShardChunk(shards, first)] if shards else chunks
+
+
+class Measure(Protocol[_T]):
+    """Results of a pass."""
+
+    @property
+    def rule(self) -> BoundRule | None:
+        """The rule whose columns it reads."""
+
+    def of(self, group: Group) -> _T:
+        """The result of a row group. It is called in threads."""
+
+    def result(self, number: int, chunk: ShardChunk, found: Sequence[_T], parts: Parts) -> Arrays:
+        """The result of chunk ``number``."""
+
+
+@dataclass(frozen=True)
+class Pass(Generic[_T]):
+    """Applies ``pending`` rules to the rows of a chunk, and measures those that are kept.
+
+    ``before`` is the stage whose codes it starts from, ``after`` the one that gets its own, if it changes some.
+    """
+
+    parts: Parts
+    inputs: Mapping[str, str]
+    before: str | None
+    after: str | None
+    pending: Sequence[BoundRule]
+    measure: Measure[_T]
+
+    def __call__(self, number: int, chunk: ShardChunk) -> Arrays:
+        codes = np.zeros(chunk.rows, np.uint16)
+        if self.before is not None:
+            codes = self.parts.load(self.before, number)["codes"]
+        ends = np.cumsum([*chunk.shards.values()])
+        firsts = (chunk.first + ends - [*chunk.shards.values()]).tolist()
+        pool = _readers(1 if self.parts.store.local else _THREADS)
+        found = [*pool.map(self._measure, chunk.shards, firsts, np.split(codes, ends[:-1]))]
+        if self.after is not None:
+            self.parts.save(self.after, number, {"codes": codes})
+        return self.measure.result(number, chunk, [one for of_shard in found for one in of_shard], self.parts)
+
+    def _measure(self, shard: str, start: int, codes: Codes) -> list[_T]:
+        """What is found in each row group of a shard, whose ``codes`` are updated; it begins at row ``start``."""
+        found, first = [], 0
+        rules = [*self.pending, *([self.measure.rule] if self.measure.rule else [])]
+        expressions = [one for rule in rules for one in rule.expressions]
+        texts = [one.text for one in expressions]
+        names = set().union(*(rule.sample_columns for rule in rules))
+        inputs = {name: self.inputs[name] for name in layers_of(rules)}
+        layers = AlignedLayers(self.parts.store, inputs, {SAMPLES: ["key", *sorted(names - {"key"})]})
+        with layers.open(shard, whole=False) as files:
+            for index in range(files.row_groups):
+                tables = files.read(index)
+                values = evaluate(_database(), texts, join_rows(expressions, tables)) if texts else []
+                rows = len(tables[SAMPLES])
+                of_group = codes[first : first + rows]
+                if len(of_group) < rows:
+                    break
+                group = Group(shard, start + first, tables, dict(zip(texts, values, strict=True)), of_group)
+                for rule in self.pending:
+                    rule.apply(group)
+                found.append(self.measure.of(group))
+                first += rows
+        if first != len(codes):
+            raise UserError(
+                f"{self.parts.store.layer_path(SAMPLES, shard)} has changed since this selection began. Run it again."
+            )
+        return found
+
+
+@functools.cache
+def _readers(threads: int) -> ThreadPoolExecutor:
+    """Threads that outlive a chunk: the database of each takes as much CPU to open as thousands of rows."""
+    return ThreadPoolExecutor(threads)
+
+
+os.register_at_fork(after_in_child=_readers.cache_clear)  # which lacks the threads
+
+
+def _database() -> Any:
+    """The database of this thread."""
+    if not hasattr(_local, "database"):
+        _local.database = connect()
+    return _local.database
+
+
+def digest_contents(parts: Parts, columns: Columns, number: int, chunk: ShardChunk) -> Arrays:
+    """The digest of what rules read of each shard of a chunk: ``columns`` of layers."""
+    pool = _readers(1 if parts.store.local else _THREADS)
+    found = pool.map(functools.partial(content_digest, parts.store, columns), chunk.shards)
+    return {"contents": np.fromiter(found, np.uint64, len(chunk.shards))}
+
+
+@dataclass(frozen=True)
+class ApplyRules:
+    """Measures nothing: the pass applies the pending rules, whose codes are kept."""
+
+    rule: None = None
+
+    def of(self, group: Group) -> None:
+        pass
+
+    def result(self, number: int, chunk: ShardChunk, found: Sequence[None], parts: Parts) -> Arrays:
+        return {}
+
+
+@dataclass(frozen=True)
+class CountValues:
+    """Counts the values of a rule that may be the one above which it keeps samples."""
+
+    rule: BoundRule
+    search: Search
+
+    def of(self, group: Group) -> tuple[Ordered, Ordered]:
+        groups, values, valid = self.rule.ordered(group)
+        valid &= group.kept
+        return groups[valid], values[valid]
+
+    def result(self, number: int, chunk: ShardChunk, found: Sequence[tuple[Ordered, Ordered]], parts: Parts) -> Arrays:
+        # Counting sorts, so it is done once for all row groups.
+        groups, values = (np.concatenate([np.empty(0, np.uint64), *(one[n] for one in found)]) for n in (0, 1))
+        return self.search.counts(groups, values)._asdict()
+
+
+@dataclass(frozen=True)
+class WriteRows:
+    """Writes why each row is left out, and counts: rows of each row group with each code."""
+
+    view: ViewRows
+    labels: Sequence[str | None]
+    rule: None = None
+
+    def of(self, group: Group) -> tuple[str, pa.Array, Codes]:
+        return group.shard, group.keys, group.codes
+
+    def result(
+        self, number: int, chunk: ShardChunk, found: Sequence[tuple[str, pa.Array, Codes]], parts: Parts
+    ) -> Arrays:
+        reasons = pa.array(self.labels, pa.string())
+        of_shard: dict[str, list[tuple[pa.Array, pa.Array]]] = {shard: [] for shard in chunk.shards}
+        for shard, keys, codes in found:
+            of_shard[shard].append((keys, reasons.take(pa.array(codes))))
+        digests = [self.view.write(parts.store, shard, groups) for shard, groups in of_shard.items()]
+        counts: list[npt.NDArray[np.int64]] = [np.bincount(codes, minlength=len(reasons)) for _, _, codes in found]
+        return {
+            "digests": np.array(digests, np.uint64),
+            "groups": np.array([len(groups) for groups in of_shard.values()]),
+            "kept": np.array([of[0] for of in counts], np.int32),
+            "codes": np.sum([np.zeros(len(reasons), np.int64), *counts], axis=0),
+        }

@@ -1,1 +1,0 @@
-"""``reinforce inspect``: a report on a dataset, as a folder of HTML pages."""

@@ -1,1 +1,0 @@
-"""Bounded reading of untrusted Parquet: footers, page headers, delta-encoded pages."""

@@ -1,0 +1,261 @@
+"""Connect to Ray, and ask for its nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from reinforce.errors import RayEnded, UserError
+from reinforce.processes.cores import available_cores
+
+_LOG = logging.getLogger(__name__)
+_TIMED_OUT = "timed out during startup"  # in what Ray raises where its processes do not answer in 30 s
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str | None, log_to_driver: bool = True) -> Iterator[None]:
+    """Use Ray as it is initialised, connect to a cluster, or start Ray on this machine and stop it at the end.
+
+    ``address`` defaults to the environment variable RAY_ADDRESS. With ``log_to_driver``, the output of workers is
+    printed here with Ray's prefix. SIGTERM is handled as before; while Ray starts, and where nothing handles it, it
+    raises SystemExit with status 143. Raises UserError if there is no cluster at the address, or Ray does not start.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    handler = _exit if before in (signal.SIG_DFL, None) else before
+    try:
+        try:
+            _start_ray(address or os.environ.get("RAY_ADDRESS"), log_to_driver)
+        except SystemExit as error:
+            if error.code != signal.SIGTERM:
+                raise
+            _exit(signal.SIGTERM, None)  # by Ray's handler; what Ray has started is stopped first
+        _handle_sigterm(handler)
+        yield
+    finally:
+        ray.shutdown()
+        _handle_sigterm(before)
+
+
+def _start_ray(address: str | None, log_to_driver: bool) -> None:
+    if not sys.stdout.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # Ray colours the prefix of workers' lines in files as well
+    if address:
+        try:
+            with _package_folder():
+                ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
+        except (ConnectionError, RuntimeError) as error:
+            raise UserError(f"no Ray cluster at {address}: {error}. Check --address and RAY_ADDRESS.") from error
+        return
+    for attempt in (1, 2):
+        try:
+            return _start_here(log_to_driver)
+        except Exception as error:  # Ray raises this class
+            if _TIMED_OUT not in str(error):
+                raise
+            _kill_started(error)
+            if attempt == 2:
+                raise RayEnded(
+                    "Ray did not start on this machine in half a minute, twice: the machine is too busy, or has too "
+                    "little memory. End other programs, or wait for them, and run the same command again. Ray's logs "
+                    "are in /tmp/ray/session_latest/logs."
+                ) from error
+            _LOG.warning("Ray did not start on this machine in half a minute; it is started once more")
+
+
+def _start_here(log_to_driver: bool) -> None:
+    # ERROR, because at WARNING Ray explains token authentication, which does not apply to one machine.
+    quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
+    # Else Ray starts a process for each core, for tasks, of which runs and training runs have none.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    import torch  # whoever starts Ray here has imported it
+
+    # Ray counts GPUs by their drivers; those count that torch can use.
+    machine = {"num_cpus": available_cores(), "num_gpus": torch.cuda.device_count()}
+    with _package_folder():
+        ray.init(address="local", log_to_driver=log_to_driver, **machine, **quiet)
+
+
+def _kill_started(error: Exception) -> None:
+    """Kill the processes of a node that did not start. Ray has no other reference to it than in the traceback."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("self")
+        if isinstance(node, ray._private.node.Node):
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
+def _handle_sigterm(handler: Any) -> None:
+    """Replace the handler that ``ray.init`` installs in the main thread; that one exits with status 15."""
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _exit(signum: int, frame: object) -> None:
+    sys.exit(128 + signum)  # the status by which shells report it; Ray is shut down first
+
+
+@contextlib.contextmanager
+def _package_folder() -> Iterator[None]:
+    """Work in the folder of this package for a moment.
+
+    ``ray.init`` puts the working folder first on the import path of all workers, where a file such as ``pyarrow.py`` in
+    the folder of a dataset would be run. Workers look custom classes up in the driver's folder by themselves.
+    """
+    before = os.getcwd()
+    os.chdir(Path(__file__).parents[2])
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+class _Watch:
+    """Whether a process listens at an address. One connection is kept, because Ray logs each that ends."""
+
+    def __init__(self, family: socket.AddressFamily, address: Any) -> None:
+        """``address`` is None where there is nothing to watch."""
+        self._family, self._address = family, address
+        self._connection: socket.socket | None = None
+
+    def is_alive(self) -> bool:
+        if self._address is None:
+            return True
+        if self._connection is not None:
+            try:
+                while self._connection.recv(2**16):  # what it has sent comes before its end
+                    pass
+            except BlockingIOError:
+                return True
+            except OSError:
+                pass
+            self.close()
+        return self._connect()
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _connect(self) -> bool:
+        connection = socket.socket(self._family)
+        connection.settimeout(5.0)
+        try:
+            connection.connect(self._address)
+        except OSError as error:
+            connection.close()
+            return not isinstance(error, (ConnectionRefusedError, FileNotFoundError))  # others: it is there, and busy
+        connection.setblocking(False)
+        self._connection = connection
+        return True
+
+
+class RayletWatch(_Watch):
+    """Whether the process of Ray that this machine needs (the raylet) runs.
+
+    When it is gone, requests to Ray end this process after some seconds, without an exception.
+    """
+
+    def __init__(self) -> None:
+        path = getattr(_node(), "raylet_socket_name", None)
+        super().__init__(socket.AF_UNIX, path if path is not None and os.path.isabs(path) else None)
+
+
+class ControlWatch(_Watch):
+    """Whether Ray's control service (GCS) runs. When it is gone, requests to it block, and end this process after a
+    minute, without an exception."""
+
+    def __init__(self) -> None:
+        host, _, port = (getattr(_node(), "gcs_address", None) or "").rpartition(":")
+        host = host.strip("[]")
+        super().__init__(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, int(port)) if host else None)
+
+
+def _node() -> Any:
+    """Ray's record of the node that this process belongs to; None for a client of a remote cluster."""
+    return getattr(ray._private.worker, "_global_node", None)
+
+
+def live_nodes() -> frozenset[str]:
+    """Return the ids of the nodes that Ray reports as alive, in one request for all."""
+    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+
+def draining_nodes() -> dict[str, int]:
+    """Return the ids of the nodes that Ray drains, with the times when they end: ms since 1970, or 0.
+
+    Ray has no public function for it; this one is what Ray Train reads.
+    """
+    return dict(ray._private.state.state.get_draining_nodes())
+
+
+def has_autoscaler() -> bool:
+    """Return whether an autoscaler may add nodes. Ray has no public function for it; Ray Train calls this one."""
+    ask = getattr(ray._private.state.state, "get_max_resources_from_cluster_config", lambda: None)
+    return bool(ask())
+
+
+def kill_with_placement_groups(actor: Any) -> None:
+    """Kill an actor, and remove the placement groups that it has created. Ray would keep them until the job ends, and
+    has no public function that names the creator of one."""
+    ray.kill(actor)
+    for text in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(text)
+        if group.creator_actor_id == actor._actor_id.binary():
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+def call_on_nodes(
+    function: Callable[..., Any], calls: Sequence[tuple[str, tuple[Any, ...]]], seconds: float
+) -> list[Any]:
+    """Call a function on the nodes of ``calls``, each with its arguments -> the results, None where there is none in
+    time."""
+    if not calls:
+        return []
+    remote = ray.remote(num_cpus=0, max_retries=0)(function)
+    refs = []
+    for node, arguments in calls:
+        place = NodeAffinitySchedulingStrategy(node, soft=False)
+        refs.append(remote.options(scheduling_strategy=place).remote(*arguments))
+    done = set(ray.wait(refs, num_returns=len(refs), timeout=seconds)[0])
+    results = []
+    for ref in refs:
+        try:
+            results.append(ray.get(ref) if ref in done else None)
+        except RayError:
+            results.append(None)
+        if ref not in done:
+            ray.cancel(ref, force=True)
+    return results
+
+
+def is_node_lost(error: RayError) -> bool:
+    """Return whether an actor died because its node was lost or preempted, by what Ray says of it."""
+    return getattr(error, "preempted", False) or "its node has died" in str(error)
+
+
+def cause_of(error: Exception) -> Exception:
+    """Return the exception that a task raised, without Ray's wrapper."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, Exception) else error
+
+
+def live_resources(without: frozenset[str] = frozenset()) -> list[dict[str, float]]:
+    """Return the resources of each live node, by name, apart from those of some nodes."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]

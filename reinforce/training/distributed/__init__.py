@@ -1,1 +1,0 @@
-"""Processes that train together: how they start, gather rows, watch each other, and run on Ray Train."""

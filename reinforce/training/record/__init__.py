@@ -1,1 +1,0 @@
-"""Records of a training run: logs, curves, trackers, progress, evaluations, results."""

@@ -1,1 +1,0 @@
-"""Models that are, or can be, classes of the user's."""

@@ -1,1 +1,0 @@
-"""Grids of patch vectors of image towers."""

@@ -1,1 +1,0 @@
-"""From RGB pixels to the input of a model."""

@@ -1,1 +1,0 @@
-"""Outputs that others have published: nothing is loaded."""
