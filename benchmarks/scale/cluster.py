@@ -230,11 +230,10 @@ def simulated(cluster: Cluster, layers: Sequence[str]) -> Iterator[SimulatedRay]
 def in_place_of_ray(ray: Any) -> Iterator[None]:
     """Replace Ray in the modules of the driver."""
     from reinforce.engine.driver import driver, worker_pool
-    from reinforce.engine.driver import driver as worker_lifecycle
     from reinforce.processes import cluster
 
     with contextlib.ExitStack() as stack:
-        for module in (driver, worker_pool, worker_lifecycle, cluster):
+        for module in (driver, worker_pool, cluster):
             stack.enter_context(mock.patch.object(module, "ray", ray))
         stack.enter_context(mock.patch.object(worker_pool, "as_actor", return_value=ray))
         for watch in ("RayletWatch", "ControlWatch"):

@@ -13,7 +13,7 @@ import reinforce
 from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.dataset.validate import validate
-from reinforce.engine.driver.driver import Driver, WorkerLifecycle
+from reinforce.engine.driver.driver import Driver
 from reinforce.errors import UserError
 from tests.helpers.data import members_of, tree, write_tar
 from tests.helpers.models.classifiers import NAMES
@@ -143,19 +143,18 @@ def test_a_worker_whose_classes_have_other_names_than_those_of_the_worker_before
     """Such as on another host, or as the replacement of a worker that died."""
     store = Store(str(listed.out))
     drop(store, plan_drop(store, [LAYER]))
-    finish_start = WorkerLifecycle.finish_start
+    finish_start = Driver.finish_start
     seen: list[Driver] = []
 
-    def start(self: WorkerLifecycle, ref: Any) -> Any:
+    def start(self: Driver, ref: Any) -> Any:
         info = finish_start(self, ref)
         if info is not None:
             listed.write(NAMES[::-1])
-            driver: Any = self._state
-            seen.append(driver)
-            driver.loaded = {("classifiers", "colors"): {"dim": 6, "names": [*NAMES[::-1]]}}
+            seen.append(self)
+            self.loaded = {("classifiers", "colors"): {"dim": 6, "names": [*NAMES[::-1]]}}
         return info
 
-    monkeypatch.setattr(WorkerLifecycle, "finish_start", start)
+    monkeypatch.setattr(Driver, "finish_start", start)
     with pytest.raises(UserError, match=r"6 of its 6 classes have other names .* at an earlier worker\. The models of"):
         listed.run()
     assert len(seen) == 1

@@ -1,4 +1,14 @@
-"""State that the parts of the driver share."""
+"""The driver: leases the shards of a plan to workers until every one is finished or quarantined.
+
+Each turn of its loop
+
+1. asks for as many workers as there are shards left, at most `workers.max` (`worker_pool.py`),
+2. decides about the shards of workers that have died (`failures.py`),
+3. leases shards to workers that can take one (`worker_pool.py`),
+4. handles what is ready: started workers, ended leases, pulses of workers. It ends workers that are at fault, dead or
+   hung, on nodes that Ray drains, or after `workers.recycle` shards; the pool starts others in their place,
+5. reports metrics and `runs/<run>/progress.json`, and writes new events and records.
+"""
 
 from __future__ import annotations
 
@@ -90,12 +100,29 @@ from schemas import Reason
 from teachers.fast_paths.usage import problem_lines
 from teachers.redact import Redactor
 
+#: Reasons of retries, in metrics.
+_RETRY_REASONS: dict[type, str] = {Retry: "error", Requeue: WORKER_LOST, RunAlone: "suspect"}
+_TICK_SECONDS = 0.5
+_PAUSE_SECONDS_PER_REF, _MAX_PAUSE_SECONDS = 5e-5, 1.0
+_RAY_SECONDS = 2.0  # between two checks of Ray on this machine
+_CONTROL_SECONDS = 20.0  # without Ray's control service; Ray itself ends this process after 60
+_MANIFEST_SECONDS = 5.0  # between two attempts to write dataset.json
+_QUIET_START_SECONDS = 15.0  # after which a slow start is logged
+_SILENT_SECONDS = 15.0  # without an answer, after which the progress line names the host
+_METRICS_SECONDS = 2.0
+_PROGRESS_SECONDS, _PROGRESS_SECONDS_LOCAL = 10.0, 2.0
+_SECONDS_PER_WORKER = 0.006  # a driver of 10,000 workers writes 3 MB once a minute
+_FAILING = 20  # shards that are named in the progress
 
-class RunState:
-    """The state of a run. ``config`` is that of the plan with the workers fitted to the cluster, and ``needed`` are the
-    layers that some shard lacks."""
 
-    def __init__(self, plan: Plan, store: Store, progress: Progress) -> None:
+class Driver:
+    """Runs one plan to its end. Ray must be initialised.
+
+    ``config`` is that of the plan with the workers fitted to the cluster, and ``needed`` are the layers that some shard
+    lacks.
+    """
+
+    def __init__(self, plan: Plan, store: Store, progress: Progress, claims: Claims | None = None) -> None:
         self.plan, self.store, self.progress = plan, store, progress
         self.needed = frozenset(name for shard in plan.pending for name in shard.layers)
         models = any(plan.layers[name].loads_model for name in self.needed)
@@ -107,6 +134,54 @@ class RunState:
         self.events = Events(store, self.config, self.redact)
         self.pool = WorkerPool(self.config, plan.layers, self.needed)
         self.silent: Sequence[Slot] = ()  # workers with leases that have not answered for some seconds
+        self.claims = claims or Claims(store, plan.config, plan.layers)
+        self.records, self.index = RecordWriter(store, self.events.run), IndexWriter(store, plan.layers)
+        self.stall_limits = StallLimits(self.config.failures)
+        self.load_limit = LoadLimit(workers.start_timeout)
+        self.polled: dict[Any, Slot] = {}  # requests for pulses that are under way
+        self.logged: set[str] = set()  # fallbacks of models
+        self.recorder, self.began = Recorder(), time.time()
+        self.metrics_due = self.progress_due = 0.0
+        self.raylet, self.ray_checked = RayletWatch(), time.monotonic()
+        self.control, self.control_lost = ControlWatch(), 0.0
+        self.manifest_written = self.wait_logged = False
+        self.notes_logged = 0
+        self.committed: dict[str, set[str]] = {}  # shards of which this run has written a file, by layer
+        self.loaded: Mapping[tuple[str, str], Mapping[str, Any]] | None = None  # what the models of a worker report
+        self.manifest_due = self.manifest_failed = 0.0
+        self.least = min(self.config.workers.min, len(plan.pending))  # workers; there are no more than shards
+
+    def run(self) -> RunSummary:
+        """Run the plan. Raises UserError, also after it has recorded how the run ended."""
+        start = time.monotonic()
+        self.events.add("start", shards=len(self.plan.pending), layers=sorted(self.needed), ray=ray.__version__)
+        for line in (self.pool.describe(len(self.plan.pending)), *self.plan.notes):
+            self.log(line)
+        ending = Ending()
+        try:
+            self._set_damaged_aside()
+            with stop_requests() as stop:
+                self._loop(start, stop)
+            self._check_written()
+        except BaseException as error:
+            ending = ending_of(error, self.redact.cut)
+            raise
+        finally:
+            seconds, alive = time.monotonic() - start, self.pool.alive(time.monotonic())
+            quarantined = self.policy.quarantined_shards
+            summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, ending)
+            summary = replace(summary, notes=self._notes())
+            self._report(last=True)
+            self.pool.close()
+            self.raylet.close()
+            self.control.close()
+            with contextlib.suppress(StorageError):  # a cache
+                self.index.flush()
+            with contextlib.suppress(StorageError, FileNotFoundError):  # the run itself does not need the records
+                summary = replace(summary, **self._compare_keys())
+            with contextlib.nullcontext() if ending == Ending() else contextlib.suppress(UserError):
+                self.events.finish(asdict(summary))
+        return summary
 
     def log(self, text: str) -> None:
         """Print a line for the user, without secrets."""
@@ -137,364 +212,6 @@ class RunState:
             shards[death.worker.id.place] += len(death.worker.shards)
         return shards
 
-
-# -- Starts of workers, and their ends: at fault, dead, hung, on drained nodes, or after ``workers.recycle`` shards.
-
-_SILENT_SECONDS = 15.0  # without an answer, after which the progress line names the host
-
-
-class WorkerLifecycle:
-    """Removes workers from the pool, which starts others in their place, and reports them to the policy."""
-
-    def __init__(self, state: RunState) -> None:
-        self._state = state
-        self._pool, self._policy, self._events = state.pool, state.policy, state.events
-        self._limits = StallLimits(state.config.failures)
-        self._load_limit = LoadLimit(state.config.workers.start_timeout)
-        self._logged: set[str] = set()  # fallbacks of models
-        self.polled: dict[Any, Slot] = {}  # requests for pulses that are under way
-
-    # -- starts
-
-    def finish_start(self, ref: Any) -> WorkerInfo | None:
-        """Record that the process of a worker runs, that it has loaded its models, or that it failed.
-
-        Returns what a worker reports that has loaded its models. Raises UserError if no other could start.
-        """
-        slot = self._pool.loading.pop(ref)
-        try:
-            info: WorkerId | WorkerInfo = ray.get(ref)
-        except RayTaskError as error:
-            self._policy.load_raised(cause_of(error), time.monotonic())
-            self._pool.remove(slot)
-            return None
-        except RayError as error:
-            self._events.add("worker_failed_to_start", error=shorten(self._state.redact.cut(str(error)), 500))
-            running, possible = len(self._pool.started), min(len(self._pool.slots), self._pool.cluster_capacity())
-            self._policy.load_died(str(error), is_node_lost(error), running, possible)
-            self._pool.discard(slot)
-            return None
-        if isinstance(info, WorkerId):
-            self._pool.begin_load(slot, info)
-            return None
-        self._policy.load_passed()
-        self._load_limit.record(time.monotonic() - slot.load_began)
-        self._pool.record_start(slot, info)
-        if len(self._pool.started) == 1 and self._state.config.workers.batch == "auto":
-            self._state.log(f"workers.batch: auto gives {info.batch:,} images at the first worker")
-        self._policy.add_notes(info.notes)
-        if info.reads_heic not in (None, reads_heic()) and not any(HEIC_HINT in note for note in self._policy.notes):
-            self._policy.add_notes([heic_note(f"workers, the first on {info.id.place}")])
-        self._state.totals.add_usage(info.fast_paths)
-        for line in {*problem_lines(info.fast_paths)} - self._logged:  # also in the summary, with the counts
-            self._logged.add(line)
-            self._state.log(line)
-        started = {"accelerator": info.accelerator, "batch": info.batch, "device": info.device}
-        started["fast_paths"] = [asdict(one) for one in info.fast_paths]
-        self._events.add("worker_started", node=info.id.node, pid=info.id.pid, **started)
-        return info
-
-    def _end_hung_loads(self) -> None:
-        """Kill workers that load their models for too long. Raises UserError if no other could start."""
-        limit = self._load_limit
-        for slot in self._pool.loads_over(limit.seconds):
-            worker = slot.process
-            assert worker is not None
-            self._pool.remove(slot)
-            self._events.add("worker_failed_to_start", node=worker.node, pid=worker.pid, error=f"hung: {limit.origin}")
-            self._state.log(
-                f"a worker hung while it loaded its models and was killed, {worker} (limit: {limit.origin})"
-            )
-            self._policy.load_hung(worker, limit.origin, time.monotonic(), len(self._pool.started))
-
-    # -- leases that have ended
-
-    def record_success(self, slot: Slot, result: ShardResult) -> None:
-        """Record that a lease returned, and replace the workers that this proves to be at fault."""
-        slot.finished, slot.memory = slot.finished + 1, result.memory
-        quarantined, workers = result.quarantine_reason is not None, len(self._pool.slots)
-        returned = (result.shard, slot.id, quarantined, time.monotonic(), workers, result.layers)
-        for decision in self._policy.lease_returned(*returned):
-            for other in [other for other in self._pool.started if other.id == decision.worker]:
-                self._replace(other, decision.reason)
-
-    def record_failure(self, slot: Slot, shard: PendingShard, error: Exception) -> None:
-        """Record that a lease raised, and replace or pause its worker if that is the cause."""
-        text = shorten(self._state.redact.cut(error_text(error)), 500)
-        now, workers = time.monotonic(), len(self._pool.slots)
-        match self._policy.worker_failed(slot.id, shard.name, error, text, now, workers):
-            case ReplaceWorker(_, reason):
-                self._replace(slot, reason)
-            case PauseWorker(worker, until):
-                self._state.queue.pause(worker, until)
-
-    def record_death(self, slot: Slot, error: RayError) -> None:
-        """Record that the process of a worker has died, or that its node cannot be reached."""
-        # A process that died is reported as dead at once. An unreachable one may be on a node that is being lost.
-        dead, memory = not isinstance(error, ActorUnavailableError), isinstance(error, OutOfMemoryError)
-        worker, reason = self._end(slot), self._state.redact.cut(str(error)).strip().splitlines()[0][:300]
-        if memory:
-            neighbours = sum(other.id.node == worker.id.node for other in self._pool.started)
-            worker = replace(worker, neighbours=neighbours)
-        self._policy.worker_died(worker, reason, time.monotonic(), dead, memory)
-
-    def recycle(self, slot: Slot) -> None:
-        """End a worker after ``workers.recycle`` shards."""
-        worker = self._end(slot)
-        node, pid, _ = worker.id
-        self._events.add("worker_recycled", node=node, pid=pid, shards=slot.leased, memory=worker.use.last)
-
-    def _replace(self, slot: Slot, reason: str) -> None:
-        """Kill a worker that is at fault."""
-        failures = self._policy.consecutive_failures[slot.id]
-        worker = self._end(slot)
-        node, pid, _ = worker.id
-        self._events.add("worker_replaced", node=node, pid=pid, failures=failures, reason=reason)
-        self._state.log(f"a worker is replaced, {worker.id}: {reason}")
-        for shard in worker.shards:
-            self._state.queue.put_back(Requeue(shard))
-            self._state.totals.retries[WORKER_LOST] += 1
-        self._policy.worker_replaced(worker.id, time.monotonic())
-
-    def _end(self, slot: Slot) -> EndedWorker:
-        worker = EndedWorker(slot.id, tuple(slot.leases.values()), slot.alone, slot.use)
-        self._pool.remove(slot)
-        self._policy.forget_worker(worker.id)
-        return worker
-
-    # -- drained nodes
-
-    def follow_drains(self, deadlines: Mapping[str, int]) -> None:
-        """Give no leases to workers on nodes that Ray drains, and end those that have finished theirs."""
-        drains = self._policy.drains
-        for node, seconds in drains.update(deadlines, time.time()).items():
-            self._report_drain(node, seconds)
-        self._pool.drain(drains.nodes)
-        for slot in [slot for slot in self._pool.leaving if not slot.leases]:
-            node, pid, _ = self._end(slot).id
-            self._events.add("worker_drained", node=node, pid=pid, shards=slot.finished)
-            if not self._pool.started:
-                self._state.log("no worker is left, because the nodes are drained; the run waits for other nodes")
-
-    def _report_drain(self, node: str, seconds: float | None) -> None:
-        slots = [slot for slot in self._pool.started if slot.id.node == node]
-        shards = [shard.name for slot in slots for shard in slot.leases.values()]
-        self._events.add("node_drained", node=node, seconds=seconds, workers=len(slots), shards=shards)
-        when = "" if seconds is None else f" and ends in {seconds:.0f} s"
-        busy = f"{plural(len(slots), 'worker')}, {plural(len(shards), 'shard')} in flight"
-        place = slots[0].id.place if slots else node[:12]
-        self._state.log(f"node {place} is drained{when} ({busy}): its workers finish these and get no others")
-
-    # -- pulses and hangs
-
-    def poll(self) -> None:
-        """Ask workers for their pulse, in turns, and kill those that have not answered for too long."""
-        self._end_hung_loads()
-        now = time.monotonic()
-        unanswered = self._pool.polls.unanswered(now)
-        self._state.silent = [slot for slot, t in unanswered if slot.leases and t > _SILENT_SECONDS]
-        silent = {slot: t for slot, t in unanswered if slot.leases and t > silence_limit(slot.pulse, self._limits)}
-        for slot, board in self._pool.read_boards(silent).items():
-            self._kill_hung(slot, find_silence(silent[slot], slot.pulse, board, self._limits))
-        for slot in self._pool.polls.due(now, self._limits.least):
-            self.polled[slot.actor.pulse.options(concurrency_group="control").remote()] = slot
-
-    def record_pulse(self, ref: Any) -> None:
-        """Record the answer of a worker, and kill the worker if a shard in it makes no progress."""
-        slot = self.polled.pop(ref)
-        self._pool.polls.answered(slot)
-        if slot not in self._pool.started:  # it has ended since
-            return
-        with contextlib.suppress(RayError):  # a dead worker is detected when its leases fail
-            self._pool.record_pulse(slot, ray.get(ref))
-            self._limits.record(slot.pulse.slowest)
-            shards = {shard.name for shard in slot.leases.values()}
-            if hang := find_hang(slot.pulse, shards, self._limits):
-                self._kill_hung(slot, hang)
-
-    def _kill_hung(self, slot: Slot, hang: Hang) -> None:
-        """Kill a worker in which a shard makes no progress: a thread that hangs cannot be stopped otherwise."""
-        self._limits.record_hang(hang)
-        self._policy.worker_hung(self._end(slot), hang, time.monotonic())
-
-
-# -- Reports a run while it goes: metrics, and ``runs/<run>/progress.json``.
-
-_METRICS_SECONDS = 2.0
-_PROGRESS_SECONDS, _PROGRESS_SECONDS_LOCAL = 10.0, 2.0
-_SECONDS_PER_WORKER = 0.006  # a driver of 10,000 workers writes 3 MB once a minute
-_FAILING = 20  # shards that are named
-
-
-class Reporter:
-    """Records metrics and writes ``progress.json``. Changes nothing of the run."""
-
-    def __init__(self, state: RunState) -> None:
-        self._state = state
-        self._recorder = Recorder()
-        self._metrics_due = self._progress_due = 0.0
-        self._started = time.time()
-
-    def report(self, last: bool = False) -> None:
-        """Record metrics and write the progress if they are due, or at the end of the run."""
-        now = time.monotonic()
-        if not (last or now >= self._metrics_due):
-            return
-        self._metrics_due = now + _METRICS_SECONDS
-        snapshot = self._state.snapshot(now)
-        rates = self._state.progress.rates(snapshot)
-        self._record_metrics(snapshot, Rates(eta=0.0) if last else rates, 0 if last else snapshot.workers)
-        if last or now >= self._progress_due:
-            least = _PROGRESS_SECONDS_LOCAL if self._state.store.local else _PROGRESS_SECONDS
-            interval = least + len(self._state.pool.slots) * _SECONDS_PER_WORKER
-            self._progress_due = now + interval
-            progress = self._progress(snapshot, rates, interval)
-            text = self._state.redact(json.dumps(progress.model_dump(mode="json"), ensure_ascii=False))
-            with contextlib.suppress(UserError):  # the run itself does not need it
-                self._state.store.write_bytes(text.encode("utf-8", "replace"), "runs", progress.run, PROGRESS_FILE)
-
-    def _record_metrics(self, snapshot: Snapshot, rates: Rates, workers: int) -> None:
-        state = self._state
-        self._recorder.record(
-            {
-                **totals_values(state.totals, state.events.digest.counts),
-                "reinforce_accelerator_busy_seconds_total": max(snapshot.busy, state.totals.busy),
-                "reinforce_worker_seconds_total": snapshot.alive,
-                "reinforce_workers": workers,
-                "reinforce_waiting_shards": len(state.queue),
-                "reinforce_leased_shards": len(state.pool.leases),
-                **({} if rates.eta is None else {"reinforce_eta_seconds": rates.eta}),
-            }
-        )
-
-    def _progress(self, snapshot: Snapshot, rates: Rates, interval: float) -> RunProgress:
-        state, digest = self._state, self._state.events.digest
-        failing = list(digest.failing.items())[-_FAILING:]
-        return RunProgress(
-            run=state.events.run,
-            time=time.time(),
-            interval=interval,
-            started=self._started,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            shards=snapshot.shards,
-            shards_done=snapshot.shards_done,
-            samples=snapshot.samples,
-            samples_per_second=rates.samples_per_second,
-            busy_share=rates.busy_share,
-            eta_seconds=rates.eta,
-            waiting_shards=len(state.queue),
-            starting_workers=len(state.pool.loading),
-            quarantined_shards=snapshot.quarantined_shards,
-            quarantined=state.totals.refused + state.totals.quarantined,
-            workers=[worker_progress(slot) for slot in state.pool.started],
-            slowest=[SlowShard(shard=name, seconds=s, stage=stage) for s, name, stage in sorted(digest.slowest)[::-1]],
-            failing=[FailingShard(shard=name, failures=count, error=error) for name, (count, error) in failing],
-            failing_shards=len(digest.failing),
-            fast_paths=state.totals.fast_paths,
-            job=job_id(),
-        )
-
-
-def worker_progress(slot: Slot) -> WorkerProgress:
-    """A started worker with its shards, and the stage of each at its last pulse."""
-    assert slot.info is not None
-    now, clock = time.time(), time.monotonic()
-    seen = {lease.shard: lease for lease in slot.pulse.leases}
-    shards = []
-    for name, leased_at in slot.leased_at.items():
-        found: dict[str, Any] = {"shard": name, "leased": round(now - (clock - leased_at), 3)}
-        if lease := seen.get(name):
-            since = now - (clock - slot.pulse_at) - lease.seconds
-            found |= {"stage": lease.stage, "what": lease.what, "since": round(since, 3)}
-        shards.append(LeaseProgress(**found))
-    return WorkerProgress(
-        worker=slot.index,
-        host=slot.id.place,
-        pid=slot.id.pid,
-        log=slot.info.log,
-        samples=slot.pulse.samples,
-        shards=shards,
-    )
-
-
-def job_id() -> str:
-    """The id by which `ray job logs` finds this process, or ''."""
-    with contextlib.suppress(ValueError, TypeError, AttributeError):
-        found = json.loads(os.environ.get(JOB_VARIABLE, "{}")).get("metadata", {}).get("job_submission_id")
-        return found if isinstance(found, str) else ""
-    return ""
-
-
-# -- The driver: leases the shards of a plan to workers until every one is finished or quarantined.
-#
-# Each turn of its loop
-#
-# 1. asks for as many workers as there are shards left, at most `workers.max` (`worker_pool.py`),
-# 2. decides about the shards of workers that have died (`policy/failures.py`),
-# 3. leases shards to workers that can take one (`shard_queue.py`),
-# 4. handles what is ready: started workers, ended leases, pulses of workers (`worker_lifecycle.py`),
-# 5. reports metrics and progress (`reporter.py`), and writes new events and records.
-
-#: Reasons of retries, in metrics.
-_RETRY_REASONS: dict[type, str] = {Retry: "error", Requeue: WORKER_LOST, RunAlone: "suspect"}
-_TICK_SECONDS = 0.5
-_PAUSE_SECONDS_PER_REF, _MAX_PAUSE_SECONDS = 5e-5, 1.0
-_RAY_SECONDS = 2.0  # between two checks of Ray on this machine
-_CONTROL_SECONDS = 20.0  # without Ray's control service; Ray itself ends this process after 60
-_MANIFEST_SECONDS = 5.0  # between two attempts to write dataset.json
-_QUIET_START_SECONDS = 15.0  # after which a slow start is logged
-
-
-class Driver(RunState):
-    """Runs one plan to its end. Ray must be initialised."""
-
-    def __init__(self, plan: Plan, store: Store, progress: Progress, claims: Claims | None = None) -> None:
-        super().__init__(plan, store, progress)
-        self.claims = claims or Claims(store, plan.config, plan.layers)
-        self.records, self.index = RecordWriter(store, self.events.run), IndexWriter(store, plan.layers)
-        self.lifecycle, self.reporter = WorkerLifecycle(self), Reporter(self)
-        self.raylet, self.ray_checked = RayletWatch(), time.monotonic()
-        self.control, self.control_lost = ControlWatch(), 0.0
-        self.manifest_written = self.wait_logged = False
-        self.notes_logged = 0
-        self.committed: dict[str, set[str]] = {}  # shards of which this run has written a file, by layer
-        self.loaded: Mapping[tuple[str, str], Mapping[str, Any]] | None = None  # what the models of a worker report
-        self.manifest_due = self.manifest_failed = 0.0
-        self.least = min(self.config.workers.min, len(plan.pending))  # workers; there are no more than shards
-
-    def run(self) -> RunSummary:
-        """Run the plan. Raises UserError, also after it has recorded how the run ended."""
-        start = time.monotonic()
-        self.events.add("start", shards=len(self.plan.pending), layers=sorted(self.needed), ray=ray.__version__)
-        for line in (self.pool.describe(len(self.plan.pending)), *self.plan.notes):
-            self.log(line)
-        ending = Ending()
-        try:
-            self._set_damaged_aside()
-            with stop_requests() as stop:
-                self._loop(start, stop)
-            self._check_written()
-        except BaseException as error:
-            ending = ending_of(error, self.redact.cut)
-            raise
-        finally:
-            seconds, alive = time.monotonic() - start, self.pool.alive(time.monotonic())
-            quarantined = self.policy.quarantined_shards
-            summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, ending)
-            summary = replace(summary, notes=self._notes())
-            self.reporter.report(last=True)
-            self.pool.close()
-            self.raylet.close()
-            self.control.close()
-            with contextlib.suppress(StorageError):  # a cache
-                self.index.flush()
-            with contextlib.suppress(StorageError, FileNotFoundError):  # the run itself does not need the records
-                summary = replace(summary, **self._compare_keys())
-            with contextlib.nullcontext() if ending == Ending() else contextlib.suppress(UserError):
-                self.events.finish(asdict(summary))
-        return summary
-
     def _set_damaged_aside(self) -> None:
         """Move damaged files away before their shards are computed again."""
         for file in self.plan.recomputed:
@@ -515,7 +232,7 @@ class Driver(RunState):
         """The policy's notes, and fast paths that did not run as expected."""
         return [*self.policy.notes, *problem_lines(self.totals.fast_paths)]
 
-    # -- the loop
+    # the loop
 
     def _loop(self, start: float, stop: threading.Event) -> None:
         while remaining := len(self.queue) + len(self.pool.leases) + self.policy.undecided_shards:
@@ -533,21 +250,21 @@ class Driver(RunState):
                 slots = self.pool.started if self.queue.needs_all_slots else self.pool.free
                 failing = self.policy.consecutive_failures.keys()
                 self.queue.hand_out(slots, self.pool.lease, time.monotonic(), failing)
-            for ref in _ready([*self.pool.loading, *self.pool.leases, *self.lifecycle.polled]):
-                if ref in self.lifecycle.polled:
-                    self.lifecycle.record_pulse(ref)
+            for ref in _ready([*self.pool.loading, *self.pool.leases, *self.polled]):
+                if ref in self.polled:
+                    self.record_pulse(ref)
                 elif ref in self.pool.loading:
-                    if (info := self.lifecycle.finish_start(ref)) is not None:
+                    if (info := self.finish_start(ref)) is not None:
                         self._check_models(info)
                         self.loaded = info.models
                 elif ref in self.pool.leases:  # not if the other lease of its worker has failed just now
                     self._handle_lease_end(ref)
-            self.lifecycle.poll()
+            self.poll()
             if not self.manifest_written:
                 self._write_manifest()
                 self._check_start(time.monotonic() - start)
             self.progress.show(self.snapshot(time.monotonic()))
-            self.reporter.report()
+            self._report()
             self.events.flush_when_due()
             self.records.flush_when_due()
             self.index.flush_when_due()
@@ -571,7 +288,7 @@ class Driver(RunState):
             self.ray_checked = now
             if not self.raylet.is_alive():
                 raise ray_ended("Ray ended on this machine before the run did: its process (raylet)", done, remaining)
-            self.lifecycle.follow_drains(draining_nodes())
+            self.follow_drains(draining_nodes())
         return True
 
     def _report_workers(self) -> None:
@@ -653,7 +370,7 @@ class Driver(RunState):
         names = (name for one in before for name in one.without(listing.names))
         return {name for name in names if self.store.is_missing(layer, name)}
 
-    # -- leases that have ended
+    # leases that have ended
 
     def _handle_lease_end(self, ref: Any) -> None:
         slot = self.pool.leases[ref]
@@ -662,14 +379,14 @@ class Driver(RunState):
         except RayTaskError as error:
             self._handle_error(slot, self.pool.end_lease(ref), cause_of(error))
         except RayError as error:
-            self.lifecycle.record_death(slot, error)
+            self.record_death(slot, error)
         else:
             shard = self.pool.end_lease(ref)
             if not (result.quarantine_reason and self._try_elsewhere(slot, shard, result.quarantine_reason)):
-                self.lifecycle.record_success(slot, result)
+                self.record_success(slot, result)
                 self._handle_result(result)
         if slot.exhausted and not slot.leases and slot in self.pool.started:
-            self.lifecycle.recycle(slot)
+            self._recycle(slot)
 
     def _handle_result(self, result: ShardResult) -> None:
         self.totals.add(result)
@@ -710,7 +427,7 @@ class Driver(RunState):
         if isinstance(error, StorageFailure):
             self.store.refresh()
         if not isinstance(error, UserError):
-            self.lifecycle.record_failure(slot, shard, error)
+            self.record_failure(slot, shard, error)
         decision = self.policy.lease_raised(shard, error, time.monotonic())
         text = self.redact.cut(error_text(error))
         self.events.add("shard_raised", shard=shard.name, attempt=decision.attempt, error=shorten(text, 2000))
@@ -719,16 +436,34 @@ class Driver(RunState):
         self.log(f"{shard.name}: attempt {decision.attempt}{of} raised {shown}")
         self._carry_out(decision)
 
-    def _handle_death(self, verdict: DeathVerdict) -> None:
-        death = verdict.death
-        names = [shard.name for shard in death.worker.shards]
-        event = "worker_hung" if death.hung else "worker_died"
-        self.events.add(event, pid=death.worker.id.pid, shards=names, node_lost=verdict.node_lost, error=death.error)
-        reason = "its node was lost" if verdict.node_lost else death.error
-        what = "hung and was killed" if death.hung else "died"
-        self.log(f"a worker {what} ({reason}); in flight: {', '.join(names)}")
-        for decision in verdict.decisions:
-            self._carry_out(decision)
+    def record_success(self, slot: Slot, result: ShardResult) -> None:
+        """Record that a lease returned, and replace the workers that this proves to be at fault."""
+        slot.finished, slot.memory = slot.finished + 1, result.memory
+        quarantined, workers = result.quarantine_reason is not None, len(self.pool.slots)
+        returned = (result.shard, slot.id, quarantined, time.monotonic(), workers, result.layers)
+        for decision in self.policy.lease_returned(*returned):
+            for other in [other for other in self.pool.started if other.id == decision.worker]:
+                self._replace(other, decision.reason)
+
+    def record_failure(self, slot: Slot, shard: PendingShard, error: Exception) -> None:
+        """Record that a lease raised, and replace or pause its worker if that is the cause."""
+        text = shorten(self.redact.cut(error_text(error)), 500)
+        now, workers = time.monotonic(), len(self.pool.slots)
+        match self.policy.worker_failed(slot.id, shard.name, error, text, now, workers):
+            case ReplaceWorker(_, reason):
+                self._replace(slot, reason)
+            case PauseWorker(worker, until):
+                self.queue.pause(worker, until)
+
+    def record_death(self, slot: Slot, error: RayError) -> None:
+        """Record that the process of a worker has died, or that its node cannot be reached."""
+        # A process that died is reported as dead at once. An unreachable one may be on a node that is being lost.
+        dead, memory = not isinstance(error, ActorUnavailableError), isinstance(error, OutOfMemoryError)
+        worker, reason = self._end(slot), self.redact.cut(str(error)).strip().splitlines()[0][:300]
+        if memory:
+            neighbours = sum(other.id.node == worker.id.node for other in self.pool.started)
+            worker = replace(worker, neighbours=neighbours)
+        self.policy.worker_died(worker, reason, time.monotonic(), dead, memory)
 
     def _carry_out(self, decision: Decision) -> None:
         if (reason := _RETRY_REASONS.get(type(decision))) is not None:
@@ -752,6 +487,210 @@ class Driver(RunState):
         if decision.rest is None:
             self.totals.finished.add(name)
 
+    # starts of workers
+
+    def finish_start(self, ref: Any) -> WorkerInfo | None:
+        """Record that the process of a worker runs, that it has loaded its models, or that it failed.
+
+        Returns what a worker reports that has loaded its models. Raises UserError if no other could start.
+        """
+        slot = self.pool.loading.pop(ref)
+        try:
+            info: WorkerId | WorkerInfo = ray.get(ref)
+        except RayTaskError as error:
+            self.policy.load_raised(cause_of(error), time.monotonic())
+            self.pool.remove(slot)
+            return None
+        except RayError as error:
+            self.events.add("worker_failed_to_start", error=shorten(self.redact.cut(str(error)), 500))
+            running, possible = len(self.pool.started), min(len(self.pool.slots), self.pool.cluster_capacity())
+            self.policy.load_died(str(error), is_node_lost(error), running, possible)
+            self.pool.discard(slot)
+            return None
+        if isinstance(info, WorkerId):
+            self.pool.begin_load(slot, info)
+            return None
+        self.policy.load_passed()
+        self.load_limit.record(time.monotonic() - slot.load_began)
+        self.pool.record_start(slot, info)
+        if len(self.pool.started) == 1 and self.config.workers.batch == "auto":
+            self.log(f"workers.batch: auto gives {info.batch:,} images at the first worker")
+        self.policy.add_notes(info.notes)
+        if info.reads_heic not in (None, reads_heic()) and not any(HEIC_HINT in note for note in self.policy.notes):
+            self.policy.add_notes([heic_note(f"workers, the first on {info.id.place}")])
+        self.totals.add_usage(info.fast_paths)
+        for line in {*problem_lines(info.fast_paths)} - self.logged:  # also in the summary, with the counts
+            self.logged.add(line)
+            self.log(line)
+        started = {"accelerator": info.accelerator, "batch": info.batch, "device": info.device}
+        started["fast_paths"] = [asdict(one) for one in info.fast_paths]
+        self.events.add("worker_started", node=info.id.node, pid=info.id.pid, **started)
+        return info
+
+    def _end_hung_loads(self) -> None:
+        """Kill workers that load their models for too long. Raises UserError if no other could start."""
+        limit = self.load_limit
+        for slot in self.pool.loads_over(limit.seconds):
+            worker = slot.process
+            assert worker is not None
+            self.pool.remove(slot)
+            self.events.add("worker_failed_to_start", node=worker.node, pid=worker.pid, error=f"hung: {limit.origin}")
+            self.log(f"a worker hung while it loaded its models and was killed, {worker} (limit: {limit.origin})")
+            self.policy.load_hung(worker, limit.origin, time.monotonic(), len(self.pool.started))
+
+    # ends of workers
+
+    def _recycle(self, slot: Slot) -> None:
+        """End a worker after ``workers.recycle`` shards."""
+        worker = self._end(slot)
+        node, pid, _ = worker.id
+        self.events.add("worker_recycled", node=node, pid=pid, shards=slot.leased, memory=worker.use.last)
+
+    def _replace(self, slot: Slot, reason: str) -> None:
+        """Kill a worker that is at fault."""
+        failures = self.policy.consecutive_failures[slot.id]
+        worker = self._end(slot)
+        node, pid, _ = worker.id
+        self.events.add("worker_replaced", node=node, pid=pid, failures=failures, reason=reason)
+        self.log(f"a worker is replaced, {worker.id}: {reason}")
+        for shard in worker.shards:
+            self.queue.put_back(Requeue(shard))
+            self.totals.retries[WORKER_LOST] += 1
+        self.policy.worker_replaced(worker.id, time.monotonic())
+
+    def _end(self, slot: Slot) -> EndedWorker:
+        worker = EndedWorker(slot.id, tuple(slot.leases.values()), slot.alone, slot.use)
+        self.pool.remove(slot)
+        self.policy.forget_worker(worker.id)
+        return worker
+
+    def _handle_death(self, verdict: DeathVerdict) -> None:
+        death = verdict.death
+        names = [shard.name for shard in death.worker.shards]
+        event = "worker_hung" if death.hung else "worker_died"
+        self.events.add(event, pid=death.worker.id.pid, shards=names, node_lost=verdict.node_lost, error=death.error)
+        reason = "its node was lost" if verdict.node_lost else death.error
+        what = "hung and was killed" if death.hung else "died"
+        self.log(f"a worker {what} ({reason}); in flight: {', '.join(names)}")
+        for decision in verdict.decisions:
+            self._carry_out(decision)
+
+    # drained nodes
+
+    def follow_drains(self, deadlines: Mapping[str, int]) -> None:
+        """Give no leases to workers on nodes that Ray drains, and end those that have finished theirs."""
+        drains = self.policy.drains
+        for node, seconds in drains.update(deadlines, time.time()).items():
+            self._report_drain(node, seconds)
+        self.pool.drain(drains.nodes)
+        for slot in [slot for slot in self.pool.leaving if not slot.leases]:
+            node, pid, _ = self._end(slot).id
+            self.events.add("worker_drained", node=node, pid=pid, shards=slot.finished)
+            if not self.pool.started:
+                self.log("no worker is left, because the nodes are drained; the run waits for other nodes")
+
+    def _report_drain(self, node: str, seconds: float | None) -> None:
+        slots = [slot for slot in self.pool.started if slot.id.node == node]
+        shards = [shard.name for slot in slots for shard in slot.leases.values()]
+        self.events.add("node_drained", node=node, seconds=seconds, workers=len(slots), shards=shards)
+        when = "" if seconds is None else f" and ends in {seconds:.0f} s"
+        busy = f"{plural(len(slots), 'worker')}, {plural(len(shards), 'shard')} in flight"
+        place = slots[0].id.place if slots else node[:12]
+        self.log(f"node {place} is drained{when} ({busy}): its workers finish these and get no others")
+
+    # pulses and hangs
+
+    def poll(self) -> None:
+        """Ask workers for their pulse, in turns, and kill those that have not answered for too long."""
+        self._end_hung_loads()
+        now = time.monotonic()
+        unanswered = self.pool.polls.unanswered(now)
+        self.silent = [slot for slot, t in unanswered if slot.leases and t > _SILENT_SECONDS]
+        silent = {slot: t for slot, t in unanswered if slot.leases and t > silence_limit(slot.pulse, self.stall_limits)}
+        for slot, board in self.pool.read_boards(silent).items():
+            self._kill_hung(slot, find_silence(silent[slot], slot.pulse, board, self.stall_limits))
+        for slot in self.pool.polls.due(now, self.stall_limits.least):
+            self.polled[slot.actor.pulse.options(concurrency_group="control").remote()] = slot
+
+    def record_pulse(self, ref: Any) -> None:
+        """Record the answer of a worker, and kill the worker if a shard in it makes no progress."""
+        slot = self.polled.pop(ref)
+        self.pool.polls.answered(slot)
+        if slot not in self.pool.started:  # it has ended since
+            return
+        with contextlib.suppress(RayError):  # a dead worker is detected when its leases fail
+            self.pool.record_pulse(slot, ray.get(ref))
+            self.stall_limits.record(slot.pulse.slowest)
+            shards = {shard.name for shard in slot.leases.values()}
+            if hang := find_hang(slot.pulse, shards, self.stall_limits):
+                self._kill_hung(slot, hang)
+
+    def _kill_hung(self, slot: Slot, hang: Hang) -> None:
+        """Kill a worker in which a shard makes no progress: a thread that hangs cannot be stopped otherwise."""
+        self.stall_limits.record_hang(hang)
+        self.policy.worker_hung(self._end(slot), hang, time.monotonic())
+
+    # reports
+
+    def _report(self, last: bool = False) -> None:
+        """Record metrics and write the progress if they are due, or at the end of the run."""
+        now = time.monotonic()
+        if not (last or now >= self.metrics_due):
+            return
+        self.metrics_due = now + _METRICS_SECONDS
+        snapshot = self.snapshot(now)
+        rates = self.progress.rates(snapshot)
+        self._record_metrics(snapshot, Rates(eta=0.0) if last else rates, 0 if last else snapshot.workers)
+        if last or now >= self.progress_due:
+            least = _PROGRESS_SECONDS_LOCAL if self.store.local else _PROGRESS_SECONDS
+            interval = least + len(self.pool.slots) * _SECONDS_PER_WORKER
+            self.progress_due = now + interval
+            progress = self._run_progress(snapshot, rates, interval)
+            text = self.redact(json.dumps(progress.model_dump(mode="json"), ensure_ascii=False))
+            with contextlib.suppress(UserError):  # the run itself does not need it
+                self.store.write_bytes(text.encode("utf-8", "replace"), "runs", progress.run, PROGRESS_FILE)
+
+    def _record_metrics(self, snapshot: Snapshot, rates: Rates, workers: int) -> None:
+        self.recorder.record(
+            {
+                **totals_values(self.totals, self.events.digest.counts),
+                "reinforce_accelerator_busy_seconds_total": max(snapshot.busy, self.totals.busy),
+                "reinforce_worker_seconds_total": snapshot.alive,
+                "reinforce_workers": workers,
+                "reinforce_waiting_shards": len(self.queue),
+                "reinforce_leased_shards": len(self.pool.leases),
+                **({} if rates.eta is None else {"reinforce_eta_seconds": rates.eta}),
+            }
+        )
+
+    def _run_progress(self, snapshot: Snapshot, rates: Rates, interval: float) -> RunProgress:
+        digest = self.events.digest
+        failing = list(digest.failing.items())[-_FAILING:]
+        return RunProgress(
+            run=self.events.run,
+            time=time.time(),
+            interval=interval,
+            started=self.began,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            shards=snapshot.shards,
+            shards_done=snapshot.shards_done,
+            samples=snapshot.samples,
+            samples_per_second=rates.samples_per_second,
+            busy_share=rates.busy_share,
+            eta_seconds=rates.eta,
+            waiting_shards=len(self.queue),
+            starting_workers=len(self.pool.loading),
+            quarantined_shards=snapshot.quarantined_shards,
+            quarantined=self.totals.refused + self.totals.quarantined,
+            workers=[worker_progress(slot) for slot in self.pool.started],
+            slowest=[SlowShard(shard=name, seconds=s, stage=stage) for s, name, stage in sorted(digest.slowest)[::-1]],
+            failing=[FailingShard(shard=name, failures=count, error=error) for name, (count, error) in failing],
+            failing_shards=len(digest.failing),
+            fast_paths=self.totals.fast_paths,
+            job=job_id(),
+        )
+
 
 def _ready(refs: list[Any]) -> list[Any]:
     """The refs that are ready; waits up to ``_TICK_SECONDS`` for the first.
@@ -765,3 +704,33 @@ def _ready(refs: list[Any]) -> list[Any]:
     time.sleep(min(_MAX_PAUSE_SECONDS, len(refs) * _PAUSE_SECONDS_PER_REF))
     ready: list[Any] = ray.wait(refs, num_returns=len(refs), timeout=0)[0]
     return ready or ray.wait(refs, num_returns=1, timeout=_TICK_SECONDS)[0]
+
+
+def worker_progress(slot: Slot) -> WorkerProgress:
+    """A started worker with its shards, and the stage of each at its last pulse."""
+    assert slot.info is not None
+    now, clock = time.time(), time.monotonic()
+    seen = {lease.shard: lease for lease in slot.pulse.leases}
+    shards = []
+    for name, leased_at in slot.leased_at.items():
+        found: dict[str, Any] = {"shard": name, "leased": round(now - (clock - leased_at), 3)}
+        if lease := seen.get(name):
+            since = now - (clock - slot.pulse_at) - lease.seconds
+            found |= {"stage": lease.stage, "what": lease.what, "since": round(since, 3)}
+        shards.append(LeaseProgress(**found))
+    return WorkerProgress(
+        worker=slot.index,
+        host=slot.id.place,
+        pid=slot.id.pid,
+        log=slot.info.log,
+        samples=slot.pulse.samples,
+        shards=shards,
+    )
+
+
+def job_id() -> str:
+    """The id by which `ray job logs` finds this process, or ''."""
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        found = json.loads(os.environ.get(JOB_VARIABLE, "{}")).get("metadata", {}).get("job_submission_id")
+        return found if isinstance(found, str) else ""
+    return ""

@@ -1,4 +1,29 @@
-"""When a worker counts as hung: pure policy.
+"""What happens to shards and workers when something fails, and when a worker counts as hung: pure policy.
+
+No Ray, no storage, and times are arguments. The driver reports what happened and carries out the decisions that are
+returned (`faults.py`).
+
+- A lease that raises is retried after a pause, a few times. Then the shard is quarantined in the layer whose model
+  raised, or in its first missing layer if no model did. Layers that do not need that one are retried.
+- When a worker's process dies, every shard in flight in it becomes a suspect and runs alone next. Only a shard that
+  kills its process alone, ``failures.solo_attempts`` times, is quarantined.
+- A worker in which a shard makes no progress is killed. That shard is a suspect. The other shard of the worker is
+  leased again, and is a suspect only if this happens to it a second time.
+- A lost node counts against no shard.
+- Ray drains a node after a preemption notice, a SIGTERM to its `ray start --block`, `ray drain-node`, or when an
+  autoscaler removes it. Its workers get no further leases, finish those in flight, and are ended, so that Ray can end
+  the node before its deadline. A shard that is still in flight when the node ends is leased again; it is no suspect.
+- A worker at which three leases in a row fail is replaced. Storage errors do not count, unless the shards pass
+  elsewhere (`faults.py`). While they do not count, the worker is paused between its leases. A model that fails at
+  more than three workers and passes at none replaces no further worker.
+- A storage error, and a worker that is killed for its memory, count against no shard (`faults.py`). Where the memory
+  of its device runs out, a worker halves its batches, and the run stops only if a single input does not fit
+  (`worker/models.py`).
+- The last attempt of a shard that failed at a replaced worker runs alone, in case another shard had broken the
+  worker. If it fails there, too, the worker is replaced.
+- An error that the user must fix (a fingerprint, missing weights, a full disk) stops the run at once.
+- Too many quarantined shards stop the run, and so do workers that die or hang again and again while they load their
+  models.
 
 A worker measures for how long each of its leases has been in its current step, and reports that in its pulse. So the
 result does not depend on how often it is asked. The limit of a step follows from the steps that all workers have
@@ -65,183 +90,11 @@ MODEL_FLOOR = 300.0
 STORAGE_FLOOR = 900.0  # retries of a storage that does not answer take minutes
 _STORAGE_STAGES = (READING, DECODING, WRITING, PREPARING)
 _DECODE_ATTEMPTS = 2.5  # times failures.sample_seconds; a decode process that hangs is replaced by then
-
-
-@dataclass(frozen=True)
-class Hang:
-    """Reason why a worker counts as hung, with the ``shards`` that are the cause and their ``stages``; empty if the
-    cause is not known."""
-
-    reason: str
-    shards: frozenset[str] = frozenset()
-    stages: frozenset[str] = frozenset()
-
-    @classmethod
-    def of(cls, reason: str, leases: Collection[LeasePulse]) -> Hang:
-        return cls(reason, frozenset(one.shard for one in leases), frozenset(one.stage for one in leases))
-
-
-class StallLimits:
-    """The longest time that a step of a lease may take, by its stage."""
-
-    def __init__(self, settings: Failures) -> None:
-        self._explicit = settings.stall_seconds
-        self._decoding = max(STORAGE_FLOOR, _DECODE_ATTEMPTS * settings.sample_seconds)
-        self._slowest: dict[str, float] = {}
-        self._hung: set[str] = set()  # stages in which a lease was over the limit
-
-    def record_hang(self, hang: Hang) -> None:
-        """Record a hang, so that its stages do not get an hour again."""
-        self._hung |= hang.stages
-
-    def record(self, slowest: Mapping[str, float]) -> None:
-        """Record the slowest finished steps of a worker."""
-        for stage, seconds in slowest.items():
-            if seconds > self._slowest.get(stage, 0.0):
-                self._slowest[stage] = seconds
-
-    def seconds(self, stage: str) -> float:
-        if self._explicit is not None:
-            return self._explicit
-        floor = self._decoding if stage == DECODING else STORAGE_FLOOR if stage in _STORAGE_STAGES else MODEL_FLOOR
-        slowest = self._slowest.get(stage)
-        if slowest is None:
-            return STORAGE_FLOOR if stage in self._hung else floor if stage in _STORAGE_STAGES else CEILING
-        # A step that once took longer than the ceiling must be able to pass again.
-        return max(floor, min(FACTOR * slowest, CEILING), 3.0 * slowest)
-
-    @property
-    def least(self) -> float:
-        return MODEL_FLOOR if self._explicit is None else self._explicit
-
-    def origin(self, stage: str) -> str:
-        """The limit of a stage and what it follows from, for messages."""
-        if self._explicit is not None:
-            return f"failures.stall_seconds = {self._explicit:g}"
-        slowest = self._slowest.get(stage)
-        seen = "no such step has ended yet" if slowest is None else f"the slowest such step so far took {slowest:.3g} s"
-        return f"{self.seconds(stage):.0f} s, because {seen}; failures.stall_seconds sets another limit"
-
-
-class LoadLimit:
-    """The longest time that a worker may load its models."""
-
-    def __init__(self, start_timeout: float) -> None:
-        self._start_timeout, self._slowest = start_timeout, 0.0
-
-    def record(self, seconds: float) -> None:
-        """Record a load that has passed."""
-        self._slowest = max(self._slowest, seconds)
-
-    @property
-    def seconds(self) -> float:
-        return max(self._start_timeout, 3.0 * self._slowest)
-
-    @property
-    def origin(self) -> str:
-        """The limit and what it follows from, for messages."""
-        if self.seconds == self._start_timeout:
-            return f"{self.seconds:g} s, workers.start_timeout"
-        return f"{self.seconds:.0f} s, three times the slowest load that has passed"
-
-
-def find_hang(pulse: Pulse, shards: Collection[str], limits: StallLimits) -> Hang | None:
-    """The hang of a worker with leases of ``shards``, or None."""
-    limited = [lease for lease in pulse.leases if lease.shard in shards and lease.stage not in UNLIMITED_STAGES]
-    stuck = [lease for lease in limited if lease.seconds > limits.seconds(lease.stage)]
-    return Hang.of("; ".join(_describe(lease, pulse.key, limits) for lease in stuck), stuck) if stuck else None
-
-
-def _describe(lease: LeasePulse, key: str | None, limits: StallLimits) -> str:
-    decoding = f"; longest in a decode process: key {key!r}" if lease.stage == DECODING and key is not None else ""
-    return (
-        f"{lease.shard} has made no progress for {lease.seconds:.0f} s in {_where(lease)}{decoding} "
-        f"(limit: {limits.origin(lease.stage)})"
-    )
-
-
-def _where(lease: LeasePulse) -> str:
-    where = lease.stage if lease.stage in (*UNLIMITED_STAGES, *_STORAGE_STAGES) else f"layer {lease.stage}"
-    return f"{where} ({lease.what})" if lease.what else where
-
-
-def silence_limit(pulse: Pulse, limits: StallLimits) -> float:
-    """Seconds for which a worker may leave a request unanswered, by its last answer."""
-    return limits.seconds(_slowest_stage(pulse, limits))
-
-
-def find_silence(seconds: float, pulse: Pulse, board: tuple[LeasePulse, ...], limits: StallLimits) -> Hang:
-    """The hang of a worker that has not answered for ``seconds``. ``board`` has its leases, read by another process; if
-    it is empty, the message names those of the last answer."""
-    leases = board or pulse.leases
-    seen = "; ".join(f"{one.shard} in {_where(one)}" for one in leases)
-    at = f"; {'it is' if board else 'at its last answer it was'} at {seen}" if seen else ""
-    running = [one for one in board if one.stage not in (*UNLIMITED_STAGES, *_STORAGE_STAGES)]
-    return Hang.of(
-        f"the worker has not answered for {seconds:.0f} s, as if something in it holds the interpreter lock{at} "
-        f"(limit: {limits.origin(_slowest_stage(pulse, limits))})",
-        running if len(running) == 1 else (),
-    )
-
-
-def _slowest_stage(pulse: Pulse, limits: StallLimits) -> str:
-    """The stage of a worker's leases with the largest limit."""
-    stages = [lease.stage for lease in pulse.leases if lease.stage not in UNLIMITED_STAGES]
-    return max(stages, key=limits.seconds, default="")
-
-
-# -- The failure policy of a run: what happens to shards and workers when something fails.
-#
-# - A lease that raises is retried after a pause, a few times. Then the shard is quarantined in the layer whose model
-#   raised, or in its first missing layer if no model did. Layers that do not need that one are retried.
-# - When a worker's process dies, every shard in flight in it becomes a suspect and runs alone next. Only a shard that
-#   kills its process alone, ``failures.solo_attempts`` times, is quarantined.
-# - A worker in which a shard makes no progress is killed (`hangs.py`). That shard is a suspect. The other shard of the
-#   worker is leased again, and is a suspect only if this happens to it a second time.
-# - A lost node counts against no shard.
-# - Ray drains a node after a preemption notice, a SIGTERM to its `ray start --block`, `ray drain-node`, or when an
-#   autoscaler removes it. Its workers get no further leases, finish those in flight, and are ended, so that Ray can end
-#   the node before its deadline. A shard that is still in flight when the node ends is leased again; it is no suspect.
-# - A worker at which three leases in a row fail is replaced. Storage errors do not count, unless the shards pass
-#   elsewhere (`faults.py`). While they do not count, the worker is paused between its leases. A model that fails at
-#   more than three workers and passes at none replaces no further worker.
-# - A storage error, and a worker that is killed for its memory, count against no shard (`no_fault.py`). Where the
-#   memory of its device runs out, a worker halves its batches, and the run stops only if a single input does not fit
-#   (`batch_sizes.py`).
-# - The last attempt of a shard that failed at a replaced worker runs alone, in case another shard had broken the
-#   worker. If it fails there, too, the worker is replaced.
-# - An error that the user must fix (a fingerprint, missing weights, a full disk) stops the run at once.
-# - Too many quarantined shards stop the run, and so do workers that die or hang again and again while they load their
-#   models.
-#
-# Everything here is pure: no Ray, no storage, and times are arguments. The driver reports what happened and carries out
-# the decisions that are returned.
-
 MAX_WORKER_FAILURES = 3  # leases in a row
 MAX_MODEL_WORKERS = 3  # a model that fails at more, and passes at none, is itself the cause
 MAX_FAILED_STARTS = 3  # in a row; with more workers, two for each
 TOLERATED_SHARDS = 10  # quarantined shards that never stop a run
 NODE_VERDICT_SECONDS = 60.0  # time that Ray may take to notice a lost node
-
-
-class Drains:
-    """The nodes that are or were drained. A drain is never cancelled."""
-
-    def __init__(self) -> None:
-        self.nodes: frozenset[str] = frozenset()
-
-    def update(self, deadlines: Mapping[str, int], now: float) -> dict[str, float | None]:
-        """Record the nodes that Ray drains, with deadlines in ms since 1970, or 0.
-
-        Returns those that are new, with the seconds until Ray expects them to end, None without a deadline.
-        """
-        new = {node: at for node, at in sorted(deadlines.items()) if node not in self.nodes}
-        self.nodes |= new.keys()
-        return {node: max(0.0, at / 1000 - now) if at else None for node, at in new.items()}
-
-    def remaining(self, alive: Collection[str]) -> frozenset[str]:
-        """The nodes of ``alive`` that are not drained. What dies on a drained node dies with the node."""
-        return frozenset(alive) - self.nodes
 
 
 class FailurePolicy:
@@ -296,7 +149,13 @@ class FailurePolicy:
         if isinstance(error, UserError):
             raise error
         if isinstance(error, StorageFailure):
-            return self._storage_failed(shard, error, now)
+            attempt = self.outages.record_failure(shard.name, now)
+            if error.reason is not None and self.outages.is_own(shard.name, error):
+                self.outages.forget(shard.name)
+                return self._quarantine(shard, shard.layers[0], error.reason, str(error), attempt)
+            if self.outages.is_over(shard.name, str(error), now):
+                return LeaveShard(shard, attempt)
+            return Retry(shard, now + pause_seconds(attempt), attempt)
         self._attempts[shard.name] += 1
         attempt = self._attempts[shard.name]
         if attempt < self.settings.attempts:
@@ -305,17 +164,6 @@ class FailurePolicy:
             return Retry(shard, now + pause_seconds(attempt), attempt)
         layer = error.layer if isinstance(error, LayerFailure) else shard.layers[0]
         return self._quarantine(shard, layer, Reason.SHARD_FAILED, error_text(error), attempt)
-
-    def _storage_failed(
-        self, shard: PendingShard, error: StorageFailure, now: float
-    ) -> Retry | Quarantine | LeaveShard:
-        attempt = self.outages.record_failure(shard.name, now)
-        if error.reason is not None and self.outages.is_own(shard.name, error):
-            self.outages.forget(shard.name)
-            return self._quarantine(shard, shard.layers[0], error.reason, str(error), attempt)
-        if self.outages.is_over(shard.name, str(error), now):
-            return LeaveShard(shard, attempt)
-        return Retry(shard, now + pause_seconds(attempt), attempt)
 
     def lease_returned(
         self, shard: str, worker: WorkerId, quarantined: bool, now: float, workers: int, layers: Iterable[str] = ()
@@ -516,6 +364,26 @@ class FailurePolicy:
         return attempt == self.settings.attempts - 1 and self.faults.is_doubtful(shard)
 
 
+class Drains:
+    """The nodes that are or were drained. A drain is never cancelled."""
+
+    def __init__(self) -> None:
+        self.nodes: frozenset[str] = frozenset()
+
+    def update(self, deadlines: Mapping[str, int], now: float) -> dict[str, float | None]:
+        """Record the nodes that Ray drains, with deadlines in ms since 1970, or 0.
+
+        Returns those that are new, with the seconds until Ray expects them to end, None without a deadline.
+        """
+        new = {node: at for node, at in sorted(deadlines.items()) if node not in self.nodes}
+        self.nodes |= new.keys()
+        return {node: max(0.0, at / 1000 - now) if at else None for node, at in new.items()}
+
+    def remaining(self, alive: Collection[str]) -> frozenset[str]:
+        """The nodes of ``alive`` that are not drained. What dies on a drained node dies with the node."""
+        return frozenset(alive) - self.nodes
+
+
 def _may_be_worker(error: Exception) -> bool:
     """Whether the cause of an error may be the worker at which it was raised."""
     return error.worker_at_fault if isinstance(error, ShardFailure) else True
@@ -532,3 +400,126 @@ def ray_ended(what: str, finished: int, remaining: int) -> RayEnded:
 def error_text(error: Exception) -> str:
     """The text of an error that a lease raised."""
     return str(error) if isinstance(error, ShardFailure) else f"{type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True)
+class Hang:
+    """Reason why a worker counts as hung, with the ``shards`` that are the cause and their ``stages``; empty if the
+    cause is not known."""
+
+    reason: str
+    shards: frozenset[str] = frozenset()
+    stages: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, reason: str, leases: Collection[LeasePulse]) -> Hang:
+        return cls(reason, frozenset(one.shard for one in leases), frozenset(one.stage for one in leases))
+
+
+class StallLimits:
+    """The longest time that a step of a lease may take, by its stage."""
+
+    def __init__(self, settings: Failures) -> None:
+        self._explicit = settings.stall_seconds
+        self._decoding = max(STORAGE_FLOOR, _DECODE_ATTEMPTS * settings.sample_seconds)
+        self._slowest: dict[str, float] = {}
+        self._hung: set[str] = set()  # stages in which a lease was over the limit
+
+    def record_hang(self, hang: Hang) -> None:
+        """Record a hang, so that its stages do not get an hour again."""
+        self._hung |= hang.stages
+
+    def record(self, slowest: Mapping[str, float]) -> None:
+        """Record the slowest finished steps of a worker."""
+        for stage, seconds in slowest.items():
+            if seconds > self._slowest.get(stage, 0.0):
+                self._slowest[stage] = seconds
+
+    def seconds(self, stage: str) -> float:
+        if self._explicit is not None:
+            return self._explicit
+        floor = self._decoding if stage == DECODING else STORAGE_FLOOR if stage in _STORAGE_STAGES else MODEL_FLOOR
+        slowest = self._slowest.get(stage)
+        if slowest is None:
+            return STORAGE_FLOOR if stage in self._hung else floor if stage in _STORAGE_STAGES else CEILING
+        # A step that once took longer than the ceiling must be able to pass again.
+        return max(floor, min(FACTOR * slowest, CEILING), 3.0 * slowest)
+
+    @property
+    def least(self) -> float:
+        return MODEL_FLOOR if self._explicit is None else self._explicit
+
+    def origin(self, stage: str) -> str:
+        """The limit of a stage and what it follows from, for messages."""
+        if self._explicit is not None:
+            return f"failures.stall_seconds = {self._explicit:g}"
+        slowest = self._slowest.get(stage)
+        seen = "no such step has ended yet" if slowest is None else f"the slowest such step so far took {slowest:.3g} s"
+        return f"{self.seconds(stage):.0f} s, because {seen}; failures.stall_seconds sets another limit"
+
+
+class LoadLimit:
+    """The longest time that a worker may load its models."""
+
+    def __init__(self, start_timeout: float) -> None:
+        self._start_timeout, self._slowest = start_timeout, 0.0
+
+    def record(self, seconds: float) -> None:
+        """Record a load that has passed."""
+        self._slowest = max(self._slowest, seconds)
+
+    @property
+    def seconds(self) -> float:
+        return max(self._start_timeout, 3.0 * self._slowest)
+
+    @property
+    def origin(self) -> str:
+        """The limit and what it follows from, for messages."""
+        if self.seconds == self._start_timeout:
+            return f"{self.seconds:g} s, workers.start_timeout"
+        return f"{self.seconds:.0f} s, three times the slowest load that has passed"
+
+
+def find_hang(pulse: Pulse, shards: Collection[str], limits: StallLimits) -> Hang | None:
+    """The hang of a worker with leases of ``shards``, or None."""
+    limited = [lease for lease in pulse.leases if lease.shard in shards and lease.stage not in UNLIMITED_STAGES]
+    stuck = [lease for lease in limited if lease.seconds > limits.seconds(lease.stage)]
+    return Hang.of("; ".join(_describe(lease, pulse.key, limits) for lease in stuck), stuck) if stuck else None
+
+
+def _describe(lease: LeasePulse, key: str | None, limits: StallLimits) -> str:
+    decoding = f"; longest in a decode process: key {key!r}" if lease.stage == DECODING and key is not None else ""
+    return (
+        f"{lease.shard} has made no progress for {lease.seconds:.0f} s in {_where(lease)}{decoding} "
+        f"(limit: {limits.origin(lease.stage)})"
+    )
+
+
+def _where(lease: LeasePulse) -> str:
+    where = lease.stage if lease.stage in (*UNLIMITED_STAGES, *_STORAGE_STAGES) else f"layer {lease.stage}"
+    return f"{where} ({lease.what})" if lease.what else where
+
+
+def silence_limit(pulse: Pulse, limits: StallLimits) -> float:
+    """Seconds for which a worker may leave a request unanswered, by its last answer."""
+    return limits.seconds(_slowest_stage(pulse, limits))
+
+
+def find_silence(seconds: float, pulse: Pulse, board: tuple[LeasePulse, ...], limits: StallLimits) -> Hang:
+    """The hang of a worker that has not answered for ``seconds``. ``board`` has its leases, read by another process; if
+    it is empty, the message names those of the last answer."""
+    leases = board or pulse.leases
+    seen = "; ".join(f"{one.shard} in {_where(one)}" for one in leases)
+    at = f"; {'it is' if board else 'at its last answer it was'} at {seen}" if seen else ""
+    running = [one for one in board if one.stage not in (*UNLIMITED_STAGES, *_STORAGE_STAGES)]
+    return Hang.of(
+        f"the worker has not answered for {seconds:.0f} s, as if something in it holds the interpreter lock{at} "
+        f"(limit: {limits.origin(_slowest_stage(pulse, limits))})",
+        running if len(running) == 1 else (),
+    )
+
+
+def _slowest_stage(pulse: Pulse, limits: StallLimits) -> str:
+    """The stage of a worker's leases with the largest limit."""
+    stages = [lease.stage for lease in pulse.leases if lease.stage not in UNLIMITED_STAGES]
+    return max(stages, key=limits.seconds, default="")

@@ -1,4 +1,6 @@
-"""Workers that are killed for their memory, and storages that fail: pure policy. Neither counts against a shard.
+"""Which failures a shard is not the cause of: pure policy, the counts behind it, and the decisions.
+
+A worker that is killed for its memory, and a storage that fails, count against no shard:
 
 - A worker that leaks memory fails at any shard. Only a shard that kills a new worker alone is quarantined, after
   ``ALONE`` times. If other workers share the memory of the node, such a death counts a third.
@@ -9,6 +11,20 @@
   minute. Whoever fails takes fresh credentials.
 - A file that does not exist is believed after ``failures.attempts``, and one that may not be read if another shard has
   passed since it was first refused: then the storage and the credentials work, and the shard is quarantined.
+
+A shard that fails at one worker and passes at another was not the cause. The first worker was, or its node (a full
+disk, a bad accelerator, a missing mount):
+
+- A shard that failed is tried elsewhere: on another node where there is one, else at another worker.
+- A worker is replaced when two shards that failed at it have passed elsewhere, or when three different shards in a
+  row failed at it while others passed. A shard that fails on two nodes, or at three workers, is itself the cause.
+- Failures at a replaced worker do not count as attempts of its shards, once one of them has passed elsewhere. A shard
+  that has failed at three workers keeps its attempts, so every shard passes or is quarantined.
+- A node gets no new workers for ten minutes when, within an hour, two of its workers were replaced or died and their
+  shards passed on other nodes. The time doubles with each further worker. A node where models cannot be loaded, while
+  workers of other nodes finish shards, gets no new workers at once.
+- A shard that cannot be read from one node may be readable from another (a mount, credentials), so it is tried there.
+- If half of the workers fail, the cause is something else, such as a storage. Few workers are replaced at a time.
 """
 
 from __future__ import annotations
@@ -29,6 +45,14 @@ ALONE = 3
 MAX_IN_A_ROW = 10  # deaths without a finished shard, or twice as many as there are workers
 FIRST_NOTE = 3  # deaths
 _LEAK_SHARE = 0.02  # growth per shard, of the memory at the start, that counts as a leak
+PROVEN = 2  # shards that failed at a worker and passed elsewhere
+IN_A_ROW = 3  # shards that failed at a worker since its last success
+NODE_FAULTS = 2  # within an hour
+MAX_FAILED_STARTS = 10  # in a row, on all nodes together
+AVOID_SECONDS = 600.0  # the first time
+_HOUR = 3600.0
+_REPLACED_SHARE = 0.02  # of the workers, per minute
+_OWN_NODES, _OWN_WORKERS = 2, 3  # a shard that fails at so many is the cause
 
 
 @dataclass(frozen=True)
@@ -38,6 +62,102 @@ class MemoryUse:
     first: int = 0
     last: int = 0
     shards: int = 0
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Lease the shard again at time ``at``; ``attempt`` attempts have failed."""
+
+    shard: PendingShard
+    at: float
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """Quarantine the shard in ``layer``, and lease ``rest``: its layers that do not need that one, or None."""
+
+    shard: PendingShard
+    layer: str
+    reason: Reason
+    detail: str
+    rest: PendingShard | None
+    attempt: int
+
+
+@dataclass(frozen=True)
+class LeaveShard:
+    """Leave the shard for the next run, because the storage has failed for too long."""
+
+    shard: PendingShard
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Requeue:
+    """Lease the shard again at once."""
+
+    shard: PendingShard
+
+
+@dataclass(frozen=True)
+class RunAlone:
+    """Lease the shard, a suspect, to a worker that has no other shard; ``attempt`` attempts have raised."""
+
+    shard: PendingShard
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class ReplaceWorker:
+    """Kill a worker that is at fault; another one is started."""
+
+    worker: WorkerId
+    reason: str
+
+
+@dataclass(frozen=True)
+class PauseWorker:
+    """Give a worker no lease before time ``until``."""
+
+    worker: WorkerId
+    until: float
+
+
+#: What happens to a shard that was in flight.
+Decision: TypeAlias = "Retry | Quarantine | LeaveShard | Requeue | RunAlone"
+
+
+@dataclass(frozen=True)
+class EndedWorker:
+    """A worker that has ended, and the shards that were in flight in it; ``alone`` if that was a single suspect."""
+
+    id: WorkerId
+    shards: tuple[PendingShard, ...]
+    alone: bool
+    use: MemoryUse = field(default_factory=MemoryUse)
+    neighbours: int = 0  # other workers on its node, if it was killed for its memory
+
+
+@dataclass(frozen=True)
+class Death:
+    """A worker that died, or hung and was killed."""
+
+    worker: EndedWorker
+    error: str
+    deadline: float  # the node counts as alive if it is not known to be lost by then
+    hung: bool = False
+    cause: frozenset[str] = frozenset()  # the shards that hung; empty if it is not known which
+    memory: bool = False  # it was killed because the memory of its node ran out
+
+
+@dataclass(frozen=True)
+class DeathVerdict:
+    """Whether a worker died with its node, and what happens to its shards."""
+
+    death: Death
+    node_lost: bool
+    decisions: tuple[Decision, ...]
 
 
 class MemoryDeaths:
@@ -166,131 +286,6 @@ class Outages:
             f"{text.rstrip('.')}. So the storage failed for {shards}, such as {shard}, for "
             f"{self.settings.outage_seconds:g} s (failures.outage_seconds). None is quarantined for that."
         )
-
-
-# -- Decisions of the failure policy, and the deaths of workers that it decides about.
-
-
-@dataclass(frozen=True)
-class Retry:
-    """Lease the shard again at time ``at``; ``attempt`` attempts have failed."""
-
-    shard: PendingShard
-    at: float
-    attempt: int
-
-
-@dataclass(frozen=True)
-class Quarantine:
-    """Quarantine the shard in ``layer``, and lease ``rest``: its layers that do not need that one, or None."""
-
-    shard: PendingShard
-    layer: str
-    reason: Reason
-    detail: str
-    rest: PendingShard | None
-    attempt: int
-
-
-@dataclass(frozen=True)
-class LeaveShard:
-    """Leave the shard for the next run, because the storage has failed for too long."""
-
-    shard: PendingShard
-    attempt: int
-
-
-@dataclass(frozen=True)
-class Requeue:
-    """Lease the shard again at once."""
-
-    shard: PendingShard
-
-
-@dataclass(frozen=True)
-class RunAlone:
-    """Lease the shard, a suspect, to a worker that has no other shard; ``attempt`` attempts have raised."""
-
-    shard: PendingShard
-    attempt: int = 0
-
-
-@dataclass(frozen=True)
-class ReplaceWorker:
-    """Kill a worker that is at fault; another one is started."""
-
-    worker: WorkerId
-    reason: str
-
-
-@dataclass(frozen=True)
-class PauseWorker:
-    """Give a worker no lease before time ``until``."""
-
-    worker: WorkerId
-    until: float
-
-
-#: What happens to a shard that was in flight.
-Decision: TypeAlias = "Retry | Quarantine | LeaveShard | Requeue | RunAlone"
-
-
-@dataclass(frozen=True)
-class EndedWorker:
-    """A worker that has ended, and the shards that were in flight in it; ``alone`` if that was a single suspect."""
-
-    id: WorkerId
-    shards: tuple[PendingShard, ...]
-    alone: bool
-    use: MemoryUse = field(default_factory=MemoryUse)
-    neighbours: int = 0  # other workers on its node, if it was killed for its memory
-
-
-@dataclass(frozen=True)
-class Death:
-    """A worker that died, or hung and was killed."""
-
-    worker: EndedWorker
-    error: str
-    deadline: float  # the node counts as alive if it is not known to be lost by then
-    hung: bool = False
-    cause: frozenset[str] = frozenset()  # the shards that hung; empty if it is not known which
-    memory: bool = False  # it was killed because the memory of its node ran out
-
-
-@dataclass(frozen=True)
-class DeathVerdict:
-    """Whether a worker died with its node, and what happens to its shards."""
-
-    death: Death
-    node_lost: bool
-    decisions: tuple[Decision, ...]
-
-
-# -- Policy: which failures are caused by a worker or its node, and not by a shard. Pure.
-#
-# A shard that fails at one worker and passes at another was not the cause. The first worker was, or its node (a full
-# disk, a bad accelerator, a missing mount).
-#
-# - A shard that failed is tried elsewhere: on another node where there is one, else at another worker.
-# - A worker is replaced when two shards that failed at it have passed elsewhere, or when three different shards in a
-#   row failed at it while others passed. A shard that fails on two nodes, or at three workers, is itself the cause.
-# - Failures at a replaced worker do not count as attempts of its shards, once one of them has passed elsewhere. A shard
-#   that has failed at three workers keeps its attempts, so every shard passes or is quarantined.
-# - A node gets no new workers for ten minutes when, within an hour, two of its workers were replaced or died and their
-#   shards passed on other nodes. The time doubles with each further worker. A node where models cannot be loaded, while
-#   workers of other nodes finish shards, gets no new workers at once.
-# - A shard that cannot be read from one node may be readable from another (a mount, credentials), so it is tried there.
-# - If half of the workers fail, the cause is something else, such as a storage. Few workers are replaced at a time.
-
-PROVEN = 2  # shards that failed at a worker and passed elsewhere
-IN_A_ROW = 3  # shards that failed at a worker since its last success
-NODE_FAULTS = 2  # within an hour
-MAX_FAILED_STARTS = 10  # in a row, on all nodes together
-AVOID_SECONDS = 600.0  # the first time
-_HOUR = 3600.0
-_REPLACED_SHARE = 0.02  # of the workers, per minute
-_OWN_NODES, _OWN_WORKERS = 2, 3  # a shard that fails at so many is the cause
 
 
 class Faults:

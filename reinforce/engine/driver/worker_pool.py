@@ -1,4 +1,4 @@
-"""Polling of workers for their pulse, in turns, with those that have not answered yet."""
+"""The pool of worker actors, the turns in which they are asked for their pulse, and the shards that wait for them."""
 
 from __future__ import annotations
 
@@ -28,71 +28,14 @@ POLLS_PER_SECOND = 100.0  # of all workers, unless the limit needs more
 MAX_IN_FLIGHT = 1024
 _SLOW_ANSWER_SECONDS = 30.0  # requests that wait longer do not count for MAX_IN_FLIGHT
 _PAUSE_SECONDS = 30.0  # a driver that did not look for so long was itself stopped
-
-_Worker = TypeVar("_Worker", bound=Hashable)
-
-
-def poll_interval(workers: int, least: float) -> float:
-    """Seconds between two requests to one worker: more with many workers, a quarter of the ``least`` limit at most."""
-    return max(POLL_SECONDS, min(least / 4, workers / POLLS_PER_SECOND))
-
-
-class Polls(Generic[_Worker]):
-    """Requests to workers for their pulse.
-
-    The driver calls ``due`` once a tick and asks the workers that it returns. At most ``MAX_IN_FLIGHT`` requests are
-    under way, not counting slow ones.
-    """
-
-    def __init__(self) -> None:
-        self._turns: dict[_Worker, float] = {}  # time from which a worker is due, in the order of their turns
-        self._asked: dict[_Worker, float] = {}  # in the order in which they were asked
-        self._looked: float | None = None
-
-    def add(self, worker: _Worker, now: float) -> None:
-        self._turns[worker] = now + POLL_SECONDS
-
-    def remove(self, worker: _Worker) -> None:
-        self._turns.pop(worker, None)
-        self._asked.pop(worker, None)
-
-    def due(self, now: float, least: float) -> list[_Worker]:
-        """The workers to ask now; ``least`` is the smallest limit of a step."""
-        interval = poll_interval(len(self._turns), least)
-        free = MAX_IN_FLIGHT - sum(now - asked <= _SLOW_ANSWER_SECONDS for asked in self._asked.values())
-        turns: list[_Worker] = []
-        due: list[_Worker] = []
-        for worker, at in self._turns.items():
-            if at > now or len(due) >= free:
-                break
-            turns.append(worker)
-            if worker not in self._asked:
-                self._asked[worker] = now
-                due.append(worker)
-        for worker in turns:
-            del self._turns[worker]  # its next turn is after those of the others
-            self._turns[worker] = now + interval
-        return due
-
-    def answered(self, worker: _Worker) -> None:
-        self._asked.pop(worker, None)
-
-    def unanswered(self, now: float) -> list[tuple[_Worker, float]]:
-        """Workers that were asked and have not answered, with the seconds since then, the longest first.
-
-        Time in which the driver itself did not run does not count.
-        """
-        if self._looked is not None and now - self._looked > _PAUSE_SECONDS:
-            self._asked = dict.fromkeys(self._asked, now)
-        self._looked = now
-        return [(worker, now - asked) for worker, asked in self._asked.items()]
-
-
-# -- The pool of worker actors: asks the cluster for as many as are useful, and tracks the leases of each.
-
 _CAPACITY_SECONDS = 5.0  # between two counts of the cluster's resources
 _BOARD_SECONDS = 10.0  # for the boards of workers that do not answer
 _NODE_LABEL = "ray.io/node-id"
+_MAX_RETRIES = 64  # handed out in one call
+
+_Worker = TypeVar("_Worker", bound=Hashable)
+#: Workers at which a shard has failed.
+Tried: TypeAlias = "frozenset[WorkerId]"
 
 
 @dataclass(eq=False)
@@ -359,20 +302,6 @@ class WorkerPool:
         )
 
 
-# -- Shards that wait for a worker, and the choice of the worker.
-
-#: Workers at which a shard has failed.
-Tried: TypeAlias = "frozenset[WorkerId]"
-_MAX_RETRIES = 64  # handed out in one call
-
-
-def _distance(slot: Slot, tried: Tried) -> int:
-    """Distance of a worker from those that have tried a shard: 2 on another node, 1 in another process, else 0."""
-    if slot.id in tried:
-        return 0
-    return 1 if any(worker.node == slot.id.node for worker in tried) else 2
-
-
 class ShardQueue:
     """Shards that are ready, that wait for a time, or that must run alone (suspects)."""
 
@@ -483,3 +412,66 @@ class ShardQueue:
             elif slot.draining and not self._suspects:
                 slot.draining = False
         self._draining = any(slot.draining for slot in slots)
+
+
+def _distance(slot: Slot, tried: Tried) -> int:
+    """Distance of a worker from those that have tried a shard: 2 on another node, 1 in another process, else 0."""
+    if slot.id in tried:
+        return 0
+    return 1 if any(worker.node == slot.id.node for worker in tried) else 2
+
+
+def poll_interval(workers: int, least: float) -> float:
+    """Seconds between two requests to one worker: more with many workers, a quarter of the ``least`` limit at most."""
+    return max(POLL_SECONDS, min(least / 4, workers / POLLS_PER_SECOND))
+
+
+class Polls(Generic[_Worker]):
+    """Requests to workers for their pulse.
+
+    The driver calls ``due`` once a tick and asks the workers that it returns. At most ``MAX_IN_FLIGHT`` requests are
+    under way, not counting slow ones.
+    """
+
+    def __init__(self) -> None:
+        self._turns: dict[_Worker, float] = {}  # time from which a worker is due, in the order of their turns
+        self._asked: dict[_Worker, float] = {}  # in the order in which they were asked
+        self._looked: float | None = None
+
+    def add(self, worker: _Worker, now: float) -> None:
+        self._turns[worker] = now + POLL_SECONDS
+
+    def remove(self, worker: _Worker) -> None:
+        self._turns.pop(worker, None)
+        self._asked.pop(worker, None)
+
+    def due(self, now: float, least: float) -> list[_Worker]:
+        """The workers to ask now; ``least`` is the smallest limit of a step."""
+        interval = poll_interval(len(self._turns), least)
+        free = MAX_IN_FLIGHT - sum(now - asked <= _SLOW_ANSWER_SECONDS for asked in self._asked.values())
+        turns: list[_Worker] = []
+        due: list[_Worker] = []
+        for worker, at in self._turns.items():
+            if at > now or len(due) >= free:
+                break
+            turns.append(worker)
+            if worker not in self._asked:
+                self._asked[worker] = now
+                due.append(worker)
+        for worker in turns:
+            del self._turns[worker]  # its next turn is after those of the others
+            self._turns[worker] = now + interval
+        return due
+
+    def answered(self, worker: _Worker) -> None:
+        self._asked.pop(worker, None)
+
+    def unanswered(self, now: float) -> list[tuple[_Worker, float]]:
+        """Workers that were asked and have not answered, with the seconds since then, the longest first.
+
+        Time in which the driver itself did not run does not count.
+        """
+        if self._looked is not None and now - self._looked > _PAUSE_SECONDS:
+            self._asked = dict.fromkeys(self._asked, now)
+        self._looked = now
+        return [(worker, now - asked) for worker, asked in self._asked.items()]

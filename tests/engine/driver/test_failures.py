@@ -1,4 +1,4 @@
-"""The failure policy: each sentence of policy/failures.py."""
+"""The failure policy: each sentence of failures.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which failures are the fault of a worker or a node: each sentence of policy/faults.py, and simulated clusters."""
+"""Which failures are the fault of a worker or a node: each sentence of faults.py, and simulated clusters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Failures that count against no shard: each sentence of policy/no_fault.py."""
+"""Failures that count against no shard: each sentence of faults.py."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Which workers are asked for their pulse, also in clusters of 10,000 workers, and when one counts as hung: each
-sentence of policy/hangs.py."""
+sentence of failures.py."""
 
 from __future__ import annotations
 
