@@ -131,15 +131,13 @@ def json_schema(model: type[BaseModel]) -> Schema:
     return {"$schema": _DIALECT, **schema}
 
 
-def partial(schema: Schema, prefix: str) -> tuple[Schema, dict[str, Schema]]:
-    """A schema in which no key is required, and its sections, whose names begin with ``prefix``.
+def partial(schema: Schema) -> Schema:
+    """A schema in which no key is required, at any depth.
 
     In a mapping of sections by name, such as sets, null is accepted: it removes a section.
     """
-    renamed = _optional(schema, prefix)
-    sections = {f"{prefix}{name}": section for name, section in renamed.pop("$defs", {}).items()}
-    renamed.pop("$schema", None)
-    return renamed, sections
+    found: Schema = _optional({name: value for name, value in schema.items() if name != "$schema"})
+    return found
 
 
 def _described(value: Schema, sections: dict[str, Schema]) -> Schema:
@@ -158,18 +156,16 @@ def _paragraph(text: str) -> str:
     return " ".join(text.partition("\n\n")[0].replace("``", "`").split())
 
 
-def _optional(value: Any, prefix: str) -> Any:
+def _optional(value: Any) -> Any:
     if isinstance(value, list):
-        return [_optional(inner, prefix) for inner in value]
+        return [_optional(inner) for inner in value]
     if not isinstance(value, dict):
         return value
     kept = {name: inner for name, inner in value.items() if not (name == "required" and isinstance(inner, list))}
-    if "$ref" in kept:
-        kept["$ref"] = kept["$ref"].replace("#/$defs/", f"#/$defs/{prefix}")
     named = kept.get("additionalProperties")
     if isinstance(named, dict) and "$ref" in named:
         kept["additionalProperties"] = either(named, {"type": "null"})
-    return {name: inner if name == "$ref" else _optional(inner, prefix) for name, inner in kept.items()}
+    return {name: _optional(inner) for name, inner in kept.items()}
 
 
 # -- The base of all configs: typed sections, YAML files with overrides, and errors that name the key and the fix.

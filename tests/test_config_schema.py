@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
 from reinforce.cli.run import Kind, model_of, schema_of
+from reinforce.settings import json_schema
 from tests.helpers.pages import ROOT
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -154,6 +155,12 @@ FORMS = [
 @pytest.mark.parametrize(("kind", "config", "good"), FORMS)
 def test_schema_and_validation_agree_on_every_form_of_a_value(kind: Kind, config: dict[str, Any], good: bool) -> None:
     assert (accepted_by_schema(kind, config), accepted(kind, config)) == (good, good)
+
+
+def test_the_sections_of_a_tunings_student_have_the_names_of_a_students() -> None:
+    sections, own = (set(SCHEMAS["student"]["$defs"]), set(json_schema(model_of("tune"))["$defs"]))
+    assert not sections & own, "one name for two sections"
+    assert set(SCHEMAS["tune"]["$defs"]) == {*sections, *own, "StudentConfig"}
 
 
 def test_a_tuning_completes_the_keys_of_its_student() -> None:

@@ -216,12 +216,15 @@ def schema_of(kind: Kind) -> dict[str, Any]:
 
 
 def _tune_schema() -> dict[str, Any]:
-    """The schema of a tuning, in which `student` and `trial` are parts of the config of a student."""
+    """The schema of a tuning, in which `student` and `trial` are parts of the config of a student.
+
+    Their sections have the names that they have in the schema of a student; the two kinds share no other name.
+    """
     from reinforce.settings import either, json_schema, partial
 
     schema = json_schema(model_of("tune"))
-    student, sections = partial(json_schema(model_of("student")), "Student")
-    schema["$defs"] |= {**sections, "StudentConfig": student}
+    student = partial(json_schema(model_of("student")))
+    schema["$defs"] |= {**student.pop("$defs"), "StudentConfig": student}
     reference = {"$ref": "#/$defs/StudentConfig"}
     properties = schema["properties"]
     for name, value in (("student", either({"type": "string"}, reference)), ("trial", reference)):
