@@ -272,6 +272,11 @@ class Config(Section):
         return self.images == "embed"
 
     @property
+    def labels_of_crops(self) -> str | None:
+        """The name of the labels whose augmentation records are taken, or None."""
+        return next((name for name, one in self.labels.items() if one.taken.crops), None)
+
+    @property
     def models(self) -> dict[str, Mapping[str, ModelSpec]]:
         """All models by section and name. Of the scores, those that a class computes."""
         scorers = {name: score.scorer for name, score in self.scores.items() if score.own is not None}

@@ -34,7 +34,6 @@ from pydantic.annotated_handlers import GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
 from reinforce.errors import UserError
-from teachers.fast_paths.usage import enabled, set_enabled
 from teachers.redact import is_secret, redact_values
 
 Schema = dict[str, Any]
@@ -552,6 +551,8 @@ def use_accelerator(wanted: Literal["fast", "plain"]) -> Literal["fast", "plain"
 
     Counts of fast paths begin anew. Raises UserError for another value in the environment.
     """
+    from teachers.fast_paths.usage import enabled, set_enabled
+
     set_enabled(wanted == "fast")
     try:
         return "fast" if enabled() else "plain"

@@ -121,11 +121,6 @@ class Labels(BaseModel):
         return self._taken
 
 
-def crops_of(labels: Mapping[str, Labels]) -> str | None:
-    """The name of the labels whose augmentation records are taken, or None."""
-    return next((name for name, one in labels.items() if one.taken.crops), None)
-
-
 class LabelTeacherSpec(Published, TeacherSpec):
     """A teacher that is only in labels."""
 

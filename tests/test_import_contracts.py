@@ -123,3 +123,18 @@ def test_packages_of_extras_are_imported_only_where_they_are_used() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             found += [(path.name, name) for name in names if name.partition(".")[0] in extras]
     assert found == []
+
+
+def test_reading_a_data_set_imports_at_most_50_modules_and_no_family_of_models() -> None:
+    code = "import sys, reinforce; reinforce.open; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = [name for name in done.stdout.split() if name.split(".")[0] in ("reinforce", "teachers", "schemas")]
+    assert len(found) <= 50, found
+    families = ("reinforce.config", "teachers.spec", "teachers.open_clip", "teachers.timm", "teachers.transformers")
+    assert not [name for name in found if name.startswith(families)]

@@ -17,9 +17,8 @@ import time
 import uuid
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from reinforce.config import Config
 from reinforce.dataset.layers import Layer, mapping_at
 from reinforce.dataset.manifest import (
     check_loaded,
@@ -32,6 +31,9 @@ from reinforce.dataset.manifest import (
 from reinforce.dataset.store import Store
 from reinforce.errors import StorageError, UserError
 from reinforce.storage import ClaimFile
+
+if TYPE_CHECKING:
+    from reinforce.config import Config
 
 FOLDER = "claims"
 MIN_SECONDS = 3600.0  # after which a claim expires, or twice workers.start_timeout

@@ -14,13 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 import schemas
-from reinforce.config import Config
 from reinforce.dataset.codecs.base import Codec
 from reinforce.dataset.codecs.codebooks import Place
 from reinforce.errors import UserError
 from reinforce.settings import LAYER_NAME
 
 if TYPE_CHECKING:
+    from reinforce.config import Config
     from teachers.spec import ModelInfo, ModelSpec
 
 

@@ -7,13 +7,12 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 import schemas
-from reinforce.config import Config
 from reinforce.dataset.codecs.codebooks import find_codec
 from reinforce.dataset.kinds.registry import KINDS, drop_command, kind_of, stored_layer, with_dependants
 from reinforce.dataset.layers import MODEL_SECTIONS, SAMPLES, Layer, mapping_at, model_of, parts_of, require_images
@@ -22,6 +21,9 @@ from reinforce.errors import DamagedJson, StorageError, UserError
 from reinforce.settings import LAYER_NAME, flatten
 from reinforce.source.urls import canonical
 from reinforce.terminal import escape, plural
+
+if TYPE_CHECKING:
+    from reinforce.config import Config
 
 _Text = Annotated[str, Field(max_length=4096)]
 _Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]

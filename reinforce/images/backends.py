@@ -17,12 +17,11 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image
 
-from reinforce.config import Augmentations
 from reinforce.errors import UserError
 from reinforce.images import records as augment
 from reinforce.images.records import (
@@ -38,6 +37,9 @@ from reinforce.images.records import (
     affine,
 )
 from schemas.seeds import philox_bits, seed_for
+
+if TYPE_CHECKING:
+    from reinforce.config import Augmentations
 
 FIXED_POINT_BACKEND = "fixed-point-1"
 

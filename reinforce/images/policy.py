@@ -9,13 +9,12 @@ import re
 import struct
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageFile
 from pydantic import Field
 
-from reinforce.config import Config
 from reinforce.errors import UserError
 from reinforce.images import jpeg
 from reinforce.images import jpeg as png
@@ -23,7 +22,9 @@ from reinforce.processes.imports import HEIC_HINT, reads_heic
 from reinforce.settings import Section
 from reinforce.source.config import Limits
 from schemas import Reason
-from teachers.published import crops_of
+
+if TYPE_CHECKING:
+    from reinforce.config import Config
 
 #: Name and version of the conversion to RGB in :func:`decode`; recorded in dataset.json.
 IMAGE_POLICY = "rgb-1"
@@ -80,7 +81,7 @@ def reads_crops(config: Config) -> bool:
 
 def image_policy(config: Config) -> str:
     """Return the image policy of a run: with published crops, the policy that they were made with."""
-    if (labels := crops_of(config.labels)) is not None:
+    if (labels := config.labels_of_crops) is not None:
         return config.labels[labels].taken.image_policy
     if reads_crops(config):
         return PUBLISHED_POLICY

@@ -73,7 +73,7 @@ from reinforce.source.references import image_digest
 from reinforce.source.samples import Refusal, clean_text
 from reinforce.source.urls import canonical
 from schemas import TRUE_CAPTIONS, WHOLE_SHARD, Reason
-from teachers.published import JOINS, Labels, crops_of
+from teachers.published import JOINS, Labels
 
 _CHECKED_SAMPLES = 8
 
@@ -306,7 +306,7 @@ class _StoredSet(LabelSet):
     def __init__(self, name: str, config: Config, layers: Sequence[Layer], values: bool, planned: bool) -> None:
         super().__init__(name)
         self._config, self._labels = config, config.labels[name]
-        self._crops = name == crops_of(config.labels)
+        self._crops = name == config.labels_of_crops
         self._layers = [layer for layer in layers if layer.name != SAMPLES]
         store = Store(self._labels.url)
         # The description is read each time: labels may have been extended since.

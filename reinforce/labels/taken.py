@@ -28,7 +28,6 @@ from teachers.published import (
     Labels,
     LabelTeacherSpec,
     Taken,
-    crops_of,
 )
 from teachers.spec import ModelInfo
 
@@ -72,8 +71,8 @@ def labelled(config: Config, layers: Iterable[Layer]) -> Iterable[Layer]:
         elif layer.name in owners:
             entry = config.labels[owners[layer.name]].taken.layers[layer.name]
             yield replace(_fitting(layer, entry, f"labels.{owners[layer.name]}"), labels=owners[layer.name])
-        elif layer.name == SAMPLES and crops_of(config.labels) is not None:
-            yield replace(layer, labels=crops_of(config.labels))
+        elif layer.name == SAMPLES and config.labels_of_crops is not None:
+            yield replace(layer, labels=config.labels_of_crops)
         elif not isinstance(getattr(config, str(section), {}).get(model), LabelTeacherSpec):
             yield layer
 

@@ -12,11 +12,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from teachers.spec import ModelSpec
+if TYPE_CHECKING:
+    from teachers.spec import ModelSpec
 
-Spec = TypeVar("Spec", bound=ModelSpec)
+Spec = TypeVar("Spec", bound="ModelSpec")
 
 #: ``plain`` turns every fast path off, as ``accelerator: plain`` in a config does; ``fast`` is the default.
 VARIABLE = "REINFORCE_ACCELERATOR"

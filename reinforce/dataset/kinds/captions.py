@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import schemas
-from reinforce.config import Config
 from reinforce.dataset.layers import (
     SAMPLES,
     Layer,
@@ -21,6 +20,7 @@ from reinforce.dataset.layers import (
 from reinforce.terminal import plural
 
 if TYPE_CHECKING:
+    from reinforce.config import Config
     from teachers.spec import ModelInfo
 
 _TEXT_BYTES = 20  # of a caption, compressed

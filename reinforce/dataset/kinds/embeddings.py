@@ -11,7 +11,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 import schemas
-from reinforce.config import Config
 from reinforce.dataset import vectors
 from reinforce.dataset.codecs.base import Codec
 from reinforce.dataset.codecs.codebooks import find_codec
@@ -31,9 +30,9 @@ from reinforce.dataset.layers import (
 )
 from reinforce.errors import UserError
 from reinforce.source.config import IMAGES_ALONE
-from teachers.published import PublishedTeacherSpec
 
 if TYPE_CHECKING:
+    from reinforce.config import Config
     from teachers.spec import ModelInfo
 
 _FLOAT_ERROR = 2e-3  # of the norm of a vector that is stored in float16
@@ -224,6 +223,8 @@ class TextEmbeddings(_Embeddings):
         return (SAMPLES,) if texts == TRUE_CAPTION else (SAMPLES, captions_layer(texts))
 
     def _sides(self, config: Config, name: str, info: ModelInfo) -> Iterable[tuple[str, int]]:
+        from teachers.published import PublishedTeacherSpec
+
         if not info.texts:
             return []
         teacher = config.teachers[name]

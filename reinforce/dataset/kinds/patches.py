@@ -16,7 +16,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 import schemas
-from reinforce.config import Config
 from reinforce.dataset import vectors
 from reinforce.dataset.codecs.base import Codec
 from reinforce.dataset.codecs.codebooks import Codebook, codebook_of, find_codec
@@ -33,9 +32,9 @@ from reinforce.dataset.layers import (
     mapping_at,
 )
 from reinforce.errors import UserError
-from teachers.spec import Patches
 
 if TYPE_CHECKING:
+    from reinforce.config import Config
     from teachers.spec import ModelInfo, ModelSpec
 
 Floats = npt.NDArray[np.float32]
@@ -132,6 +131,8 @@ class PatchFeatures(LayerKind):
 
     def vectors_to_fit(self, layer: Layer, table: pa.Table) -> npt.NDArray[np.float16]:
         """The patches that a run has picked."""
+        from teachers.spec import Patches
+
         stored, valid = vectors.tensor_rows(table["patches"])
         picked = Patches(grid=tuple(layer.recipe["patches"]["grid"])).fewer
         return np.asarray(stored[valid].reshape(-1, stored.shape[2] // picked), np.float16)
@@ -231,6 +232,7 @@ class PatchFeatures(LayerKind):
     def pick(self, table: pa.Table, index: npt.NDArray[np.intp]) -> PickedValues:
         """The standardised grid of one crop of each row, float16 [h, w, D], which NumPy decodes when it is used: an
         example that waits for its batch holds the stored numbers."""
+
         stored, valid = vectors.tensor_rows(table["patches"])
         picked, codebook = stored[np.arange(len(index)), index], _codebook(table)
         grids: Any = [PickedGrid(one, codebook) for one in picked]

@@ -13,7 +13,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 import schemas
-from reinforce.config import Config
 from reinforce.dataset import vectors
 from reinforce.dataset.layers import (
     SAMPLES,
@@ -25,9 +24,9 @@ from reinforce.dataset.layers import (
     compute_fingerprint,
     mapping_at,
 )
-from teachers.custom import LEAST_TEMPERATURE, MOST_TEMPERATURE
 
 if TYPE_CHECKING:
+    from reinforce.config import Config
     from teachers.spec import ModelInfo
 
 Floats = npt.NDArray[np.float32]
@@ -110,6 +109,8 @@ class ClassProbabilities(LayerKind):
         return {"classifier": layer.model, "count": layer.count, "dim": stated.get("dim"), **settings, **names}
 
     def check_entry(self, entry: Mapping[str, Any]) -> None:
+        from teachers.custom import LEAST_TEMPERATURE, MOST_TEMPERATURE
+
         super().check_entry(entry)
         top, temperature = entry["top"], entry["temperature"]
         if type(top) is not int or not 1 <= top <= (entry["dim"] or math.inf):

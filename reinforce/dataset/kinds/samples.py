@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import schemas
-from reinforce.config import Config
 from reinforce.dataset.layers import (
     LABELS,
     NO_IMAGES,
@@ -23,9 +22,9 @@ from reinforce.dataset.layers import (
 from reinforce.images.policy import image_policy, reads_crops
 from reinforce.source.config import Limits
 from reinforce.source.samples import CAPTION_POLICY
-from teachers.published import crops_of
 
 if TYPE_CHECKING:
+    from reinforce.config import Config
     from teachers.spec import ModelInfo
 
 #: Format of published reinforcements, from which the augmentation records are read.
@@ -138,7 +137,7 @@ def _augmentations_recipe(config: Config) -> dict[str, Any]:
         return {"published": PUBLISHED_FORMAT, "count": config.augmentations.count, "size": config.augmentations.size}
     # The backend is recorded among the policies.
     recipe = config.augmentations.model_dump(mode="json", exclude={"backend", "own"})
-    if (name := crops_of(config.labels)) is not None:
+    if (name := config.labels_of_crops) is not None:
         labels = config.labels[name]
         recipe["labels"] = {"samples": labels.taken.samples, "join": labels.join}
     return recipe

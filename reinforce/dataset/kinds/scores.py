@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import schemas
-from reinforce.config import Config, Fact, Score
 from reinforce.dataset.layers import (
     SAMPLES,
     TRUE_CAPTION,
@@ -32,9 +31,9 @@ from reinforce.errors import UserError
 from reinforce.source.references import image_digest
 from schemas import IMAGE_DIGEST, TRUE_CAPTIONS
 from teachers import weights
-from teachers.open_clip.catalog import model_config
 
 if TYPE_CHECKING:
+    from reinforce.config import Config, Fact, Score
     from teachers.spec import ModelInfo
 
 Floats = npt.NDArray[np.float32]
@@ -141,6 +140,8 @@ class Facts(Scorer):
     key = "facts"
 
     def __init__(self, spec: Score, version: int | None = None) -> None:
+        from teachers.open_clip.catalog import model_config
+
         self._facts, self._tokenizer = spec.facts or [], spec.tokenizer
         self._computed = {**_COMPUTED, "tokens": (("caption",), self._tokens)}
         self.names = tuple(self._facts)
