@@ -154,10 +154,8 @@ class Progress:
     dotted keys. ``streams`` is the number of streams that the feed reads, if the order of samples depends on one, and
     ``samples`` those of an epoch; ``model_config`` is that of the job, ``data`` that of the feed, ``files`` the hash of
     its files, and ``division`` the parts of a batch. Older checkpoints do not have these. ``skipped_last`` is the
-    number of steps without an update since the last update, ``order`` the version of the order of samples, and ``part``
-    the samples of a part that ``accumulate: auto`` has found. ``row_processes`` is the number of loader processes by
-    which rows of a batch are ordered, in versions of the order before 3. ``compiled`` is true where steps ran compiled
-    code.
+    number of steps without an update since the last update, and ``part`` the samples of a part that ``accumulate:
+    auto`` has found. ``compiled`` is true where steps ran compiled code.
     """
 
     step: int
@@ -171,11 +169,9 @@ class Progress:
     division: str | None = None
     files: str | None = None
     part: int | None = None
-    row_processes: int | None = None
     steps: int | None = None
     compiled: bool | None = None
     skipped_last: int = 0
-    order: int = 1
 
     def after_step(self, seconds: float, skipped: bool) -> Progress:
         return replace(

@@ -53,11 +53,10 @@ from reinforce.training.checkpoints import (
 from reinforce.training.config import Job, total_steps
 from reinforce.training.log import Log, Throughput, format_row, open_trackers
 from reinforce.training.log import notes as log_notes
-from reinforce.training.order import ORDER
 from reinforce.training.ranks import Ranks, check_output_is_shared, wrap_ddp
 from reinforce.training.results import Evaluations, OnEvaluation, Results, StepProfiler, read_results
 from reinforce.training.step import Prefetcher, StepOutput, backpropagate, describe_failure
-from reinforce.training.task import Begun, Build, Feed, Task
+from reinforce.training.task import Build, Feed, Task
 from reinforce.training.trials import Trials, compile_model
 from schemas.seeds import seed_for
 from teachers.fast_paths.recompilation import Compiler
@@ -118,7 +117,7 @@ class _Loop:
         fixed = {**job.fixed_config}
         if fixed.get("train.compute.precision") == "auto":
             fixed["train.compute.precision"] = self.accelerator.precision
-        self.progress = Progress(0, fixed, model_config=job.model_config, data=feed.data, order=ORDER, steps=self.steps)
+        self.progress = Progress(0, fixed, model_config=job.model_config, data=feed.data, steps=self.steps)
         model = self.accelerator.place(task.model).train()
         if self.training.compute.sync_batch_norm:
             synchronize_batch_norms(model, ranks)
@@ -170,10 +169,8 @@ class _Loop:
         ranks, accelerated = self.ranks.size, self.accelerator.device.type != "cpu"
         cores = -self.ranks.start_max(-self.ranks.cpus)()  # all ranks read in the same way
         before, batch = self.progress, self.training.batch // ranks
-        begun = Begun(before.step, before.streams, before.order, before.row_processes)
-        reading = self.feed.set_up(ranks, batch, loader_processes(cores, accelerated), begun)
-        now = replace(before, streams=reading.streams, row_processes=reading.row_processes)
-        now = replace(now, samples=self.feed.samples, files=reading.files)
+        reading = self.feed.set_up(ranks, batch, loader_processes(cores, accelerated), before.streams)
+        now = replace(before, streams=reading.streams, samples=self.feed.samples, files=reading.files)
         # With `auto`, that of the checkpoint until the first step is tried.
         self.progress = replace(now, division=before.division if self._finds_microbatches else self._division())
         threads = arithmetic_threads(self.ranks.cpus, reading.loaders, accelerated)

@@ -11,11 +11,7 @@ so any position of any stream is found with a few additions, without reading wha
 stream contributes the same number of samples (up to one), and a rank reads S / ranks of the streams. Where S divides
 the batch, the samples of a step depend on the number of streams, not on the number of ranks or loader processes.
 
-A rank's batch has the samples of its streams one after the other, see ``places``.
-
-``ORDER`` is the version of the order, which checkpoints record. Since version 2, replacements of unusable rows are
-distinct within a batch where there are enough usable rows. Since version 3, the order of rows within a batch does not
-depend on the number of loader processes; before, streams were in the order of the processes that read them.
+A rank's batch has the samples of its streams one after the other, whichever processes read them, see ``places``.
 
 All shuffles are permutations seeded from (seed, dataset, purpose, epoch, stream), see ``schemas.seeds``.
 """
@@ -31,8 +27,6 @@ import numpy as np
 
 from schemas.seeds import Ints, permutation
 
-#: Version of the order of samples of new trainings.
-ORDER = 3
 #: Samples of a stream among which every dataset of a mixture has exactly its share.
 BLOCK = 10_000
 
@@ -45,21 +39,18 @@ def share(total: int, parts: int, part: int) -> int:
     return (total + part) // parts
 
 
-def places(batch: int, step: int, streams: int, processes: int, row_processes: int = 1) -> Ints | None:
+def places(batch: int, step: int, streams: int, processes: int) -> Ints | None:
     """Places [batch] in a rank's batch of the rows that its loader processes read, one process after the other.
 
-    Process p of n reads streams p, p + n, ... of a rank's ``streams``. The batch has the rows of the streams in the
-    order in which ``row_processes`` processes read them: with 1, by the number of the stream. None if both orders are
-    the same.
+    Process p of n reads streams p, p + n, ... of a rank's ``streams``. The batch has the rows of the streams by the
+    number of the stream. None if the rows are read in this order.
     """
     numbers = np.arange(streams)
-    read, wanted = (np.argsort(numbers % count, kind="stable") for count in (processes, row_processes))
-    if np.array_equal(read, wanted):
+    read = np.argsort(numbers % processes, kind="stable")
+    if np.array_equal(read, numbers):
         return None
     rows = (batch * (step + 1) + numbers) // streams - (batch * step + numbers) // streams
-    starts = np.empty_like(rows)
-    starts[wanted] = np.cumsum(rows[wanted]) - rows[wanted]
-    rows, starts = rows[read], starts[read]
+    rows, starts = rows[read], (np.cumsum(rows) - rows)[read]
     return np.repeat(starts - (np.cumsum(rows) - rows), rows) + np.arange(batch)
 
 

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 
-from reinforce.training.order import ORDER
 from teachers.runtime.accelerator import Accelerator
 
 #: Nested mappings of tensors [b, ...] and lists of length b, where b is the number of samples of one rank.
@@ -114,9 +113,8 @@ class Reading:
     """How a feed reads: the result of ``Feed.set_up``.
 
     ``loaders`` is the number of processes or threads of each rank that read, ``text`` describes them. ``streams`` is a
-    number on which the order of samples depends, which checkpoints record. ``note`` is a line for the user. ``files``
-    is a hash of the names and sizes of the files with the samples, and ``row_processes`` the number of loader processes
-    by which rows of a batch are ordered in versions of the order before 3; checkpoints record both.
+    number on which the order of samples depends, and ``files`` a hash of the names and sizes of the files with the
+    samples; checkpoints record both. ``note`` is a line for the user.
     """
 
     loaders: int
@@ -124,17 +122,6 @@ class Reading:
     streams: int | None = None
     note: str | None = None
     files: str | None = None
-    row_processes: int | None = None
-
-
-@dataclass(frozen=True)
-class Begun:
-    """The first step of a feed, and what a checkpoint recorded of how it was read; see ``Reading`` and ``order.py``."""
-
-    step: int = 0
-    streams: int | None = None
-    order: int = ORDER
-    row_processes: int | None = None
 
 
 class Feed(Protocol):
@@ -153,18 +140,19 @@ class Feed(Protocol):
         """
         ...
 
-    def set_up(self, ranks: int, batch: int, loaders: int, begun: Begun) -> Reading:
+    def set_up(self, ranks: int, batch: int, loaders: int, streams: int | None = None) -> Reading:
         """Choose what the config leaves open, before ``batches`` of the same ranks; the same on every rank.
 
-        ``loaders`` is the number of processes or threads that suits the machine.
+        ``loaders`` is the number of processes or threads that suits the machine, ``streams`` what the checkpoint
+        recorded from which the training run resumes.
         """
         ...
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterable[Batch]:
         """Endless batches of ``batch`` samples for one rank, beginning with step ``start``; epochs follow one another.
 
-        Must be a pure function of its arguments, of ``Reading.streams`` and of ``Begun.order``, so that a resumed
-        training run gets the batches that an uninterrupted one would have got.
+        Must be a pure function of its arguments and of ``Reading.streams``, so that a resumed training run gets the
+        batches that an uninterrupted one would have got.
         """
         ...
 

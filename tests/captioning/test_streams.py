@@ -27,7 +27,7 @@ from reinforce.images.policy import decode
 from reinforce.images.records import replay
 from reinforce.source.config import Limits
 from reinforce.training import log
-from reinforce.training.task import Begun, Feed, Task
+from reinforce.training.task import Feed, Task
 from teachers.open_clip.text import Tokenizer
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.captioning import captioned, captioner_config, equal, take, write_shards
@@ -69,7 +69,7 @@ def test_batches_do_not_depend_on_the_start_or_on_loader_processes(folder: Path)
     assert all(map(equal, whole[9:], take(feed_of(config), 3, start=9)))
     processes = config.model_copy(update={"data": config.data.model_copy(update={"workers": 2})})
     feed = feed_of(processes)
-    feed.set_up(1, 4, 2, Begun(3))
+    feed.set_up(1, 4, 2)
     assert all(map(equal, whole[3:5], take(feed, 2, start=3)))
     assert not equal(whole[0], take(feed_of(streams_config(folder, output=f"{folder}/other", seed=1)), 1)[0])
 

@@ -21,7 +21,7 @@ from reinforce.storage import Storage
 from reinforce.training.config import MUTABLE_KEYS, Training, describe_changes, fixed_config, total_steps
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.mailbox import Mailbox
-from reinforce.training.task import Batch, Begun, Reading
+from reinforce.training.task import Batch, Reading
 from tests.helpers.trainings import PairFeed, TowersTask, builder, job, training
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -50,12 +50,11 @@ class CountingFeed(PairFeed):
     def __init__(self, loaders: int) -> None:
         super().__init__()
         self.loaders, self.threads = loaders, 0
-        self.asked: tuple[int, Begun] | None = None
+        self.asked: tuple[int, int | None] | None = None
 
-    def set_up(self, ranks: int, batch: int, loaders: int, begun: Begun) -> Reading:
-        self.asked = loaders, begun
-        own, text = begun.row_processes or self.loaders, f"{self.loaders} loaders"
-        return Reading(self.loaders, text, begun.streams or 6, "read in six streams", row_processes=own)
+    def set_up(self, ranks: int, batch: int, loaders: int, streams: int | None = None) -> Reading:
+        self.asked = loaders, streams
+        return Reading(self.loaders, f"{self.loaders} loaders", streams or 6, "read in six streams")
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
         self.threads = torch.get_num_threads()
@@ -71,24 +70,12 @@ def test_a_training_uses_all_cores_unless_the_config_says_otherwise(
     for compute, cpus, threads in (({}, 16, 13), ({"cpus": 2}, 2, 2)):
         feed, output = CountingFeed(3), tmp_path / str(cpus)
         launch(lambda _, feed=feed: (TowersTask(), feed), job(output, steps=3, compute=compute))
-        assert (feed.threads, feed.asked) == (threads, (1, Begun()))
+        assert (feed.threads, feed.asked) == (threads, (1, None))
         shown = f"1 rank x {cpus} CPUs, 3 loaders, device cpu\nread in six streams\ntwo towers\n"
         assert capsys.readouterr().out.startswith(shown)
         assert torch.get_num_threads() == before
     launch(lambda _: (TowersTask(), feed), job(output, steps=4, compute=compute))
-    assert feed.asked == (1, Begun(3, 6, row_processes=3)), "what the checkpoint records"
-
-
-def test_a_training_of_an_earlier_version_goes_on_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    feed = CountingFeed(3)
-    with monkeypatch.context() as patch:
-        patch.setattr("reinforce.training.loop.ORDER", 1)  # the checkpoint names no order
-        launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=3))
-    feed.loaders = 2
-    for steps in (4, 5):
-        launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=steps))
-        assert feed.asked == (1, Begun(steps - 1, 6, 1, 3))
+    assert feed.asked == (1, 6), "what the checkpoint records"
 
 
 def test_a_second_training_with_the_same_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

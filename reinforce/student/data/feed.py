@@ -57,9 +57,9 @@ from reinforce.student.data.stream import (
     Target,
     Tokenize,
 )
-from reinforce.training.order import ORDER, places
+from reinforce.training.order import places
 from reinforce.training.ranks import share_from_first
-from reinforce.training.task import Batch, Begun, Reading
+from reinforce.training.task import Batch, Reading
 from schemas.seeds import Ints
 from teachers.redact import redact
 
@@ -162,7 +162,6 @@ def _chain(lists: Iterable[Sequence[T]], places: Ints | None) -> list[T]:
 
 _LOG = logging.getLogger(__name__)
 _MOST_NAMED = 10  # rows of a rank that were replaced
-_NEW = Begun()
 _Assembled: TypeAlias = "tuple[Batch, Counter[str]]"  # a batch, and the unusable rows since the last one, by reason
 
 
@@ -198,16 +197,11 @@ class StreamFeed:
         self._maker, self._assembler, self._files = maker, assembler, files
         self.samples = samples
         self._reading: Reading | None = None
-        self._order = ORDER
         self._named: set[str] = set()
 
-    def set_up(self, ranks: int, batch: int, loaders: int, begun: Begun = _NEW) -> Reading:
+    def set_up(self, ranks: int, batch: int, loaders: int, streams: int | None = None) -> Reading:
         """See ``reinforce.training.task.Feed`` and ``plan_reading``."""
-        self._order = begun.order
-        reading = plan_reading(self._config, ranks, batch, loaders, begun)
-        if begun.order < 3:
-            reading = _keep_order_of_rows(reading, ranks, begun)
-        self._reading = replace(reading, files=self._files)
+        self._reading = replace(plan_reading(self._config, ranks, batch, loaders, streams), files=self._files)
         return self._reading
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Generator[Batch]:
@@ -215,7 +209,7 @@ class StreamFeed:
 
         The number of the step is all the state there is, so a plain DataLoader resumes exactly.
         """
-        reading = self._reading or plan_reading(self._config, ranks, batch, 1, Begun(start))
+        reading = self._reading or plan_reading(self._config, ranks, batch, 1)
         processes, streams = max(1, reading.loaders), reading.streams
         assert streams is not None
         if streams % (ranks * processes):
@@ -224,7 +218,7 @@ class StreamFeed:
             )
         if batch < processes:
             raise UserError(f"data.workers ({processes}) must be at most the batch of a rank ({batch}).")
-        plan = StreamPlan(self._datasets, self._maker, self._seed, streams, self._config.window, self._order)
+        plan = StreamPlan(self._datasets, self._maker, self._seed, streams, self._config.window)
         stream = RankStream(plan, rank, ranks, batch, start)
         batches = self._read_here(stream)
         if reading.loaders:
@@ -242,10 +236,10 @@ class StreamFeed:
 
     def _read_here(self, stream: RankStream) -> Generator[_Assembled]:
         """Read in this process."""
-        start, stream.buffers = stream.step, self._maker.allocate(1, 1, stream.batch)
-        for step, part in enumerate(stream, start):
+        stream.buffers = self._maker.allocate(1, 1, stream.batch)
+        for part in stream:
             assert part.buffers is not None
-            yield self._assemble([part], [part.buffers], self._places(stream, step, 1))
+            yield self._assemble([part], [part.buffers])
 
     def _read_in_workers(self, stream: RankStream, processes: int) -> Generator[_Assembled]:
         """Read in loader processes, which make their parts in shared memory."""
@@ -275,13 +269,10 @@ class StreamFeed:
                     raise part
                 parts.append(part)
             filled = [buffers.select(p, step % depth, slice(len(part.keys))) for p, part in enumerate(parts)]
-            yield self._assemble(parts, filled, self._places(stream, step, processes))
+            of_rows = places(stream.batch, step, stream.plan.streams // stream.ranks, processes)
+            yield self._assemble(parts, filled, of_rows)
 
-    def _places(self, stream: RankStream, step: int, processes: int) -> Ints | None:
-        row_processes = (self._reading and self._reading.row_processes) or 1
-        return places(stream.batch, step, stream.plan.streams // stream.ranks, processes, row_processes)
-
-    def _assemble(self, parts: Sequence[Part], buffers: Sequence[PartBuffers], rows: Ints | None) -> _Assembled:
+    def _assemble(self, parts: Sequence[Part], buffers: Sequence[PartBuffers], rows: Ints | None = None) -> _Assembled:
         """Make a batch of the parts of all processes, and name the first rows that were replaced."""
         for line in itertools.chain.from_iterable(part.replaced for part in parts):
             if len(self._named) < _MOST_NAMED and line not in self._named:
@@ -372,20 +363,19 @@ def _made_in_thread(items: Generator[T]) -> Generator[T]:
         yield from prefetch(pool, lambda _: next(items), itertools.count(), 1)
 
 
-def plan_reading(data: Streams, ranks: int, batch: int, loaders: int, begun: Begun) -> Reading:
+def plan_reading(data: Streams, ranks: int, batch: int, loaders: int, recorded: int | None = None) -> Reading:
     """Choose loader processes and streams for ranks with ``batch`` samples per step each.
 
     Set values of ``data.workers`` and ``data.streams`` are used unchanged. Otherwise ``loaders`` suits the machine, and
     a stream is read by one process. The order of samples depends on the streams: a training run that resumes keeps
-    those that its checkpoint recorded. A checkpoint without a record was written when the default was one process.
+    those that its checkpoint ``recorded``.
     """
-    recorded = begun.streams
     if data.workers is not None:
         workers, parts = data.workers, ranks * max(1, data.workers)
         streams = data.streams or (recorded if recorded and recorded % parts == 0 else parts)
     else:
         wanted = min(batch, loaders)
-        streams = data.streams or recorded or ranks * (1 if begun.step else wanted)
+        streams = data.streams or recorded or ranks * wanted
         local = streams // ranks  # of a rank, which its workers divide
         workers = (
             next(n for n in range(min(local, wanted), 0, -1) if local % n == 0) if streams % ranks == 0 else wanted
@@ -393,35 +383,11 @@ def plan_reading(data: Streams, ranks: int, batch: int, loaders: int, begun: Beg
         if data.streams is None and streams % ranks:
             streams = ranks * workers
     text = f"{workers} loader process{'es' * (workers > 1)}" if workers else "no loader process"
-    return Reading(workers, text, streams, _note(data, ranks, workers, streams, begun))
-
-
-def _keep_order_of_rows(reading: Reading, ranks: int, begun: Begun) -> Reading:
-    """The order of rows within a batch before version 3: by process, as many as recorded, or else as read now."""
-    assert reading.streams is not None
-    recorded, note, local = begun.row_processes, reading.note, reading.streams // ranks
-    row_processes = recorded or max(1, reading.loaders)
-    if begun.step and recorded is None and any(local % count == 0 for count in range(2, local)):
-        note = note or (
-            "the checkpoint does not record its number of loader processes, on which the order of rows within a batch "
-            f"depends: from here on it is that of {row_processes}. If it was another one, resume once with this as "
-            "data.workers to continue exactly."
-        )
-    return replace(reading, row_processes=row_processes, note=note)
-
-
-def _note(data: Streams, ranks: int, workers: int, streams: int, begun: Begun) -> str | None:
-    """Why the order of samples may not be the one before, or None if it is."""
-    start, recorded = begun.step, begun.streams
-    if start and recorded and recorded != streams:
-        return (
+    note = None
+    if recorded not in (None, streams):
+        note = (
             f"the order of samples changes at this step: the checkpoint's {recorded} streams cannot be shared by "
             f"{ranks} x {max(1, workers)} loader processes. To continue exactly, set train.compute.ranks x "
             f"data.workers to a divisor of {recorded}."
         )
-    if start and recorded is None and data.streams is None and data.workers is None:
-        return (
-            f"the checkpoint does not record its streams, so the data is read in {streams}, the default when it was "
-            "written: one loader process per rank. If data.workers was set before, set it again."
-        )
-    return None
+    return Reading(workers, text, streams, note)

@@ -41,7 +41,7 @@ from reinforce.student.data.examples import (
     find_stored,
     make_examples,
 )
-from reinforce.training.order import ORDER, GroupChunk, Mixture, Order, Window, share
+from reinforce.training.order import GroupChunk, Mixture, Order, Window, share
 from schemas import image_columns
 
 _ALIGNMENT = 64  # bytes
@@ -383,8 +383,7 @@ class DatasetReader:
 
     In place of unusable rows, the usable ones of a window follow one another again, so copies are as far apart as they
     can be. A window with fewer than ``apart`` usable rows, those of the stream that are in one batch, takes more from
-    later epochs. With ``apart`` None, an unusable row is replaced by the one half a window away, which is version 1 of
-    the order.
+    later epochs.
     """
 
     def __init__(
@@ -394,7 +393,7 @@ class DatasetReader:
         stream: int,
         position: int,
         pool: ThreadPoolExecutor,
-        apart: int | None = 1,
+        apart: int = 1,
     ) -> None:
         self.unusable: Counter[str] = Counter()  # unusable rows so far, by reason
         self._dataset, self._order, self._stream, self._pool, self._apart = dataset, order, stream, pool, apart
@@ -432,30 +431,25 @@ class DatasetReader:
 
     def _replace_unusable(self, rows: list[Example | None], window: Window) -> list[Example]:
         usable = [row for row in rows if row is not None]
-        if len(usable) == len(rows):
-            return usable
-        if self._apart is not None:
-            if len(usable) < min(len(rows), self._apart):
-                usable = self._with_later_ones(usable, window, window.start, self._apart)[: len(rows)]
-            return list(itertools.islice(itertools.cycle(usable), len(rows)))
-        usable = usable or self._with_later_ones([], window, 0, 1)[:1]
-        before = np.cumsum([row is not None for row in rows]).tolist()
-        return [row or usable[(b + len(usable) // 2) % len(usable)] for row, b in zip(rows, before, strict=True)]
+        if len(usable) < min(len(rows), self._apart):
+            usable = self._with_later_ones(usable, window)[: len(rows)]
+        return list(itertools.islice(itertools.cycle(usable), len(rows)))
 
-    def _with_later_ones(self, usable: list[Example], window: Window, start: int, count: int) -> list[Example]:
-        """``count`` or more distinct usable rows: those of a window, and of the stream from row ``start`` of its next
-        epoch on. Fewer if eight windows do not have so many. Raises UserError if there seems to be none.
+    def _with_later_ones(self, usable: list[Example], window: Window) -> list[Example]:
+        """``apart`` or more distinct usable rows: those of a window, and of the stream from its place in the next epoch
+        on. Fewer if eight windows do not have so many. Raises UserError if there seems to be none.
         """
         found = {(row.file.path, row.key): row for row in usable}
         searched, unusable = 0, Counter[str]()
-        for later in self._order.windows(self._stream, self._order.before(self._stream, window.epoch + 1) + start):
+        position = self._order.before(self._stream, window.epoch + 1) + window.start
+        for later in self._order.windows(self._stream, position):
             for chunk in later.chunks:
                 examples = self._dataset.load(chunk, later.epoch, self._keep)
                 for row in filter(None, examples.rows):
                     found.setdefault((row.file.path, row.key), row)
                 searched += chunk.rows
                 unusable.update(examples.unusable)
-                if len(found) >= count or (found and searched >= 8 * len(window.order)):
+                if len(found) >= self._apart or (found and searched >= 8 * len(window.order)):
                     return list(found.values())
             if searched >= min(_MAX_UNUSABLE_ROWS, 2 * self._order.total):
                 break
@@ -475,17 +469,13 @@ _READERS = 2
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """What is streamed, the same on every rank. ``streams`` and ``window`` are those of the config.
-
-    ``order`` is the version of the order of samples, see ``reinforce.training.order``.
-    """
+    """What is streamed, the same on every rank. ``streams`` and ``window`` are those of the config."""
 
     datasets: Sequence[Streamed]
     maker: PartMaker
     seed: int
     streams: int
     window: int
-    order: int = ORDER
 
 
 class RankStream(IterableDataset[Part]):
@@ -517,7 +507,7 @@ class RankStream(IterableDataset[Part]):
         local = self.plan.streams // self.ranks
         orders = make_orders(self.plan.datasets, self.plan.seed, self.plan.streams, self.plan.window)
         pool = ThreadPoolExecutor(_READERS, "reader")
-        apart = -(-self.batch // local) if self.plan.order > 1 else None
+        apart = -(-self.batch // local)
         try:
             readers: dict[int, StreamReader] = {}
             for number in range(process, local, processes):
@@ -576,7 +566,7 @@ class StreamReader:
         stream: int,
         position: int,
         pool: ThreadPoolExecutor,
-        apart: int | None = 1,
+        apart: int = 1,
     ) -> None:
         mixture = Mixture([dataset.weight for dataset in datasets], seed)
         self._draws = mixture.draws(stream, position)

@@ -27,7 +27,7 @@ from reinforce.images.records import replay
 from reinforce.source.config import Limits
 from reinforce.student.config import Data
 from reinforce.student.data.feed import Assembler, StudentFeed
-from reinforce.training.task import Batch, Begun
+from reinforce.training.task import Batch
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.in_loaders import letters, read
 from tests.helpers.reinforced import reinforce_here, small_dataset
@@ -120,22 +120,12 @@ def test_loader_processes_read_every_sample_once_and_resume_exactly_also_with_ot
     # One process reads the same streams one after the other.
     assert all(map(same, take(feed_of(labelled, streams=2), 16, 4), undisturbed))
     resumed = feed_of(labelled, workers=None)
-    assert resumed.set_up(1, 4, 1, Begun(9, reading.streams)).loaders == 1
+    assert resumed.set_up(1, 4, 1, reading.streams).loaders == 1
     assert all(map(same, take(resumed, 7, 4, start=9), undisturbed[9:]))
-    # A checkpoint without a record was read in one stream.
-    old = feed_of(labelled, workers=None)
-    assert old.set_up(1, 4, 2, Begun(9)).streams == 1
-    assert all(map(same, take(old, 3, 4, start=9), take(feed_of(labelled), 3, 4, start=9)))
-
-
-def set_up(feed: StudentFeed, order: int, start: int = 9, row_processes: int | None = None) -> tuple[int | None, Any]:
-    """The order of rows that a feed of one rank with four streams chooses, and what it notes about it."""
-    reading = feed.set_up(1, 6, 2, Begun(start, 4, order, row_processes))
-    return reading.row_processes, reading.note
 
 
 def test_rows_have_the_same_places_in_a_batch_with_any_number_of_loader_processes(labelled: str) -> None:
-    """Batches of six samples of four streams; before version 3, rows were in the order of the processes."""
+    """Batches of six samples of four streams."""
     options = {"datasets": labelled, "streams": 4, "window": 10}
     one, two = (
         StudentFeed(Data.model_validate({**options, "workers": workers}), 5, 20, letters, online=["red"])
@@ -143,16 +133,6 @@ def test_rows_have_the_same_places_in_a_batch_with_any_number_of_loader_processe
     )
     whole = take(one, 12, 6)
     assert all(map(same, take(two, 3, 6, start=9), whole[9:]))
-    assert set_up(two, 3) == (None, None)
-    row_processes, note = set_up(two, 2)
-    assert row_processes == 2
-    assert "does not record its number of loader processes, on which the order of rows" in note
-    assert set_up(two, 2, start=0) == set_up(two, 2, row_processes=2) == (2, None)
-    before = take(two, 3, 6, start=9)
-    assert [sorted(batch["key"]) for batch in before] == [sorted(batch["key"]) for batch in whole[9:]]
-    assert not any(map(same, before, whole[9:]))
-    assert set_up(one, 2, row_processes=2) == (2, None)
-    assert all(map(same, take(one, 3, 6, start=9), before)), "as the checkpoint records it"
 
 
 def test_a_process_that_is_ahead_does_not_overwrite_parts_that_are_being_assembled(
