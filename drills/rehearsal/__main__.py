@@ -1,4 +1,4 @@
-"""python -m tests.rehearsal: run the steps of docs/recipes.md with small stand-ins, in about two minutes."""
+"""python -m drills.rehearsal: run the steps of docs/recipes.md with small stand-ins, in about two minutes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.rehearsal.stand_ins import CLASSIFICATION, TABLES, write_stand_ins
+from drills.rehearsal.stand_ins import CLASSIFICATION, TABLES, write_stand_ins
 
 ROOT = Path(__file__).parents[2]
 #: Runs a command of ``reinforce`` in the root of the repository. Raises an error if it fails.

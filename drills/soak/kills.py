@@ -1,23 +1,18 @@
-"""Processes of a run that are killed, for ``tests.soak.faults``: the run is a process with a Ray of its own."""
+"""Processes of a run that are killed, for ``drills.soak.faults``: the run is a process with a Ray of its own."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import psutil
 import yaml
 
-from tests.helpers.waiting import wait_for
-
-if TYPE_CHECKING:
-    from tests.soak.faults import Bench
+from drills.soak.bench import Bench
+from tests.helpers.waiting import processes_below, wait_for
 
 #: How the commands of processes begin.
 WORKER, DECODER = "ray::Worker", f"{sys.executable} -I -c"
@@ -92,18 +87,3 @@ def run_killed(bench: Bench, kill: Kill, name: str) -> str:
     assert len(errors) == bool(kill.error), lines[-5:]
     assert kill.error in "".join(errors), errors
     return "".join(errors)
-
-
-def processes_below(pid: int, command: str) -> list[int]:
-    """Descendants of a process by the start of their command, or its file's name."""
-    found: list[int] = []
-    try:
-        children = psutil.Process(pid).children(recursive=True)
-    except psutil.Error:  # it has ended
-        return found
-    for child in children:
-        with contextlib.suppress(psutil.Error):  # it has ended
-            text = " ".join(child.cmdline())
-            if text.startswith(command) or text.partition(" ")[0].rpartition("/")[2] == command:
-                found.append(child.pid)
-    return found

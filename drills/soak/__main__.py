@@ -1,4 +1,4 @@
-"""Soak test: random faults every few seconds, for ``python -m tests.soak --seconds 600`` seconds (``make soak``).
+"""Soak test: random faults every few seconds, for ``python -m drills.soak --seconds 600`` seconds (``make soak``).
 
 Rounds of one config, alternating between S3 and a disk, on a cluster of three nodes. Until the time is up, workers are
 killed or paused, decode processes are killed, drivers are killed or stopped and started again, nodes are lost and
@@ -24,10 +24,11 @@ from typing import Any
 
 import yaml
 
+from drills.soak.kills import DECODER, WORKER
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.s3_proxy import Fault, Proxy, Request, cut, refuse, s3_behind_proxy, s3_environment, slow
 from tests.helpers.s3_runs import layers, writes_layer
-from tests.soak.kills import DECODER, WORKER, processes_below
+from tests.helpers.waiting import processes_below
 
 ROOT = Path(__file__).parents[2]
 NODES = 3

@@ -1,6 +1,6 @@
 """A link between two network namespaces that can delay and lose frames, for kernels without ``tc netem``.
 
-``python -m tests.soak.cable SPACE NAME SPACE NAME`` makes a TAP device in each namespace, prints a line, and carries
+``python -m drills.soak.cable SPACE NAME SPACE NAME`` makes a TAP device in each namespace, prints a line, and carries
 frames between them until it is killed. A line ``MILLISECONDS PERCENT`` on its standard input sets what happens to the
 frames of the second device.
 """

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from drills.photos.pictures import Photo, read_photos, read_resources, write_captioned, write_classes
 from tests.helpers.data import picture
-from tests.photos.pictures import Photo, read_photos, read_resources, write_captioned, write_classes
 
 _BOARD = '{"title": qsTr("Eiffel Tower"), "text": qsTr("A tower\n of iron."), "audio": file("a"),\n "image2": "qrc:%s"}'
 

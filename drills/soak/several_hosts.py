@@ -1,4 +1,4 @@
-"""Faults of a network and of hosts, one at a time: ``python -m tests.soak.several_hosts`` (a part of ``make soak``).
+"""Faults of a network and of hosts, one at a time: ``python -m drills.soak.several_hosts`` (a part of ``make soak``).
 
 A run, a training, a selection and a suite of evaluation sets, each on a Ray cluster whose head, driver, object store
 and two workers are separate hosts (`hosts.py`). Each must end with the bytes of an undisturbed one, or with one line of
@@ -22,13 +22,13 @@ from typing import Any
 
 import yaml
 
+from drills.soak.hosts import Host, Process, RayHosts, network, why_impossible
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.evaluation import colour_samples, write_classification
 from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.s3_proxy import s3_environment
 from tests.helpers.students import student_folder
-from tests.soak.hosts import Host, Process, RayHosts, network, why_impossible
 
 SHARDS = 24
 SETS = ["mnist", "stl10", "cifar10", "vtab/svhn"]
@@ -112,11 +112,11 @@ class Bench:
             self.objects("put", str(path), prefix)
 
     def objects(self, *arguments: str) -> str:
-        """Run a command of ``tests.soak.object_store`` on the host of the store -> its last line."""
+        """Run a command of ``drills.soak.object_store`` on the host of the store -> its last line."""
         log = self.folder / "objects.log"
         log.unlink(missing_ok=True)
         environment = {**self.cluster.environment, "AWS_ENDPOINT_URL": self.cluster.endpoint}
-        command = [sys.executable, "-m", "tests.soak.object_store", *arguments]
+        command = [sys.executable, "-m", "drills.soak.object_store", *arguments]
         assert self.cluster.store.start(command, log, environment).wait(300) == 0, log.read_text()[-2000:]
         return (log.read_text().splitlines() or [""])[-1]
 

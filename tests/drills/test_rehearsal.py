@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import reinforce
+from drills.rehearsal.__main__ import ROOT, rehearse
 from reinforce.config import load_config
 from tests.helpers.commands import printed_by
 from tests.helpers.reinforced import reinforce_here
-from tests.rehearsal.__main__ import ROOT, rehearse
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -54,7 +54,7 @@ def has_netem(space: str) -> bool:
 
 def _start_cable(near: str, link: str, far: str) -> subprocess.Popen[bytes]:
     """Start a link between two namespaces, whose devices are there then."""
-    command = [sys.executable, "-m", "tests.soak.cable", near, link, far, "eth0"]
+    command = [sys.executable, "-m", "drills.soak.cable", near, link, far, "eth0"]
     cable = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert cable.stdout is not None
     assert cable.stdout.readline() == b"ready\n"
@@ -244,7 +244,7 @@ class RayHosts:
 
     def start_store(self) -> None:
         self.store.start(
-            [sys.executable, "-m", "tests.soak.object_store", "serve", str(STORE_PORT)], self.net.folder / "store.log",
+            [sys.executable, "-m", "drills.soak.object_store", "serve", str(STORE_PORT)], self.net.folder / "store.log",
             self.environment,
         )  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""An S3 server on a host of ``tests.soak.hosts``, and commands that put files there and read their digests.
+"""An S3 server on a host of ``drills.soak.hosts``, and commands that put files there and read their digests.
 
-``python -m tests.soak.object_store serve PORT`` until it is killed, ``put FOLDER PREFIX``, ``digests PREFIX``.
+``python -m drills.soak.object_store serve PORT`` until it is killed, ``put FOLDER PREFIX``, ``digests PREFIX``.
 """
 
 from __future__ import annotations
