@@ -20,8 +20,7 @@ from reinforce.engine.worker.models import Models, load_models
 from reinforce.engine.worker.producers.registry import measure_costs
 from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
-from reinforce.evaluation.kinds import probes as knn
-from reinforce.evaluation.kinds import probes as linear
+from reinforce.evaluation.kinds import probes
 from reinforce.evaluation.kinds.probes import Features
 from reinforce.images.device import augment
 from reinforce.images.device_records import CellRecord
@@ -326,9 +325,9 @@ def test_probes_of_features_are_computed_on_the_cpu_for_mps(caplog: pytest.LogCa
     features = torch.nn.functional.normalize(torch.randn(30, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     labels = np.arange(30) % 3
     data = Features(features, labels, features, labels)
-    sets = ((linear, linear.LinearSet), (knn, knn.KnnSet))
-    configs = [(kind, of.model_construct(l2=[0.01], k=[3], temperature=0.1)) for kind, of in sets]
-    expected = [kind._classify(config, data, Accelerator("cpu")) for kind, config in configs]
+    sets = ((probes._classify, probes.LinearSet), (probes._classify_nearest, probes.KnnSet))
+    configs = [(classify, of.model_construct(l2=[0.01], k=[3], temperature=0.1)) for classify, of in sets]
+    expected = [classify(config, data, Accelerator("cpu")) for classify, config in configs]
     with stand_in_mps():
-        assert [kind._classify(config, data, Accelerator("mps")) for kind, config in configs] == expected
+        assert [classify(config, data, Accelerator("mps")) for classify, config in configs] == expected
     assert fallen_back(caplog) == ["linear probes", "nearest neighbours"]

@@ -38,8 +38,8 @@ KEYWORDS = ("shell", "allow_pickle", "trust_remote_code", "weights_only")
 TRUSTING = ROOT / "teachers" / "transformers" / "teacher.py"
 #: Messages between a worker and its own decode processes, over a socket without a name.
 OWN_MESSAGES = {
-    ("decode/process.py", "pickle.loads"),
-    ("parallel/worker_process.py", "pickle.loads"),
+    ("worker/decode.py", "pickle.loads"),
+    ("processes/parallel.py", "pickle.loads"),
 }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest, ray
 from ray.cluster_utils import Cluster
 from reinforce.errors import HostLost
-from reinforce.training.distributed import host_watch, supervisor
+from reinforce.training import ray_train
 from reinforce.training.launch import launch
 from reinforce.processes.signals import Stopped
 from tests.helpers.lean_ray import prepare
@@ -68,8 +68,8 @@ def train(name, during, ranks=2, seconds=0.1):
         ended[name] = f"{type(error).__name__}: {error}"
     meanwhile.join()
 
-host_watch._RETURN_SECONDS = 3.0
-supervisor._TERMINATION_SECONDS = 5.0
+ray_train._RETURN_SECONDS = 3.0
+ray_train._TERMINATION_SECONDS = 5.0
 train("waiting", stop, ranks=3)
 train("hung", hang, seconds=1_000)
 train("stopped", lose_a_node_and_stop)
