@@ -179,10 +179,7 @@ def view_schema() -> pa.Schema:
 
 
 def view_shards_schema() -> pa.Schema:
-    """Schema of ``views/<name>/shards-<fingerprint>.parquet``, sorted by shard.
-
-    Views of version 1 have the first three columns, in ``shards.parquet``.
-    """
+    """Schema of ``views/<name>/shards-<fingerprint>.parquet``, sorted by shard."""
     return pa.schema(
         [
             _field("shard", pa.string(), "name of the shard", nullable=False),

@@ -344,11 +344,6 @@ class LayerKind(ABC):
         layer, fingerprint = self.pattern.replace("*", name), compute_fingerprint(recipe)
         return Layer(layer, self, fingerprint, (SAMPLES,), name, recipe=recipe, code=info.code, **facts)
 
-    def as_recorded(self, layer: Layer, entry: Mapping[str, Any]) -> tuple[Layer, str | None]:
-        """A layer by the earlier version that its ``entry`` in dataset.json records, if such layers are continued, and
-        what is wrong with it; else the layer itself and None."""
-        return layer, None
-
     def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the layers that a layer is computed from, by its name and its entry in dataset.json, if it has one:
         by default the samples."""

@@ -32,7 +32,7 @@ from reinforce.processes.attempts import prefetch
 from reinforce.source.urls import FOLDER, RowDigests, digest_of, rows_path, shards_path
 from reinforce.terminal import first_names, plural
 
-_DESCRIPTION, _SHARDS = "view.json", "shards.parquet"  # the latter in version 1
+_DESCRIPTION = "view.json"
 _FORMAT = "reinforced-view"
 _VERSION = 2
 _MAX_BYTES = 2**30
@@ -106,8 +106,8 @@ def _row_digests(view: ViewRows, store: Store) -> RowDigests:
     path = shards_path(view.name, view.fingerprint)
     try:
         return RowDigests.parse(store.read_bytes(*path, limit=_MAX_BYTES))
-    except FileNotFoundError:
-        return RowDigests.parse(None)
+    except FileNotFoundError as error:
+        raise UserError(f"{store.path(*path)} does not exist. Make the view again.") from error
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{store.path(*path)} cannot be read ({error}). Make the view again.") from error
 
@@ -143,7 +143,7 @@ class View:
     """A view that was made: ``rules`` with their ``seed``, the fingerprints of its ``inputs``, and what it keeps.
 
     ``fingerprint`` is that of ``view_fingerprint``. ``counts`` has the rows of each shard, ``kept`` the number of those
-    that are kept in each of its row groups. ``report`` has the counts of each rule. ``files`` is None in version 1.
+    that are kept in each of its row groups. ``report`` has the counts of each rule.
     """
 
     name: str
@@ -154,7 +154,7 @@ class View:
     counts: Mapping[str, int]
     kept: Mapping[str, Sequence[int]]
     report: Sequence[Mapping[str, Any]]
-    files: ViewFiles | None = None
+    files: ViewFiles
 
     @property
     def rows(self) -> ViewRows:
@@ -180,8 +180,6 @@ class View:
         return lines or [*self._changed_content(store)]
 
     def _changed_content(self, store: Store) -> Iterator[str]:
-        if self.files is None:
-            return
         shards = sorted(self.counts)
         states = states_of(store, self.inputs, shards)
         doubtful = [n for n, state in enumerate(states) if not state or state != self.files.states[n]]
@@ -201,21 +199,16 @@ def view_fingerprint(
     seed: int,
     inputs: Mapping[str, str],
     shards: Iterable[str],
-    files: ViewFiles | None = None,
+    files: ViewFiles,
 ) -> str:
-    """Hash of rules, their seed, the fingerprints of the layers that they read, and shards with their content.
-
-    Without ``files``, as in version 1, it covers the names of the shards alone.
-    """
+    """Hash of rules, their seed, the fingerprints of the layers that they read, and shards with their content."""
     recipe: dict[str, Any] = {"rules": [*rules], "seed": seed, "inputs": dict(inputs), "shards": sorted(shards)}
-    if files is not None:
-        recipe |= {"columns": dict(files.columns), "contents": [*files.contents]}
+    recipe |= {"columns": dict(files.columns), "contents": [*files.contents]}
     return compute_fingerprint({"view": recipe})
 
 
 def write_view(store: Store, view: View) -> None:
     """Write the description of a view, after its rows, and remove the files of earlier views of its name."""
-    assert view.files is not None
     shards = sorted(view.counts)
     columns = {
         "shard": shards,
@@ -326,16 +319,17 @@ def read_view(store: Store, name: str) -> View:
         known = ", ".join(others) or "none"
         raise UserError(f"{store.url} has no view {name!r}; it has: {known}. `reinforce select` makes one.")
     path = store.path(FOLDER, name, _DESCRIPTION)
-    if description.get("format") != _FORMAT or not isinstance(description.get("version"), int):
+    version = description.get("version")
+    if description.get("format") != _FORMAT or not isinstance(version, int) or version < _VERSION:
         raise UserError(f"{path} does not describe a view. Make it again with reinforce select.")
-    if description["version"] > _VERSION:
+    if version > _VERSION:
         raise UserError(f"{path} was written by a newer version of this program. Upgrade to read it.")
     try:
-        fingerprint, version = description["fingerprint"], description["version"]
+        fingerprint = description["fingerprint"]
         if not re.fullmatch(r"[0-9a-f]{16}", fingerprint):
             raise ValueError("its fingerprint is none")
         try:
-            table = _read_shards(store, name, version, fingerprint, description.get("shards"))
+            table = _read_shards(store, name, fingerprint, description["shards"])
         except FileNotFoundError as error:
             now = store.read_json(FOLDER, name, _DESCRIPTION)
             if now is not None and now.get("fingerprint") != fingerprint:  # a selection has replaced it meanwhile
@@ -351,7 +345,7 @@ def read_view(store: Store, name: str) -> View:
             dict(zip(columns["shard"], columns["rows"], strict=True)),
             dict(zip(columns["shard"], columns["kept"], strict=True)),
             description["report"],
-            None if version == 1 else _view_files(description["columns"], table),
+            _view_files(description["columns"], table),
         )
         same = fingerprint == view_fingerprint(view.rules, view.seed, view.inputs, view.counts, view.files)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -367,21 +361,20 @@ def _view_files(columns: Mapping[str, Sequence[str]], table: pa.Table) -> ViewFi
     return ViewFiles(named, array("Q", contents), array("q", states), array("Q", digests))
 
 
-def _read_shards(store: Store, name: str, version: int, fingerprint: str, digest: str | None) -> pa.Table:
+def _read_shards(store: Store, name: str, fingerprint: str, digest: str) -> pa.Table:
     """Read how many rows of each shard a view keeps, from the file with the ``digest``. Raises FileNotFoundError."""
-    parts = (FOLDER, name, _SHARDS) if version == 1 else shards_path(name, fingerprint)
+    parts = shards_path(name, fingerprint)
     path, schema = store.path(*parts), schemas.view_shards_schema()
     try:
         content = store.read_bytes(*parts, limit=_MAX_BYTES)
-        if version > 1 and digest != f"{digest_of(content):016x}":
+        if digest != f"{digest_of(content):016x}":
             raise UserError(f"{path} does not have the digest that {_DESCRIPTION} states. Make the view again.")
         table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}). Make the view again.") from error
-    fields = [*schema][: 3 if version == 1 else None]
-    if [(field.name, field.type) for field in table.schema] != [(field.name, field.type) for field in fields]:
+    if [(field.name, field.type) for field in table.schema] != [(field.name, field.type) for field in schema]:
         raise UserError(f"{path} has other columns than a view. Make the view again.")
     if not pc.all(pc.match_substring_regex(table["shard"], f"^{SHARD_NAME.pattern}$"), min_count=0).as_py():
         raise UserError(f"{path} names shards that do not exist. Make the view again.")

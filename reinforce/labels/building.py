@@ -91,7 +91,9 @@ def _planned(dataset: Store, store: Store) -> tuple[IdentityIndex, pa.Table]:
     rows, sizes = pa.array(map(sum, groups), pa.int64()), pa.array(listing.sizes, pa.int64())
     columns = [listing.names, sizes, rows, pa.array(groups, pa.list_(pa.int32()))]
     table = pa.table(columns, schema=schemas.index_schema())
-    return IdentityIndex(store, index_fingerprint(samples, bits, table), samples, bits, {}, [*listing], groups), table
+    return IdentityIndex(
+        store, index_fingerprint(samples, bits, table), samples, bits, {}, [*listing], groups, {}
+    ), table
 
 
 def _finished(planned: IdentityIndex) -> IdentityIndex | None:
@@ -112,22 +114,20 @@ def build_index(
 ) -> IdentityIndex:
     """Index the identities of a dataset in its folder, or another one; nothing is written if it is there.
 
-    The description of an index of an earlier version gets the repeated identities, which it lacks. Without ``images``,
-    digests are indexed only where they are stored. Raises UserError.
+    Without ``images``, digests are indexed only where they are stored. Raises UserError.
     """
     store = Store(url if output is None else output)
     planned, table = _planned(Store(url), store)
     found = _finished(planned)
-    if found is not None and found.repeated is not None:
+    if found is not None:
         return found
     parts = _parts(planned.shards, planned.groups)
     source, target = as_seen_by_workers(url), as_seen_by_workers(url if output is None else output)
     build = Build(source, target, planned.samples, planned.fingerprint, planned.bits, parts, images)
     with open_workers(address, use_ray) as workers:
-        counts = _build(store, build, found is not None, workers)
+        counts = _build(store, build, workers)
     index = replace(planned, kinds=_in_order(counts, "kinds"), repeated=_in_order(counts, "repeated"))
-    if found is None:
-        store.write_table(table, *build.path(f"{SHARDS}.parquet"), row_group_size=4096)
+    store.write_table(table, *build.path(f"{SHARDS}.parquet"), row_group_size=4096)
     store.write_json(description(index), FOLDER, DESCRIPTION)
     _clean(store, build, index.kinds)
     return index
@@ -159,10 +159,10 @@ def _count(kind: str, hashes: Hashes) -> Counts:
     return Counter({("kinds", kind): len(hashes), ("repeated", kind): int(counts[counts > 1].sum())})
 
 
-def _build(store: Store, build: Build, finished: bool, workers: MapWorkers) -> Counts:
+def _build(store: Store, build: Build, workers: MapWorkers) -> Counts:
     """Write what is missing of the parts and partitions; count the entries of all partitions."""
     names = [*map(partition_name, range(2**build.bits))]
-    kept = {*names} if finished else {*store.shards("/".join(build.path(INDEXED[-1])))}
+    kept = {*store.shards("/".join(build.path(INDEXED[-1])))}
     counts: Counts = Counter()
     if len(kept) < len(names):
         missing = sorted({*range(len(build.parts))} - build.entries.written())

@@ -298,7 +298,7 @@ class NoSuchRow(UserError, RefusedFile):
 @dataclass(frozen=True)
 class IdentityIndex:
     """The index of a dataset. ``kinds`` counts the entries of each kind of identities, and ``repeated`` those of them
-    whose identity other rows state too; it is None in indexes of earlier versions."""
+    whose identity other rows state too."""
 
     store: Store
     fingerprint: str
@@ -307,7 +307,7 @@ class IdentityIndex:
     kinds: dict[str, int]
     shards: list[str]
     groups: list[list[int]]
-    repeated: dict[str, int] | None = None
+    repeated: dict[str, int]
 
     @property
     def folder(self) -> str:
@@ -315,8 +315,8 @@ class IdentityIndex:
         return f"{FOLDER}/{self.fingerprint}"
 
     def is_unique(self, kind: str) -> bool:
-        """Whether no two rows state the same identity of a kind, if known."""
-        return self.repeated is not None and not self.repeated.get(kind)
+        """Whether no two rows state the same identity of a kind."""
+        return not self.repeated.get(kind)
 
     def row_group(self, shard: int, row: int) -> tuple[int, int]:
         """The row group of a row of a shard, and the row in it. Raises NoSuchRow."""
@@ -427,7 +427,7 @@ class _Stated(BaseModel):
     samples: str
     bits: Annotated[int, Field(ge=0, le=MAX_BITS)]
     kinds: dict[_Kind, int]
-    repeated: dict[_Kind, int] | None = None
+    repeated: dict[_Kind, int]
 
 
 def find_index(store: Store) -> IdentityIndex | None:

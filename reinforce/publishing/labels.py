@@ -256,7 +256,7 @@ def export_labels(
             found = build_index(as_seen_by_workers(output), use_ray=use_ray, address=address)
         write_card(out.url, licence=licence)
     result.identities = {kind: count for kind, count in found.kinds.items() if kind in COLUMNS}
-    result.repeated = {kind: count for kind, count in (found.repeated or {}).items() if kind in COLUMNS}
+    result.repeated = {kind: count for kind, count in found.repeated.items() if kind in COLUMNS}
     result.rows = sum(map(sum, found.groups))
     result.bytes = sum(listing.total_bytes for listing in out.listings(names).values())
     result.notes += _notes(result, data, kinds, manifest)

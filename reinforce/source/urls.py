@@ -574,23 +574,19 @@ def shards_path(name: str, fingerprint: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class RowDigests:
-    """The digest of the file with the rows of each shard; views of version 1 state none."""
+    """The digest of the file with the rows of each shard."""
 
     shards: pa.StringArray
     digests: npt.NDArray[np.uint64]
 
     @classmethod
-    def parse(cls, content: bytes | None) -> RowDigests:
-        """Read them from the file at ``shards_path``, None if there is none. Raises what Arrow raises."""
-        if content is None:
-            return cls(pa.array([], pa.string()), np.empty(0, np.uint64))
+    def parse(cls, content: bytes) -> RowDigests:
+        """Read them from the file at ``shards_path``. Raises what Arrow raises."""
         table = pq.read_table(pa.BufferReader(content), columns=["shard", "digest"])
         return cls(table["shard"].combine_chunks(), table["digest"].to_numpy())
 
     def check(self, shard: str, content: bytes) -> bool:
-        """Whether a file has the digest of the rows of a shard, or there is none."""
-        if not len(self.shards):
-            return True
+        """Whether a file has the digest of the rows of a shard."""
         place = bisect.bisect_left(self.shards, shard, key=str)
         known = place < len(self.shards) and self.shards[place].as_py() == shard
         return known and int(self.digests[place]) == digest_of(content)

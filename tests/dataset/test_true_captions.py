@@ -17,13 +17,11 @@ import reinforce
 from reinforce.captioning.config import Data as CaptionerData
 from reinforce.captioning.data import PairSource
 from reinforce.config import Score, parse_config
-from reinforce.dataset.drop import drop, plan_drop
-from reinforce.dataset.kinds.scores import Similarity, make_scorer
+from reinforce.dataset.kinds.scores import make_scorer
 from reinforce.dataset.reading import Dataset
 from reinforce.dataset.shard_checks import RowChecks
 from reinforce.dataset.store import Store
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.recompute import recompute
 from reinforce.errors import UserError
 from reinforce.evaluation.config import RetrievalSet
 from reinforce.evaluation.reading import LabelledImage
@@ -163,22 +161,19 @@ def test_captioners_learn_from_all_of_them_retrieval_is_evaluated_on_them_and_re
 SCORES = {"match": {"similarity": ["red", "blue"], "texts": ["caption", "namer"]}}
 
 
-def means(sample: reinforce.Sample, texts: str, slots: int | None = None) -> list[float]:
-    """Mean cosine by teacher, over each text once, or over ``slots`` vectors in which texts come again in turn."""
+def means(sample: reinforce.Sample, texts: str) -> list[float]:
+    """Mean cosine by teacher, over each text once."""
     found = []
     for teacher in ("red", "blue"):
-        stored = sample.texts[teacher][texts]
-        vectors = stored if slots is None else stored[np.arange(slots) % len(stored)]
-        found.append(float((sample.images[teacher] @ vectors.T).mean()))
+        found.append(float((sample.images[teacher] @ sample.texts[teacher][texts].T).mean()))
     return found
 
 
-def check_scores(url: str, slots: int | None = None) -> None:
-    """With ``slots``, scores are those of an earlier version."""
+def check_scores(url: str) -> None:
     for sample in reinforce.open(url):
         score = sample.values["scores/match"]
         for texts in ("caption", "namer"):
-            expected = means(sample, texts, slots if texts == "caption" else None)
+            expected = means(sample, texts)
             if sample.caption is None and texts == "caption":
                 assert [score[f"caption_{name}"] for name in ("mean", "max", "spread")] == [None] * 3
             else:
@@ -207,29 +202,6 @@ def test_means_over_captions_count_each_once_in_scores_reports_and_exports(made:
     for sample in samples:
         mean = sample.texts["red"]["caption"].mean(axis=0)
         assert np.allclose(exported[keys.index(sample.key)], mean / np.linalg.norm(mean), atol=1e-6)
-
-
-def test_a_layer_of_scores_of_an_earlier_version_goes_on_as_it_is_until_it_is_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = {**write_source(tmp_path), "scores": SCORES}
-    with monkeypatch.context() as earlier:
-        earlier.setattr(Similarity, "version_for", classmethod(lambda cls, spec, captions: 1))
-        url = reinforce_here(config)
-    check_scores(url, slots=5)
-    before = tree(Path(url))
-    [note] = make_plan(parse_config(config)).notes
-    assert "scores/match: an earlier version made this layer, and its means over captions count those" in note
-    assert not make_plan(parse_config(config)).pending
-    assert recompute(parse_config(config), url, 4).layers["scores/match"].fits
-    [file] = (Path(url) / "scores/match").iterdir()
-    file.unlink()
-    assert tree(Path(reinforce_here(config))) == before, "what is missing is computed as the rest was"
-    with pytest.raises(UserError, match="scores/match"):
-        make_plan(parse_config({**config, "scores": {"match": {**SCORES["match"], "texts": ["caption"]}}}))
-    drop(Store(url), plan_drop(Store(url), ["scores/match"]))
-    check_scores(reinforce_here(config))
-    assert not make_plan(parse_config(config)).notes
 
 
 def test_scores_of_one_caption_keep_their_fingerprint() -> None:

@@ -35,7 +35,7 @@ from reinforce.source.formats.base import Shard
 from reinforce.source.formats.dataset import FORMAT
 from reinforce.source.parquet_file import RefusedFile
 from tests.helpers.reinforced import rewrite
-from tests.helpers.views import as_version_1, make_view
+from tests.helpers.views import make_view
 from tests.helpers.waiting import wait_for
 
 FLIPS = 60  # of each file; each is found
@@ -222,18 +222,6 @@ def test_a_reader_between_description_and_shards_reads_the_new_view(url: str, mo
     next(Path(url, "views/some").glob("shards-*")).unlink()
     with pytest.raises(UserError, match=r"view\.json has no file of shards any more\. Make the view again"):
         views.read_view(Store(url), "some")
-
-
-def test_views_that_an_earlier_version_has_written_are_read(url: str) -> None:
-    make_view(url, {"sample": 9})
-    before = kept(url)
-    as_version_1(url)
-    assert kept(url) == read_as_source(url) == before
-    assert (state(url).kept, state(url).problems) == (9, ())
-    assert validate(url).valid
-    make_view(url, {"sample": 8})
-    assert len(kept(url)) == 8
-    assert not Path(url, "views/some/shards.parquet").exists()
 
 
 OTHER_PROCESS = 2**22 + 1  # above the largest number of a process

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 import reinforce
-from reinforce.dataset.store import Store
-from reinforce.dataset.view import View, read_view, view_fingerprint
+from reinforce.dataset.view import View
 from reinforce.explore.config import SelectConfig
 from reinforce.explore.select import select
 from reinforce.settings import parse
@@ -31,19 +29,3 @@ def reasons_of(url: str | Path, view: str = "some") -> list[str | None]:
     """Why the view leaves out each row of the dataset, None where it keeps it."""
     [folder] = [folder for folder in Path(url, "views", view).glob("rows-*") if any(folder.iterdir())]
     return [row for path in sorted(folder.iterdir()) for row in pq.read_table(path)["left_out"].to_pylist()]
-
-
-def as_version_1(url: str | Path, name: str = "some") -> Path:
-    """Turn a view into one that a version without digests and content has written; returns its ``shards.parquet``."""
-    store = Store(str(url))
-    view = read_view(store, name)
-    folder = Path(url, "views", name)
-    old = view_fingerprint(view.rules, view.seed, view.inputs, view.counts)
-    shards = next(folder.glob("shards-*"))
-    pq.write_table(pq.read_table(shards).select(["shard", "rows", "kept"]), folder / "shards.parquet")
-    shards.unlink()
-    (folder / f"rows-{view.fingerprint}").rename(folder / f"rows-{old}")
-    description = json.loads((folder / "view.json").read_text())
-    kept = {key: value for key, value in description.items() if key not in ("columns", "shards")}
-    (folder / "view.json").write_text(json.dumps({**kept, "version": 1, "fingerprint": old}))
-    return folder / "shards.parquet"

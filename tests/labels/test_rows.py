@@ -6,7 +6,6 @@ A row group is read once, whether it is refused or fills the cache, and a plan r
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -49,12 +48,9 @@ def write(folder: Path, images: bool = False, uids: int = UIDS) -> str:
     return publish(folder, *shards, indexed=images)
 
 
-@pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize(("images", "uids"), [(False, UIDS), (True, UIDS), (False, 1)])
-def test_where_nothing_shows_it_none_is_taken(tmp_path: Path, images: bool, uids: int, earlier: bool) -> None:
+def test_where_nothing_shows_it_none_is_taken(tmp_path: Path, images: bool, uids: int) -> None:
     url = write(tmp_path, images, uids)
-    if earlier:
-        forget_repeated(url)
     numbers = random.Random(1).sample(range(COUNT), COUNT)
     copy = [one for n in numbers for one in sample(n, f"own{n}", smaller(picture(n)), uid=f"uid{n % uids}")]
     write_tar(tmp_path / "copy" / "0.tar", copy)
@@ -67,20 +63,10 @@ def test_where_nothing_shows_it_none_is_taken(tmp_path: Path, images: bool, uids
     assert details == {"labels: several have its uid, and nothing else that both sides state distinguishes them"}
 
 
-def forget_repeated(url: str) -> None:
-    """Make an index one of an earlier version."""
-    path = Path(url, "identities/index.json")
-    description = json.loads(path.read_text())
-    del description["repeated"]
-    path.write_text(json.dumps(description))
-
-
-def test_exports_and_indexes_report_repeated_identities_also_of_earlier_labels(tmp_path: Path) -> None:
+def test_exports_and_indexes_report_repeated_identities(tmp_path: Path) -> None:
     url = write(tmp_path)
     assert open_index(Store(url)).repeated == {"uid": COUNT}
     before = tree(Path(url), layers_only=False)
-    forget_repeated(url)
-    assert open_index(Store(url)).repeated is None
     again = export_labels(str(tmp_path / "dataset"), url, use_ray=False)
     assert any(line.startswith("repeated: uid of 40: other samples state the same") for line in again.lines())
     assert tree(Path(url), layers_only=False) == before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -57,24 +56,17 @@ class Scorer(ABC):
         names: of the scores, which are the columns of the layer.
         needs: the layers, besides the samples, that they are computed from.
         columns: the columns of the samples that they are computed from.
-        earlier: versions by which layers that exist are continued, and what is wrong with each.
     """
 
     key: ClassVar[str]
     names: tuple[str, ...]
     needs: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
-    earlier: ClassVar[Mapping[int, str]] = {}
 
     @abstractmethod
-    def __init__(self, spec: Score, version: int | None = None) -> None:
-        """Raises ValueError or OSError that names the fix."""
-
-    @classmethod
-    def version_for(cls, spec: Score, captions: int) -> int | None:
-        """The version of new layers of a dataset with at most ``captions`` true captions a sample; None for the only
-        one."""
-        return None
+    def __init__(self, spec: Score, captions: int) -> None:
+        """Of a dataset with at most ``captions`` true captions a sample. Raises ValueError or OSError that names the
+        fix."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -139,7 +131,7 @@ class Facts(Scorer):
 
     key = "facts"
 
-    def __init__(self, spec: Score, version: int | None = None) -> None:
+    def __init__(self, spec: Score, captions: int) -> None:
         from teachers.open_clip.catalog import model_config
 
         self._facts, self._tokenizer = spec.facts or [], spec.tokenizer
@@ -186,7 +178,7 @@ class Head(Scorer):
 
     key = "head"
 
-    def __init__(self, spec: Score, version: int | None = None) -> None:
+    def __init__(self, spec: Score, captions: int) -> None:
         assert spec.head is not None
         assert spec.teacher is not None
         self._file, self._teacher, self._outputs = spec.head, spec.teacher, spec.names
@@ -242,21 +234,15 @@ class Similarity(Scorer):
     """
 
     key = "similarity"
-    earlier: ClassVar = {
-        _SIMILARITY_VERSION: "its means over captions count those of a sample with few of them several times"
-    }
 
-    def __init__(self, spec: Score, version: int | None = None) -> None:
+    def __init__(self, spec: Score, captions: int) -> None:
         self._teachers, self._texts = spec.similarity or [], spec.texts
-        self._version = version or _SIMILARITY_VERSION
+        several = captions > 1 and TRUE_CAPTION in spec.texts
+        self._version = _EACH_CAPTION_ONCE if several else _SIMILARITY_VERSION
         self.columns = (TRUE_CAPTIONS,) if self._version == _EACH_CAPTION_ONCE else ()
         statistics = ("mean", "max", "spread")[: 3 if len(self._teachers) > 1 else 2]
         self.names = tuple(f"{texts}_{statistic}" for texts in self._texts for statistic in statistics)
         self.needs = tuple(embeddings_layer(t, inputs) for t in self._teachers for inputs in ("images", *self._texts))
-
-    @classmethod
-    def version_for(cls, spec: Score, captions: int) -> int:
-        return _EACH_CAPTION_ONCE if captions > 1 and TRUE_CAPTION in spec.texts else _SIMILARITY_VERSION
 
     def identity(self) -> dict[str, Any]:
         return {"similarity": self._teachers, "texts": self._texts, "version": self._version}
@@ -294,11 +280,11 @@ _WIDTH = 4
 SCORERS: dict[str, type[Scorer]] = {scorer.key: scorer for scorer in (Similarity, Head, Facts)}
 
 
-def make_scorer(spec: Score, captions: int = 1, version: int | None = None) -> Scorer:
-    """The scorer of an entry of ``scores``, by a ``version`` or that of new layers of a dataset with at most
-    ``captions`` true captions a sample. Raises ValueError or OSError that names the fix."""
+def make_scorer(spec: Score, captions: int = 1) -> Scorer:
+    """The scorer of an entry of ``scores`` of a dataset with at most ``captions`` true captions a sample. Raises
+    ValueError or OSError that names the fix."""
     scorer = next(scorer for key, scorer in SCORERS.items() if getattr(spec, key) is not None)
-    return scorer(spec, version or scorer.version_for(spec, captions))
+    return scorer(spec, captions)
 
 
 class Scores(LayerKind):
@@ -352,15 +338,6 @@ class Scores(LayerKind):
                 code=None if info is None else info.code,
                 sees="image" if info is not None and info.images else None,
             )
-
-    def as_recorded(self, layer: Layer, entry: Mapping[str, Any]) -> tuple[Layer, str | None]:
-        score, recorded = layer.recipe["score"], mapping_at(entry, "score")
-        earlier = next((scorer.earlier for key, scorer in SCORERS.items() if key in score), {})
-        version: Any = recorded.get("version")
-        if version not in earlier or version == score["version"] or recorded != {**score, "version": version}:
-            return layer, None
-        recipe = _recipe(layer.recipe["sources"], recorded)
-        return replace(layer, recipe=recipe, fingerprint=compute_fingerprint(recipe)), earlier[version]
 
     def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(entry.get("needs") or (SAMPLES,))

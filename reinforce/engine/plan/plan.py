@@ -104,17 +104,12 @@ def describe_models(config: Config) -> dict[tuple[str, str], ModelInfo]:
 def resolve_layers(
     config: Config, store: Store, manifest: Mapping[str, Any] | None, nodes: Callable[[], Sequence[Node]]
 ) -> tuple[Config, dict[str, Layer], list[str]]:
-    """The config with its precisions, its layers, those of earlier versions as dataset.json records them, and notes on
-    both. ``nodes`` as in ``resolve_precisions``. Raises UserError."""
+    """The config with its precisions, its layers, and notes on the precisions.
+
+    ``nodes`` as in ``resolve_precisions``. Raises UserError.
+    """
     config, notes = resolve_precisions(config, lambda: manifest, nodes)
     layers = build_layers(config, _with_codebooks(config, describe_models(config), store, manifest))
-    for name, layer in layers.items():
-        layers[name], fault = layer.kind.as_recorded(layer, mapping_at(manifest or {}, "layers", name))
-        if fault:
-            notes.append(
-                f"{name}: an earlier version made this layer, and {fault}; it is kept. To compute it again, delete it "
-                "with `reinforce drop`, and run again"
-            )
     return config, layers, notes
 
 

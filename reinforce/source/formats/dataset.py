@@ -146,8 +146,8 @@ def _row_digests(dataset: str, view: str) -> RowDigests:
     """The digests of the rows of a view, which are read once. Raises RefusedFile, and what the storage raises."""
     try:
         return RowDigests.parse(_read_small("/".join((dataset, *shards_path(*split_view(view))))))
-    except FileNotFoundError:
-        return RowDigests.parse(None)
+    except FileNotFoundError as error:
+        raise RefusedFile(f"view {view} has no digests of its rows; make it again with reinforce select") from error
     except pa.ArrowException as error:
         raise RefusedFile(f"view {view}: the digests of its rows cannot be read: {error}") from error
 

@@ -23,7 +23,7 @@ from tests.helpers.reinforced import manifest_to_change, reinforce_here
 from tests.helpers.tables import outcomes, read_table
 from tests.helpers.tables import samples_config as config
 from tests.helpers.tables import stored_rows as rows
-from tests.helpers.views import as_version_1, make_view
+from tests.helpers.views import make_view
 
 TEACHERS = {"red": config_of("", "")["teachers"]["red"]}
 
@@ -123,8 +123,6 @@ def test_a_view_of_another_source_or_of_other_rows_is_one_error(viewed: Path) ->
         return str(row["detail"])
 
     assert "does not have the digest that the view states" in refused("out")
-    as_version_1(viewed / "embed")
-    assert "is of other samples; make it again" in refused("again")
 
 
 def test_references_are_read_only_from_folders_that_are_named(first: Path, tmp_path: Path) -> None:

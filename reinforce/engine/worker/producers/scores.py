@@ -35,9 +35,9 @@ class Scores(Producer):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        specs = self.session.config.scores
+        specs, captions = self.session.config.scores, self.session.config.input.captions_per_sample or 1
         self._scorers = {
-            layer.name: make_scorer(specs[model_of(layer.name)], version=layer.identity.get("version"))
+            layer.name: make_scorer(specs[model_of(layer.name)], captions)
             for layer in self.layers
             if layer.model is None
         }
