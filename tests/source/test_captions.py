@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -177,13 +178,65 @@ def test_rows_with_one_image_are_one_sample_and_a_part_of_a_table_counts_its_row
         '{"file_name": "a.png", "text": "a"}\n{"file_name": "a.png", "text": ["b", "a"]}\n'
         '{"file_name": "b.png", "text": "c"}\nno JSON\n'
     )
-    *items, broken = read_samples(Shard(f"{tmp_path}/a.jsonl", "s", "jsonl"), spec := Input(captions_per_sample=5))
-    assert [item.captions(spec) for item in items] == [["a", "b"], ["c"]]
+    one, broken, other = read_samples(Shard(f"{tmp_path}/a.jsonl", "s", "jsonl"), spec := Input(captions_per_sample=5))
+    assert [item.captions(spec) for item in (one, other)] == [["a", "b"], ["c"]]
     assert broken.key == "s-00000003", "rows keep their numbers"
     (tmp_path / "a.csv").write_text(FLICKR)
     parts = [*find_format("csv").parts(f"{tmp_path}/a.csv", 5)]
     read = [[*read_samples(Shard(f"{tmp_path}/a.csv", "s", "csv", part=part), spec)] for part in parts]
     assert [[item.captions(spec) for item in of] for of in read] == [[FIVE_OF["a"]], [FIVE_OF["b"]]]
+
+
+JOINED = [("a", "one"), ("a", "two"), (None, "no image"), ("a", "three"), ("b", "four"), (None, ""), ("b", "five")]
+
+
+@pytest.mark.parametrize("several", [5, 2, None])
+@pytest.mark.parametrize("format_", ["csv", "jsonl", "parquet"])
+def test_rows_of_one_image_with_broken_rows_between_them_are_one_sample_in_every_format_that_joins_rows(
+    tmp_path: Path, format_: str, several: int | None
+) -> None:
+    """A row without an image is between rows of a, a fault of the format between those of b."""
+    path = pictures(tmp_path) / f"x.{format_}"
+    names, texts = [f"{name}.png" if name else None for name, _ in JOINED], [text for _, text in JOINED]
+    if format_ == "csv":
+        rows = [
+            f"{name or ''},{text}" if text else "b.png,more,values" for name, text in zip(names, texts, strict=True)
+        ]
+        path.write_text("\n".join(["file_name,text", *rows, ""]))
+    elif format_ == "jsonl":
+        found = [json.dumps({"file_name": name, "text": text}) for name, text in zip(names, texts, strict=True)]
+        found[2], found[5] = '{"text": "no image"}', "no JSON"
+        path.write_text("\n".join([*found, ""]))
+    else:
+        names[5], texts[5] = "c.png", "of a row group that is damaged"
+        write_columns(path, {"file_name": names, "text": texts}, row_group_size=1, compression="none",
+                      use_dictionary=False, write_page_checksum=True)  # fmt: skip
+        flip_group(path, 5)
+    spec = Input(captions_per_sample=several)
+    items = [*read_samples(Shard(str(path), "s", format_), spec)]
+    refused = {item.key: item.reason.value for item in items if isinstance(item, Refusal)}
+    fault = {None: "shard_damaged"} if format_ == "parquet" else {"s-00000005": "row_broken"}
+    assert refused == {"s-00000002": "image_missing" if format_ == "csv" else "no_image", **fault}
+    captions = {item.key: item.captions(spec) for item in items if isinstance(item, RawSample)}
+    if several is None:
+        assert [*captions.values()] == [["one"], ["two"], ["three"], ["four"], ["five"]]
+    else:
+        joined = {"s-00000000": ["one", "two", "three"], "s-00000004": ["four", "five"]}
+        assert captions == {key: of[:several] for key, of in joined.items()}
+
+
+def flip_group(path: Path, number: int) -> None:
+    """Change a bit in the texts of a row group."""
+    leaf = pq.read_metadata(path).row_group(number).column(1)
+    content = bytearray(path.read_bytes())
+    content[leaf.data_page_offset + leaf.total_compressed_size - 3] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_captions_in_a_column_that_the_first_row_of_an_image_lacks_are_read(tmp_path: Path) -> None:
+    rows = [{"file_name": "a.png"}, {"file_name": "a.png", "text": "one"}, {"text": "two", "file_name": "a.png"}]
+    (pictures(tmp_path) / "x.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert captions(tmp_path / "x.jsonl", "jsonl", captions_per_sample=5) == {"s-00000000": ["one", "two"]}
 
 
 def test_rows_of_metadata_with_one_file_are_one_sample(tmp_path: Path) -> None:

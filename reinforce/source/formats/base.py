@@ -278,30 +278,30 @@ def find_columns(names: Sequence[str], spec: Input, plain: Sequence[str] | None 
 def joined_rows(rows: Iterable[Any], find: Callable[[Sequence[str]], Columns], spec: Input) -> Iterator[Any]:
     """Make one row of rows with equal images that follow one another, with a list of their captions in each column.
 
-    ``rows`` are (number, row) and faults; ``find`` finds the columns of a row by their names. Without
+    ``rows`` are (number, row) and faults; ``find`` finds the columns of a row by their names. Faults and rows without
+    an image divide no others: they are yielded at once, before the row that is being made. Without
     ``captions_per_sample``, the rows as they are.
     """
     most = spec.captions_per_sample
     if most is None:
         yield from rows
         return
-    held: Any = None  # (number, row)
-    columns: Columns | None = None
+    held: tuple[int, dict[str, Any]] | None = None
+    image_of_held: Any = None
     for item in rows:
         row = item[1] if isinstance(item, tuple) and isinstance(item[1], Mapping) else None
-        image = held[1].get(columns.image) if held and columns else None
-        if columns and row and image and row.get(columns.image) == image:
-            add_captions(held[1], row, columns.captions, most)
-            continue
-        if held:
-            yield held
-        held = columns = None
-        if row is None:
-            yield item
-            continue
-        held = item[0], dict(row)
+        columns: Columns | None = None
         with contextlib.suppress(NoColumn):  # which reading the row refuses
-            columns = find([*row])
+            columns = find([*row]) if row is not None else None
+        image = row.get(columns.image) if row is not None and columns else None
+        if row is None or columns is None or not (any(image.values()) if isinstance(image, dict) else image):
+            yield item
+        elif held and image == image_of_held:
+            add_captions(held[1], row, columns.captions, most)
+        else:
+            if held:
+                yield held
+            held, image_of_held = (item[0], dict(row)), image
     if held:
         yield held
 
