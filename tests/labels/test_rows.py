@@ -24,8 +24,8 @@ from reinforce.dataset.store import Store
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.engine.record import source_lines
-from reinforce.labels import rows
-from reinforce.labels.index import DIGEST, Identity, open_index
+from reinforce.labels import index, joining, rows
+from reinforce.labels.index import DIGEST, Identity, hash_text, open_index
 from reinforce.labels.joining import Joined, TarRows, proves
 from reinforce.labels.members import RowLabels, Wanted
 from reinforce.labels.rows import open_labels
@@ -83,6 +83,30 @@ def test_keys_that_repeat_in_shards_join_nothing(tmp_path: Path) -> None:
     taken, counts = take(taking(tmp_path, url, labels=labels))
     assert {number for number, one in taken.items() if one.captions.get("namer")} == {0}
     assert counts == {"labels.lab.key": 1, "labels.lab.ambiguous": 2}
+
+
+@pytest.mark.parametrize("named", [{"title": "x"}, {}])
+def test_rows_whose_keys_or_uids_have_one_hash_join_the_samples_with_their_own_alone(
+    tmp_path: Path, named: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples state keys alone, or uids and URLs; the last two of the copy are in no row."""
+
+    def two_hashes(text: str) -> int:
+        return hash_text(text) & 1
+
+    for module in (index, joining):
+        monkeypatch.setattr(module, "hash_text", two_hashes)
+    members = [one for n in range(12) for one in sample(n, f"{n:05d}", **named)]
+    url = publish(tmp_path, members, identities=["uid", "url"])
+    copy = [one for n in range(14) for one in sample(n, f"{n:05d}", smaller(picture(n)), **named)]
+    write_tar(tmp_path / "copy" / "0.tar", copy)
+    labels = {"lab": {"url": url, "layers": ["captions/namer"], "join": "key"}}
+    taken, counts = take(taking(tmp_path, url, labels=labels))
+    assert counts == {f"labels.lab.{'key' if named else 'uid'}": 12, "labels.lab.absent": 2}
+    own = {one.key: one.captions["namer"] for one in reinforce.open(dataset_of(url))}
+    assert {one.key: one.captions.get("namer") or [] for one in taken.values()} == {
+        f"{n:05d}": own.get(f"{n:05d}", []) for n in range(14)
+    }
 
 
 def said_of(rng: random.Random, few: int) -> tuple[int, dict[str, str]]:
