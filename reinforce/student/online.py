@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -25,7 +25,7 @@ from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.examples import Example
 from reinforce.student.data.stream import PartMaker, StreamedDataset
-from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo, same_model
+from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo, same_model
 from reinforce.student.terms.base import Tensors
 from reinforce.student.terms.moments import Fit, Moments
 from reinforce.training.order import GroupChunk
@@ -101,6 +101,38 @@ def add_targets(
             for kind, texts in batch["texts"].items():
                 targets[name][kind] = normalize(encode_texts(teacher, texts, _MAX_BATCH), dim=-1).to(device)
     return {**batch, "targets": targets}
+
+
+def replace_unusable(batch: Batch, teachers: Collection[str]) -> Batch:
+    """The batch, a mapping of tensors, without the rows of which a teacher gives NaN, infinity or a vector of zeros.
+
+    The next usable row takes the place of each, so that the batch keeps its size. A batch without a usable row stays.
+    """
+    usable = torch.ones(len(batch[IMAGE]), dtype=torch.bool, device=batch[IMAGE].device)
+    for name in teachers:
+        for what, values in batch["targets"][name].items():
+            rows = values.flatten(1)
+            usable &= rows.isfinite().all(dim=1)
+            if what in (IMAGE, CAPTION, SYNTHETIC):
+                usable &= rows.any(dim=1)
+    places = usable.nonzero().flatten()
+    if len(places) in (0, len(usable)):
+        return batch
+    following = torch.searchsorted(places, torch.arange(len(usable), device=places.device))
+    _LOG.warning(
+        "targets of online teachers are NaN or zero in %d of %d rows of a batch; others replace these",
+        len(usable) - len(places),
+        len(usable),
+    )
+    found: Batch = _take(batch, places[following % len(places)])
+    return found
+
+
+def _take(values: Any, rows: torch.Tensor) -> Any:
+    """These rows of nested mappings of tensors."""
+    if isinstance(values, Mapping):
+        return {name: _take(value, rows) for name, value in values.items()}
+    return values[rows]
 
 
 def _encode(encode: Callable[[torch.Tensor], torch.Tensor], spec: ImageSpec, crops: torch.Tensor) -> torch.Tensor:

@@ -140,7 +140,9 @@ class StudentTask(Task):
             batch = online.add_targets(batch, self._online_teachers, self._online_others)
         if "records" in batch:
             batch = {**batch, IMAGE: augment(batch[IMAGE], batch["records"], self.model.image.height)}
-        return {name: batch[name] for name in (IMAGE, CAPTION, SYNTHETIC, "targets") if name in batch}
+        batch = {name: batch[name] for name in (IMAGE, CAPTION, SYNTHETIC, "targets") if name in batch}
+        computed = {*self._online_teachers, *(name for name, _ in self._online_others)}
+        return online.replace_unusable(batch, computed) if computed else batch
 
     def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:
         """The terms that need the batches of all ranks; see ``reinforce.student.terms``."""

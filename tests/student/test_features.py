@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.base import Models
 from reinforce.student.terms.moments import Fit, Moments
 from reinforce.student.terms.registry import make_terms
+from reinforce.student.train import build
 from reinforce.training.config import describe_changes, fixed_config
 from reinforce.training.task import Batch
-from tests.helpers.students import first_batch, losses_of
+from teachers.runtime.accelerator import Accelerator
+from tests.helpers.models import ColorTeacher
+from tests.helpers.ranks import results_of_ranks
+from tests.helpers.students import PAIRS, first_batch, losses_of
 from tests.helpers.trainings import curve
 
 
@@ -188,6 +193,64 @@ def test_stored_and_online_vectors_are_standardised_alike_each_kind_of_text_by_i
         deviation, mean = torch.std_mean(z, dim=0, correction=0)
         torch.testing.assert_close(mean, torch.zeros(6), rtol=0, atol=1e-3)
         torch.testing.assert_close(deviation, torch.ones(6), rtol=1e-3, atol=0)
+
+
+RANKS = 2
+ON_RANKS = {"teachers": "all", "standardise": True, "distance": "similarities", "queue": 20}
+
+
+def features_on_rank(rank: int, configs: Any) -> list[Any]:
+    """Of each config, the losses of the first batch of a rank, and the statistics of its targets."""
+    found = []
+    for config in configs:
+        task, feed = build(config, Accelerator("cpu"))
+        batch = task.prepare(next(iter(feed.batches(rank, RANKS, PAIRS, 0))))
+        with torch.no_grad():
+            found.append((losses_of(task, batch), buffers(task)))
+    return found
+
+
+def test_standardised_features_of_stored_and_online_targets_are_alike_on_two_ranks(
+    config: Any, teachers: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    online = {"targets": "online", "teachers": {name: teachers[name] for name in ("red", "ears")}}
+    stored = config({"features": ON_RANKS}, data={"teachers": ["red", "ears"]})
+    computed = config({"features": ON_RANKS, **online})
+    ranks = results_of_ranks(partial(features_on_rank, configs=[stored, computed]), RANKS, tmp_path)
+    for of_stored, of_computed in ranks:
+        torch.testing.assert_close(of_computed, of_stored, rtol=5e-3, atol=1e-4)
+    torch.testing.assert_close(ranks[1][1][1], ranks[0][1][1], rtol=0, atol=0, msg="one fit for all ranks")
+
+
+class Failing(ColorTeacher):
+    """Gives NaN for the images that are brighter than the mean of a batch, and zeros for texts with the letter k."""
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        bright = pixels.flatten(1).mean(dim=1)
+        return torch.where((bright == bright.max())[:, None], torch.nan, super().encode_images(pixels))
+
+    def encode_texts(self, texts: Any) -> torch.Tensor:
+        return super().encode_texts(texts) * torch.tensor([[float(text != texts[0])] for text in texts])
+
+
+def test_rows_of_which_an_online_teacher_gives_nan_or_zeros_are_in_no_loss_as_stored_ones_are(config: Any) -> None:
+    def first(of: str) -> tuple[StudentTask, Batch]:
+        spec = {"class": f"{of}", "dtype": "float32", "logit_scale": 50.0}
+        return first_batch(config({"features": "all", "targets": "online", "teachers": {"red": spec}}))
+
+    _, whole = first("tests.helpers.models:ColorTeacher")
+    task, batch = first("tests.student.test_features:Failing")
+    assert all(value.isfinite() for value in losses_of(task, batch).values())
+    images = whole["image"]
+    rows = [next(n for n in range(PAIRS) if torch.equal(images[n], image)) for image in batch["image"]]
+    lost = [n for n in range(PAIRS) if n not in rows]
+    assert 0 in lost, "texts of zeros"
+    assert 1 <= len(lost) <= 2
+    assert rows == [next(m % PAIRS for m in range(n, 2 * PAIRS) if m % PAIRS not in lost) for n in range(PAIRS)]
+    for name in ("caption", "synthetic"):
+        assert torch.equal(batch[name], whole[name][rows])
+        assert torch.equal(batch["targets"]["red"][name], whole["targets"]["red"][name][rows])
+    assert torch.equal(batch["targets"]["red"]["image"], whole["targets"]["red"]["image"][rows])
 
 
 def test_queues_of_true_and_synthetic_captions_are_apart(config: Any) -> None:
