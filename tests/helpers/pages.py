@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reinforce_docs import check
+
 ROOT = Path(__file__).parents[2]
-#: Pages that programs write.
-GENERATED = {"docs/ablations.md", "docs/hostile.md"}
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
-_LINK = re.compile(r"\]\((?!https?://)([^)\s]*)\)")
 _HEADING = re.compile(r"^#+ (.+)$", flags=re.MULTILINE)
 
 
@@ -87,10 +86,9 @@ def measured(name: str) -> dict[str, Any]:
 
 def links(page: str) -> list[str]:
     """Targets of the links and pictures of a page that stay in the repository."""
-    return _LINK.findall(prose(page))
+    return check.links(read_page(page))
 
 
 def anchors(page: str) -> set[str]:
     """Names by which GitHub links to the headings of a page."""
-    headings = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in _HEADING.findall(prose(page)))
-    return {heading.replace(" ", "-") for heading in headings}
+    return check.anchors(read_page(page))
