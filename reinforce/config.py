@@ -92,7 +92,6 @@ class Workers(Section):
         description="use deterministic CUDA kernels; false: the fastest ones, and a shard that is computed again may "
         "differ in rounding",
     )
-    overlap: bool = Field(False, description="has no effect; remove it", json_schema_extra={"deprecated": True})
     start_timeout: float = Field(
         600.0, gt=0, description="seconds to wait for `min` workers, and for each worker to load its models"
     )

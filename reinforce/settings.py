@@ -61,17 +61,6 @@ def keys_match(pattern: str, *reserved: str) -> InSchema:
     return InSchema(lambda mapping: {**mapping, "propertyNames": keys})
 
 
-def former_keys(**keys: str) -> Callable[[Schema], None]:
-    """The ``json_schema_extra`` of a section that still reads former names of keys."""
-
-    def add(schema: Schema) -> None:
-        properties = schema["properties"]
-        for former, key in keys.items():
-            properties[former] = {**properties[key], "deprecated": True, "description": f"former name of `{key}`"}
-
-    return add
-
-
 #: Pattern of the names of teachers, captioners and scores, which become names of folders.
 LAYER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

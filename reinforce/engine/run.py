@@ -169,8 +169,6 @@ def _run(
             )  # fmt: skip
         for note in scale_notes(manifest, config):
             _LOG.warning(note)
-        if config.workers.overlap:
-            _LOG.warning("workers.overlap has no effect; remove it: captions and embeddings take turns on the GPU")
         recorded = read_records(store).sources if plan.listed or plan.finished else {}
         if changed := finished_note(plan, recorded):
             _LOG.warning(changed)

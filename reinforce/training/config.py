@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from reinforce.errors import UserError
-from reinforce.settings import Microbatches, Section, flatten, former_keys
+from reinforce.settings import Microbatches, Section, flatten
 from teachers.open_clip.catalog import CONFIG_FILE, folder_config
 from teachers.redact import redact_values
 
@@ -20,8 +20,6 @@ HIGHEST_LOGIT_SCALE = 100.0
 
 class Optimizer(Section):
     """AdamW with linear warm-up and decay to ``final_lr``; the defaults are those of MobileCLIP2's paper."""
-
-    model_config = ConfigDict(json_schema_extra=former_keys(clip="grad_clip_norm"))
 
     lr: float = Field(1e-3, ge=0, description="peak learning rate")
     final_lr: float = Field(1e-6, ge=0, description="learning rate of the last step")
@@ -66,7 +64,6 @@ class Optimizer(Section):
     grad_clip_norm: float | None = Field(
         1.0,
         gt=0,
-        validation_alias=AliasChoices("grad_clip_norm", "clip"),
         description="largest gradient norm; null: no clipping",
     )
 
@@ -256,10 +253,6 @@ MUTABLE_KEYS = (
 )
 
 
-#: A key, and its name in checkpoints, which is that of earlier versions.
-_KEY, _RECORDED = "optimizer.grad_clip_norm", "optimizer.clip"
-
-
 def fixed_config(config: BaseModel, mutable: Iterable[str]) -> dict[str, Any]:
     """The part of a config that determines a training run and must not change on resume, by dotted keys.
 
@@ -267,7 +260,7 @@ def fixed_config(config: BaseModel, mutable: Iterable[str]) -> dict[str, Any]:
     """
     prefixes = tuple(f"{key}." for key in mutable)
     values = flatten(redact_values(config.model_dump(mode="json", by_alias=True)))
-    return {key.replace(_KEY, _RECORDED): value for key, value in values if not f"{key}.".startswith(prefixes)}
+    return {key: value for key, value in values if not f"{key}.".startswith(prefixes)}
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -277,7 +270,7 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         return "not set" if value is None else repr(value)
 
     return [
-        f"{key.replace(_RECORDED, _KEY)}: {shown(before.get(key))} before, {shown(now.get(key))} now"
+        f"{key}: {shown(before.get(key))} before, {shown(now.get(key))} now"
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]

@@ -50,14 +50,11 @@ def test_a_config_is_accepted_as_an_object_a_mapping_and_a_file(tmp_path: Path) 
     assert as_config(Config, path) == as_config(Config, str(path)) == config
 
 
-def test_a_run_warns_once_of_a_class_without_a_version_and_of_a_key_without_effect(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = config_of(f"{tmp_path}/{{0..1}}.tar", tmp_path / "out", workers={"overlap": True})
+def test_a_run_warns_once_of_a_class_without_a_version(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = config_of(f"{tmp_path}/{{0..1}}.tar", tmp_path / "out")
     with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="source cannot be read"):
         run(config)
     assert caplog.text.count("class tests.helpers.models:ColorTeacher has no `version`") == 1
-    assert caplog.text.count("workers.overlap has no effect; remove it") == 1
 
 
 def test_a_run_warns_of_what_is_wrong_with_the_source_without_secrets(

@@ -135,7 +135,7 @@ def test_the_mailboxs_process_imports_neither_torch_nor_open_clip() -> None:
 
 def test_the_checkpoint_format_depends_on_these_keys() -> None:
     """Checkpoints store the fixed config. A key that is renamed, or added with a value, makes old ones refused."""
-    optimizer = ("betas", "clip", "eps", "final_lr", "lr", "warmup", "weight_decay")
+    optimizer = ("betas", "eps", "final_lr", "grad_clip_norm", "lr", "warmup", "weight_decay")
     keys = {"batch", "compute.precision", "ema", *(f"optimizer.{name}" for name in optimizer)}
     added = {f"optimizer.{name}" for name in ("hold", "towers", "layer_decay", "cooldown", "decay")}
     now = fixed_config(training(), MUTABLE_KEYS)

@@ -112,6 +112,9 @@ _RATIOS = 0.5, 2.0
 #: Steps and warm-up by schedule: DINOv3's on ADE20K, which DINOv2 has on VOC, and a short one.
 _STEPS = {"published": (40_000, 1500), "short": (1000, 40)}
 _PUBLISHED_CROP = 512
+#: As published: they have no key, so that scores of two students are of one head.
+_DROPOUT = 0.1
+_SEED = 0  # of crops, their order, and the head
 _WEIGHT_DECAY: Mapping[LayoutName, float] = {"voc2012": 1e-4, "ade20k": 1e-3}
 _DECAY: Mapping[LayoutName, Literal["cosine", "linear"]] = {"voc2012": "linear", "ade20k": "cosine"}
 
@@ -140,19 +143,14 @@ class SegmentationSet(OwnSet):
         "1,000 steps on images of the model's own size, seen as a whole",
     )
     steps: int | None = Field(None, ge=1, description="steps of the head's training")
-    warmup: int | None = Field(None, ge=0, description="first steps, in which the learning rate rises")
     batch: int = Field(16, ge=2, description="crops in a step")
     learning_rate: float = Field(1e-3, gt=0, description="highest learning rate; it decays to zero")
-    weight_decay: float | None = Field(None, ge=0, description="default: 1e-4 of voc2012 and 1e-3 of ade20k")
-    dropout: float = Field(0.1, ge=0, lt=1, description="share of the features that a step does not see")
     crop: int | None = Field(None, ge=8, description="side of crops and windows in pixels")
     inference: Literal["whole", "slide"] | None = Field(
         None,
         description="whole: the image is squashed to `crop`; slide: it is resized to cover `crop`, and the logits of "
-        "windows that overlap are averaged",
+        "windows, two thirds of `crop` apart, are averaged",
     )
-    stride: int | None = Field(None, ge=1, description="slide: pixels between windows; default: two thirds of `crop`")
-    seed: int = Field(0, ge=0, description="seed of crops, their order, and the head")
 
     @property
     def scores(self) -> list[str]:
@@ -170,11 +168,11 @@ class SegmentationSet(OwnSet):
         return Schedule(
             steps=steps,
             batch=self.batch,
-            warmup=min(steps // 2, warmup) if self.warmup is None else self.warmup,
+            warmup=min(steps // 2, warmup),
             learning_rate=self.learning_rate,
-            weight_decay=_WEIGHT_DECAY[layout] if self.weight_decay is None else self.weight_decay,
+            weight_decay=_WEIGHT_DECAY[layout],
             decay=_DECAY[layout],
-            dropout=self.dropout,
+            dropout=_DROPOUT,
         )
 
     def windows(self, encoder: Encoder) -> tuple[tuple[int, int], int | None]:
@@ -184,7 +182,7 @@ class SegmentationSet(OwnSet):
         side = self.crop or (_PUBLISHED_CROP if published else None)
         size = (encoder.image.height, encoder.image.width) if side is None else (side, side)
         slides = published if self.inference is None else self.inference == "slide"
-        return size, (self.stride or max(1, min(size) * 2 // 3)) if slides else None
+        return size, max(1, min(size) * 2 // 3) if slides else None
 
 
 @dataclass(frozen=True)
@@ -301,7 +299,7 @@ def _train(masks: _Masks, name: str, models: Models, images: ImageBatches, refus
             yield from loaded
 
     with closing(batches()) as shown:  # an error ends the threads and the screen
-        head = train_head(patches, shown, masks.classes, schedule, accelerator.device, config.seed)
+        head = train_head(patches, shown, masks.classes, schedule, accelerator.device, _SEED)
     return Segmenter(patches, head, stride, models.batch)
 
 
@@ -324,7 +322,7 @@ def _crops(
 
     def positions() -> Iterator[tuple[int, Pair]]:
         for epoch in itertools.count():
-            order = permutation(len(masks.train), config.seed, "segmentation order", epoch)
+            order = permutation(len(masks.train), _SEED, "segmentation order", epoch)
             yield from ((epoch * len(order) + place, masks.train[index]) for place, index in enumerate(order))
 
     def crop(found: tuple[int, Pair]) -> tuple[np.ndarray, np.ndarray] | Refusal:
@@ -333,7 +331,7 @@ def _crops(
             image = images.open(pair.load_image())
         except ImageRefused as error:
             return Refusal(f"train/{pair.key}", error.reason, error.detail)
-        [numbers] = uniforms(config.seed, [str(position)], "segmentation crop", 0, 4)
+        [numbers] = uniforms(_SEED, [str(position)], "segmentation crop", 0, 4)
         size = spec.height, spec.width
         return random_crop(image, masks.mask(pair, image.size), size, _RATIOS, numbers, fill)
 
