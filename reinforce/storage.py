@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import logging
 import os
@@ -354,18 +355,18 @@ class Storage:
 
     def temporary_folder(self) -> tempfile.TemporaryDirectory[str]:
         """A local folder, which is deleted at the end of the block; on the disk of a local dataset."""
-        return tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX, dir=self._temporary())
+        return tempfile.TemporaryDirectory(prefix=_temporary_prefix(), dir=self._temporary())
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[tuple[IO[bytes], str]]:
         """Yield a local temporary file and its path; it is deleted at the end unless it was published.
 
         For an object store the file has no name, so that a killed process leaves nothing behind. For a local dataset it
-        is in the dataset's temporary folder, which the next run empties.
+        is in the dataset's temporary folder, which the next run empties, and this one of its workers' files.
         """
         file: IO[bytes]
         if self.local:
-            path = os.path.join(self._temporary(), f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+            path = os.path.join(self._temporary(), f"{_temporary_prefix()}{uuid.uuid4().hex}")
             file = open(path, "xb")  # noqa: SIM115 - closed below, without raising
         else:
             file = tempfile.TemporaryFile()  # noqa: SIM115 - as above
@@ -410,14 +411,27 @@ class Storage:
         if not self.local:
             yield
             return
-        folder = Path(self.root, _TEMPORARY_FOLDER)
-        with lock_file(str(folder / "lock"), f"another run is writing to {self.url}", "Wait for it, or stop it."):
-            for stale in folder.glob(f"{_TEMPORARY_PREFIX}*"):
-                if stale.is_dir():
-                    shutil.rmtree(stale, ignore_errors=True)
-                else:
-                    stale.unlink(missing_ok=True)
+        busy = f"another run is writing to {self.url}"
+        with lock_file(self.path(_TEMPORARY_FOLDER, "lock"), busy, "Wait for it, or stop it."):
+            self._remove_temporary(_TEMPORARY_PREFIX)
             yield
+
+    def remove_temporary_of(self, host: str, pid: int) -> None:
+        """Delete the temporary files that a process, which has ended, has left in a local dataset."""
+        if self.local:
+            self._remove_temporary(_temporary_prefix(host, pid))
+
+    def _remove_temporary(self, prefix: str) -> None:
+        for stale in Path(self.root, _TEMPORARY_FOLDER).glob(f"{glob.escape(prefix)}*"):
+            if stale.is_dir():
+                shutil.rmtree(stale, ignore_errors=True)
+            else:
+                stale.unlink(missing_ok=True)
+
+
+def _temporary_prefix(host: str = "", pid: int = 0) -> str:
+    """The prefix of the temporary files of a process, by default of this one."""
+    return f"{_TEMPORARY_PREFIX}{host or socket.gethostname()}-{pid or os.getpid()}-"
 
 
 def as_seen_by_workers(url: str) -> str:

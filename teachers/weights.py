@@ -6,6 +6,7 @@ processes of a node wait for the one that writes it. Nodes may share the folder,
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import tempfile
@@ -103,12 +104,17 @@ def locked(name: str) -> Iterator[None]:
 
 @contextmanager
 def _lock_if_missing(target: Path) -> Iterator[bool]:
-    """Yield whether the file is missing; if so, under its lock, so that one process makes it."""
+    """Yield whether the file is missing; if so, under its lock, so that one process makes it.
+
+    What a process that was killed has left of the file is deleted first.
+    """
     if target.exists():
         yield False
         return
     with locked(str(target)):
         target.parent.mkdir(parents=True, exist_ok=True)
+        for stale in target.parent.glob(f".{glob.escape(target.name)}.*"):
+            stale.unlink()
         yield not target.exists()
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,6 +132,25 @@ def test_a_lock_refuses_a_second_run_and_deletes_the_files_of_a_killed_one(tmp_p
             pass
     with storage.lock():
         pass
+
+
+def test_the_files_of_a_process_that_has_ended_are_deleted_and_those_of_others_kept(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "out[1]"))
+    host = socket.gethostname()
+    code = (
+        "import os, sys; from reinforce.storage import Storage\n"
+        "with Storage(sys.argv[1]).staging(), Storage(sys.argv[1]).temporary_folder(): os.kill(os.getpid(), 9)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, storage.root])
+    assert process.wait(600) == -9
+    with storage.staging() as (_, mine), storage.temporary_folder() as folder:
+        assert len(storage.names(".tmp")) == 4
+        storage.remove_temporary_of(host, int(str(process.pid)[:-1]))
+        storage.remove_temporary_of(f"{host}x", process.pid)
+        assert len(storage.names(".tmp")) == 4
+        storage.remove_temporary_of(host, process.pid)
+        assert storage.names(".tmp") == sorted(Path(path).name for path in (mine, folder))
+    assert storage.names(".tmp") == []
 
 
 def test_an_output_in_the_folder_of_a_ray_job_is_refused_and_absolute_paths_and_urls_are_not(

@@ -48,6 +48,7 @@ def run(
     """
     from reinforce.config import load_config
     from reinforce.engine.run import run as run_config
+    from reinforce.processes.signals import Terminated
 
     with only_json(as_json) as print_json:
         checked = load_config(config, set_)
@@ -58,9 +59,9 @@ def run(
                 retry_quarantined=retry_quarantined,
                 accept_changed_classes=accept_changed_classes,
             )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated) as stopped:
             typer.echo("stopped; finished shards are kept. Run the same command again to resume.", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(stopped.status if isinstance(stopped, Terminated) else 130) from None
         if as_json:
             print_json({"output": checked.output, **asdict(summary)})
         else:

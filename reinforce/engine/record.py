@@ -27,6 +27,7 @@ from reinforce.engine.plan.plan import Plan
 from reinforce.engine.rates import Stages, add_stages, fuller, unit_of, with_rates
 from reinforce.errors import StorageError, UserError
 from reinforce.labels.members import describe_counts
+from reinforce.processes.signals import Terminated
 from reinforce.source.samples import CAPTIONS_REPLACED
 from reinforce.source.urls import canonical
 from reinforce.storage import Storage, json_bytes
@@ -376,6 +377,8 @@ def ending_of(error: BaseException, redactor: Callable[[str], str]) -> Ending:
     """The ending of a run whose driver raised ``error``; ``redactor`` removes secrets."""
     if isinstance(error, UserError):
         return Ending(error.exit_status, redactor(str(error)))
+    if isinstance(error, Terminated):
+        return Ending(error.status, "stopped")
     if isinstance(error, KeyboardInterrupt):
         return Ending(_STOPPED_STATUS, "stopped")
     return Ending(1, redactor(f"stopped by an error: {type(error).__name__}: {error}"))

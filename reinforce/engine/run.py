@@ -41,6 +41,7 @@ from reinforce.engine.record import Progress, RunSummary, add_summaries, nothing
 from reinforce.errors import RayEnded, StorageError, TooManyQuarantined, UserError
 from reinforce.processes.cores import Node
 from reinforce.processes.parallel import cluster_of_run, nodes_of_run
+from reinforce.processes.signals import terminated_by_exception
 from reinforce.settings import as_config, with_accelerator
 from reinforce.terminal import plural
 from teachers.redact import Redactor
@@ -118,12 +119,14 @@ def run(
     ``retry_quarantined`` removes shards that are quarantined as a whole from the quarantine and tries them again, and
     those whose labels could not all be read.
     ``accept_changed_classes`` extends layers of custom classes whose files have changed under one ``version``.
-    Raises UserError for errors that the user must fix.
+    Raises UserError for errors that the user must fix. SIGTERM raises SystemExit with status 143, unless the program
+    handles it while the run plans.
     """
     config = as_config(Config, config)
     redact = Redactor(config.model_dump(mode="json"))  # errors of storages and models may quote the config
     try:
-        return _run(config, address, retry_quarantined, accept_changed_classes, None)
+        with terminated_by_exception():
+            return _run(config, address, retry_quarantined, accept_changed_classes, None)
     except StorageError as error:
         raise StorageError(redact(f"{error} Finished shards are kept. Run the same command again to resume.")) from None
     except UserError as error:

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from reinforce.errors import RayEnded, UserError
 from reinforce.processes.cores import available_cores
+from reinforce.processes.signals import Terminated, terminated_by_exception
 
 _LOG = logging.getLogger(__name__)
 _TIMED_OUT = "timed out during startup"  # in what Ray raises where its processes do not answer in 30 s
@@ -38,20 +39,20 @@ def ray_cluster(address: str | None, log_to_driver: bool = True) -> Iterator[Non
     if ray.is_initialized():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
-    handler = _exit if before in (signal.SIG_DFL, None) else before
-    try:
+    with terminated_by_exception():
+        before = signal.getsignal(signal.SIGTERM)
         try:
-            _start_ray(address or os.environ.get("RAY_ADDRESS"), log_to_driver)
-        except SystemExit as error:
-            if error.code != signal.SIGTERM:
-                raise
-            _exit(signal.SIGTERM, None)  # by Ray's handler; what Ray has started is stopped first
-        _handle_sigterm(handler)
-        yield
-    finally:
-        ray.shutdown()
-        _handle_sigterm(before)
+            try:
+                _start_ray(address or os.environ.get("RAY_ADDRESS"), log_to_driver)
+            except SystemExit as error:
+                if error.code != signal.SIGTERM:
+                    raise
+                raise Terminated from None  # by Ray's handler; what Ray has started is stopped first
+            _handle_sigterm(before)
+            yield
+        finally:
+            ray.shutdown()
+            _handle_sigterm(before)
 
 
 def _start_ray(address: str | None, log_to_driver: bool) -> None:
@@ -105,10 +106,6 @@ def _handle_sigterm(handler: Any) -> None:
     """Replace the handler that ``ray.init`` installs in the main thread; that one exits with status 15."""
     if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
-
-
-def _exit(signum: int, frame: object) -> None:
-    sys.exit(128 + signum)  # the status by which shells report it; Ray is shut down first
 
 
 @contextlib.contextmanager

@@ -39,11 +39,37 @@ def handled_signals(handle: Callable[[int], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set. An exception raised by a handler could be lost inside a call into Ray."""
-    stop = threading.Event()
-    with handled_signals(lambda _: stop.set()):
-        yield stop
+def stop_requests() -> Iterator[list[int]]:
+    """The numbers of SIGINT and SIGTERM as they arrive. An exception of a handler could be lost in a call into Ray."""
+    received: list[int] = []
+    with handled_signals(received.append):
+        yield received
+
+
+class Terminated(SystemExit):
+    """SIGTERM ended the program, with the exit status by which shells report it."""
+
+    def __init__(self) -> None:
+        self.status = 128 + signal.SIGTERM
+        super().__init__(self.status)
+
+
+@contextlib.contextmanager
+def terminated_by_exception() -> Iterator[None]:
+    """Raise Terminated on SIGTERM, so that what the program holds is released, where nothing handles the signal."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def exit_with_parent() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.plan.plan import build_layers, describe_models
 from reinforce.errors import StorageError, UserError
 from reinforce.storage import ClaimFile
+from tests.helpers.commands import Command
 from tests.helpers.data import config_of
 from tests.helpers.s3_proxy import Fault, Handler, Proxy, Request, empty, refuse
 
@@ -235,6 +237,28 @@ def test_a_run_is_refused_before_it_writes_anything_or_starts_ray(
     with pytest.raises(UserError, match="another run writes to"):
         reinforce.run(config_of(shards(2), memory, seed=7))
     assert names("memory://claims") == before
+
+
+def test_sigterm_while_a_run_plans_gives_its_claims_back_and_ends_it_with_143(
+    shards: Callable[..., str], memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    def terminate(*_: object) -> None:
+        assert names(memory)
+        assert callable(signal.getsignal(signal.SIGTERM)), "else the signal kills the tests"
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("reinforce.processes.cluster.ray.init", lambda **_: pytest.fail("Ray was started"))
+    monkeypatch.setattr("reinforce.engine.run.check_copies", terminate)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        config = tmp_path / "config.yaml"
+        config.write_text(json.dumps(config_of(shards(2), memory)))
+        status, _, error = command("run", str(config))
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (status, error.splitlines()[-1].partition(";")[0]) == (143, "stopped")
+    assert names(memory) == []
 
 
 def test_claims_of_a_run_that_fails_or_has_left_its_lock_and_what_no_run_has_written_do_not_count(

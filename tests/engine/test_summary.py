@@ -29,6 +29,7 @@ from reinforce.engine.record import (
     summarize,
 )
 from reinforce.errors import StorageError, TooManyQuarantined, UserError
+from reinforce.processes.signals import Terminated
 from tests.helpers.driver import shard
 
 RESULT = ShardResult(
@@ -77,6 +78,7 @@ def test_a_summary_has_the_share_of_the_workers_time_in_which_accelerators_were_
         (TooManyQuarantined("stopped: 11 of 20"), 1, "stopped: 11 of 20"),
         (StorageError("no answer"), 1, "no answer"),
         (KeyboardInterrupt(), 130, "stopped"),
+        (Terminated(), 143, "stopped"),
         (ValueError("TOKEN"), 1, "stopped by an error: ValueError: ***"),
     ],
 )

@@ -81,15 +81,15 @@ def undisturbed(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fresh_dataset(simple_config(source, tmp_path_factory.mktemp("undisturbed") / "out"))
 
 
-def check_stopped(process: subprocess.Popen[str], out: Path) -> str:
+def check_stopped(process: subprocess.Popen[str], out: Path, sent: signal.Signals) -> str:
     """What a run printed that a signal has stopped."""
     output = process.communicate(timeout=1080)[0]
-    assert process.returncode == 130, output
+    assert process.returncode == 128 + sent, output
     assert "Run the same command again to resume" in output
     assert "Traceback" not in output
     [path] = (out / "runs").glob("*/summary.json")
     summary = json.loads(path.read_text())
-    assert (summary["status"], summary["message"]) == (130, "stopped")
+    assert (summary["status"], summary["message"]) == (128 + sent, "stopped")
     return output
 
 
@@ -115,7 +115,7 @@ def test_a_run_whose_driver_was_killed_or_interrupted_resumes(
             process.communicate()
             time.sleep(1.0)  # until the workers notice that their driver is gone
         else:
-            check_stopped(process, out)
+            check_stopped(process, out, sent)
     check_resumes(simple_config(source, out), out, undisturbed)
 
 
@@ -139,7 +139,7 @@ def test_a_second_run_is_refused_a_killed_worker_is_replaced_and_a_terminated_ru
         before = finished(out)
         wait_for(lambda: finished(out) > before)
         process.send_signal(signal.SIGTERM)
-        output = check_stopped(process, out)
+        output = check_stopped(process, out, signal.SIGTERM)
     assert running_job(out) is None
     assert "a worker died" in output
     assert [event["node_lost"] for event in events_of(out, "worker_died")] == [False]
@@ -188,6 +188,7 @@ def test_single_failures_leave_no_trace_and_lasting_ones_cost_a_shard_or_the_lay
     assert (summary.status, summary.quarantined_shards, summary.shards, summary.samples) == (0, 3, 5, 40)
     assert (tmp_path / "raised").exists()
     assert (tmp_path / "died").exists()
+    assert not list((out / ".tmp").glob("reinforce-*")), "no temporary file of a worker that died is left"
     raised = Counter(event["shard"].partition("-")[0] for event in events_of(out, "shard_raised"))
     assert raised.keys() <= {"00000", "00003", "00004"}
     assert raised["00000"] <= 1, "none if its worker dies of another shard at that moment"

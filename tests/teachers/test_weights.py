@@ -74,6 +74,24 @@ def test_an_interrupted_download_leaves_no_file(server: _Server, cache: Path) ->
     assert weights.fetch(server.url).stat().st_size == 300_000
 
 
+def test_what_a_process_that_was_killed_has_left_is_deleted_by_the_next_one(tmp_path: Path, cache: Path) -> None:
+    torch.save({"a": torch.ones(3)}, tmp_path / "[a].pt")
+    code = (
+        "import os, sys, pathlib, safetensors.torch; from teachers.weights import as_safetensors\n"
+        "safetensors.torch.save_file = lambda *_: os.kill(os.getpid(), 9)\n"
+        "as_safetensors(pathlib.Path(sys.argv[1]))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "[a].pt")], check=False).returncode == -9
+
+    def there() -> list[tuple[str, int]]:
+        return [(path.name, path.stat().st_size) for path in (cache / "safetensors").rglob("*") if path.is_file()]
+
+    assert [size for _, size in there()] == [0]
+    made = weights.as_safetensors(tmp_path / "[a].pt")
+    assert [name for name, _ in there()] == [made.name]
+    assert load_file(made)["a"].tolist() == [1.0] * 3
+
+
 def test_missing_files_folders_and_unknown_protocols_are_named(tmp_path: Path) -> None:
     for location in ("absent.bin", "file:///absent.bin", "memory://absent.bin"):
         for function in (weights.fetch, weights.identity):

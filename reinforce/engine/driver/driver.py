@@ -15,8 +15,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -93,7 +93,7 @@ from reinforce.processes.cluster import (
     live_resources,
 )
 from reinforce.processes.imports import HEIC_HINT, reads_heic
-from reinforce.processes.signals import stop_requests
+from reinforce.processes.signals import Terminated, stop_requests
 from reinforce.storage import JOB_VARIABLE
 from reinforce.terminal import plural
 from schemas import Reason
@@ -139,6 +139,7 @@ class Driver:
         self.stall_limits = StallLimits(self.config.failures)
         self.load_limit = LoadLimit(workers.start_timeout)
         self.polled: dict[Any, Slot] = {}  # requests for pulses that are under way
+        self.processes: set[WorkerId] = set()  # of all workers of the run
         self.logged: set[str] = set()  # fallbacks of models
         self.recorder, self.began = Recorder(), time.time()
         self.metrics_due = self.progress_due = 0.0
@@ -160,8 +161,8 @@ class Driver:
         ending = Ending()
         try:
             self._set_damaged_aside()
-            with stop_requests() as stop:
-                self._loop(start, stop)
+            with stop_requests() as received:
+                self._loop(start, received)
             self._check_written()
         except BaseException as error:
             ending = ending_of(error, self.redact.cut)
@@ -173,6 +174,8 @@ class Driver:
             summary = replace(summary, notes=self._notes())
             self._report(last=True)
             self.pool.close()
+            for worker in self.processes:
+                self.store.remove_temporary_of(worker.host, worker.pid)
             self.raylet.close()
             self.control.close()
             with contextlib.suppress(StorageError):  # a cache
@@ -234,10 +237,10 @@ class Driver:
 
     # the loop
 
-    def _loop(self, start: float, stop: threading.Event) -> None:
+    def _loop(self, start: float, received: list[int]) -> None:
         while remaining := len(self.queue) + len(self.pool.leases) + self.policy.undecided_shards:
-            if stop.is_set():
-                raise KeyboardInterrupt
+            if received:
+                raise Terminated if received[0] == signal.SIGTERM else KeyboardInterrupt
             if not self._check_ray(remaining):
                 time.sleep(_TICK_SECONDS)
                 continue
@@ -508,6 +511,7 @@ class Driver:
             self.pool.discard(slot)
             return None
         if isinstance(info, WorkerId):
+            self.processes.add(info)
             self.pool.begin_load(slot, info)
             return None
         self.policy.load_passed()
