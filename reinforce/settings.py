@@ -25,10 +25,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
-    model_serializer,
 )
 from pydantic.annotated_handlers import GetJsonSchemaHandler
 from pydantic_core import CoreSchema
@@ -173,26 +171,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
     place: ClassVar[str] = ""
     configs: ClassVar[Mapping[str, type[BaseModel]]] = {}
-
-
-def without_defaults(*keys: str) -> Any:
-    """A serializer of a section that leaves out some keys at their defaults.
-
-    Checkpoints of earlier versions have no such key, and are compared with the config as a whole.
-    """
-
-    def serialize(self: Section, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = serialize(self)
-        fields = type(self).model_fields
-        names = {fields[key].alias or key: key for key in keys}
-        return {
-            name: value
-            for name, value in values.items()
-            if (key := names.get(name, name)) not in keys
-            or getattr(self, key) != fields[key].get_default(call_default_factory=True)
-        }
-
-    return model_serializer(mode="wrap")(serialize)
 
 
 class _Loader(yaml.SafeLoader):

@@ -7,15 +7,13 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import (
     BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
 from reinforce.evaluation.config import Evaluation
 from reinforce.images.policy import ReadLimits
-from reinforce.settings import Accelerated, ImagesFrom, InSchema, Named, OneOrMore, Section, either, without_defaults
+from reinforce.settings import Accelerated, ImagesFrom, InSchema, Named, OneOrMore, Section, either
 from reinforce.training.config import TrackersOfRun, Training
 from teachers.backbone_spec import BackboneSpec
 from teachers.open_clip.family import PREPROCESS, Preprocess
@@ -27,8 +25,8 @@ TERMS = (
     *("pairs", "scales", "features", "interactive", "probabilities", "dense"),
     *("anchor_similarities", "anchor_features", "anchor_weights"),
 )
-#: Keys of terms that are added to the loss of images, whichever lambda is, and keys that came later than the others.
-OF_IMAGES, _LATER = ("probabilities", "dense"), ("dense",)
+#: Keys of terms that are added to the loss of images, whichever lambda is.
+OF_IMAGES = ("probabilities", "dense")
 #: Sections of a run's config with the models that the term of a key learns from, if they are no teachers.
 OTHER_MODELS = {"probabilities": "classifiers"}
 
@@ -150,11 +148,6 @@ class FeatureLoss(Section):
             )
         return self
 
-    @model_serializer(mode="wrap")
-    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> Any:
-        """The teachers alone where nothing else is set, as checkpoints of earlier versions have it."""
-        return self.teachers if self == FeatureLoss(teachers=self.teachers) else serialize(self)
-
 
 class Loss(Section):
     """(1 - lambda) x CLIP loss + lambda x (distillation + features), summed over true and synthetic captions."""
@@ -207,8 +200,6 @@ class Loss(Section):
         description="for `online`: the models to run, as in `reinforce run`; precision: fp32 unless it is given",
     )
 
-    _as_before = without_defaults(*_LATER)
-
     @property
     def anchors(self) -> list[str]:
         """The teacher of `anchor`, if it has one."""
@@ -240,7 +231,7 @@ class Loss(Section):
                 raise ValueError(
                     f"{name}: `precision: fp8` is for `reinforce run`, which compares it with bf16; set bf16"
                 )
-        # Checkpoints record it: before there was `auto`, fp32 was the default.
+        # Checkpoints record it. The default is fp32, not `auto` as in a run.
         return {name: spec.model_copy(update={"precision": spec.resolved_precision}) for name, spec in teachers.items()}
 
     @model_validator(mode="after")
@@ -291,8 +282,6 @@ class Source(Section):
     url: str = Field(min_length=1, description="folder or fsspec URI of a reinforced dataset")
     weight: float = Field(1.0, gt=0, description="relative share of the samples that come from it")
     view: str | None = Field(None, description="view of `reinforce select` whose samples are read; default: all")
-
-    _as_before = without_defaults("view")
 
 
 class Data(Section):
@@ -468,8 +457,6 @@ class Student(Section):
         if isinstance(towers, list) and len(towers) > 1:
             raise ValueError("with both towers frozen no encoder is trained: name one, image or text")
         return towers
-
-    _as_before = without_defaults("family", "class_", "options", "without")
 
     @property
     def name(self) -> str:

@@ -42,9 +42,6 @@ from reinforce.training.task import Batch, Encoded, Metrics, Task
 from teachers.protocols import Teacher
 from teachers.runtime.accelerator import Accelerator
 
-#: The key of the config that ``StudentTask.settle`` chooses.
-BATCH_NORM = "student.batch_norm"
-
 
 class StudentTask(Task):
     """Trains the student of a config by distillation; see ``reinforce.training.task.Task``.
@@ -112,16 +109,14 @@ class StudentTask(Task):
         own = evaluation.model_copy(update={"threads": threads})
         self._evaluator = Evaluator(own, evaluation.shares(ranks)[rank])
         self.notes = [_describe(self.model, config), *self.terms.notes, *notes]
-
-    def settle(self, recorded: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        """Keep the batch statistics of a pretrained student, unless the checkpoint is of a training that did not."""
-        stated, sync = self._config.student.batch_norm, self._config.train.compute.sync_batch_norm
-        how = self.model.batch_norm if stated or recorded is None else recorded[BATCH_NORM]
-        self.model.set_batch_norm(how)
+        self.chosen = {"student.batch_norm": self.model.batch_norm}
         norms = len(batch_norms(self.model.clip))
-        if stated is None and self.model.pretrained and norms:
-            self.notes.append(f"student.batch_norm: {how}: {_describe_norms(how, norms, sync)}")
-        return {BATCH_NORM: how}
+        if config.student.batch_norm is None and self.model.pretrained and norms:
+            unused = ". train.compute.sync_batch_norm has no effect" * config.train.compute.sync_batch_norm
+            self.notes.append(
+                f"student.batch_norm: keep: {plural(norms, 'batch normalisation')} of the pretrained student use the "
+                f"stored statistics, which stay; set it to train to let them move{unused}"
+            )
 
     def begin_step(self, step: int, steps: int) -> str | None:
         """Train with rounded values in the last ``student.quantize_share`` of the steps, at least in one."""
@@ -204,12 +199,3 @@ def _describe(student: Student, config: StudentConfig) -> str:
         texts = "pretrained" if "text" in student.towers else "random"
         start += f", {texts} text tower of {student.text_name}, {student.config['embed_dim']} dimensions"
     return f"student {student.name}: {millions:.1f} M parameters{more}, {student.image.size} pixels, {start}"
-
-
-def _describe_norms(how: str, norms: int, sync: bool) -> str:
-    if how == "train":
-        return f"the statistics of {plural(norms, 'batch normalisation')} move, as since this training began"
-    return (
-        f"{plural(norms, 'batch normalisation')} of the pretrained student use the stored statistics, which stay; set "
-        f"it to train to let them move{'. train.compute.sync_batch_norm has no effect' * sync}"
-    )

@@ -12,7 +12,7 @@ from reinforce.dataset.kinds.registry import target_sections
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.data.feed import StudentFeed
-from reinforce.student.task import BATCH_NORM, StudentTask
+from reinforce.student.task import StudentTask
 from reinforce.student.towers import has_weights
 from reinforce.training.config import Job, make_job
 from reinforce.training.launch import launch, runs_on_ray
@@ -54,7 +54,6 @@ def student_job(config: StudentConfig) -> Job:
         mutable,
         evaluate_start=_evaluates_start(config),
         best_of_part=config.evaluate.best is not None,
-        earlier={BATCH_NORM: "train"},
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -61,11 +61,7 @@ class Optimizer(Section):
         description="of matrices, kernels and token embeddings; not of gains, biases and logit scales, nor of what "
         "modules list in `no_weight_decay()`, such as positional embeddings",
     )
-    grad_clip_norm: float | None = Field(
-        1.0,
-        gt=0,
-        description="largest gradient norm; null: no clipping",
-    )
+    grad_clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
 
     @model_validator(mode="after")
     def _one_start_of_decay(self) -> Optimizer:
@@ -289,8 +285,7 @@ class Job:
     ``best_of_part`` also where it is of a part of a set or a mean of fewer sets of a suite. ``export`` is the folder of
     ``output`` for the weights: the last ones, or with ``export_best`` those of the best evaluated step, which may be
     the one before the first step. ``trackers`` get the rows of the log, too. ``accelerator`` is that of the config.
-    ``model_config`` is the config in the model's folder, by dotted keys; it must not change either. ``earlier`` are
-    values of keys that checkpoints of earlier versions lack.
+    ``model_config`` is the config in the model's folder, by dotted keys; it must not change either.
     """
 
     training: Training
@@ -306,7 +301,6 @@ class Job:
     trackers: Trackers | None = None
     accelerator: Literal["fast", "plain"] = "fast"
     model_config: Mapping[str, Any] | None = None
-    earlier: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_job(config: Any, models: Sequence[str], mutable: Iterable[str], **options: Any) -> Job:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -114,7 +113,7 @@ class _Loop:
         self.steps = total_steps(self.training, feed.samples, ranks.size)
         self.accelerator = ranks.accelerator
         self.storage = Storage(job.output)
-        fixed = {**job.fixed_config}
+        fixed = {**job.fixed_config, **task.chosen}
         if fixed.get("train.compute.precision") == "auto":
             fixed["train.compute.precision"] = self.accelerator.precision
         self.progress = Progress(0, fixed, model_config=job.model_config, data=feed.data, steps=self.steps)
@@ -239,13 +238,9 @@ class _Loop:
         """
         found, notes = self._load_latest()
         if found is None:
-            self._settle(None)
             return notes
         self.resumed = True
         progress, tensors = found
-        stated = {key: value for key, value in progress.fixed_config.items() if value is not None}
-        progress = replace(progress, fixed_config={**progress.fixed_config, **self.job.earlier, **stated})
-        self._settle(progress.fixed_config)
         check_resumable(progress, self.progress, self.steps, self.job.output)
         try:
             self.state.load(tensors)
@@ -254,16 +249,9 @@ class _Loop:
                 f"the checkpoint of step {progress.step:,} in {self.job.output} is of another model: {error}. Write to "
                 "another `output`, or resume with the versions of this program and of open_clip that wrote it."
             ) from error
-        finished = read_results(self.storage)
-        if progress.steps is None and finished is not None and finished.steps == progress.step:
-            progress = replace(progress, steps=finished.steps)  # earlier versions did not record it
         notes += describe_length(progress, self.steps, self.training.optimizer)
         self.progress = replace(progress, model_config=self.job.model_config, data=self.progress.data, steps=self.steps)
         return notes
-
-    def _settle(self, recorded: Mapping[str, Any] | None) -> None:
-        fixed = {**self.progress.fixed_config, **self.task.settle(recorded)}
-        self.progress = replace(self.progress, fixed_config=fixed)
 
     def _load_latest(self) -> tuple[tuple[Progress, dict[str, torch.Tensor]] | None, list[str]]:
         """The last checkpoint that every rank reads whole, and a line if it is not the last one."""

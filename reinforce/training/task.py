@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -62,14 +63,8 @@ class Task(Protocol):
     notes: Sequence[str] = ()
     #: Whether all prepared batches have the same shapes and nothing but tensors, so that one graph is for all.
     compiles_once: bool = False
-
-    def settle(self, recorded: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        """Choose what the config leaves open; returns values by key of the config, which checkpoints record.
-
-        Called once, before the first step. ``recorded`` is the config of the checkpoint from which the training run
-        resumes; None if it begins. The keys are those of ``Job.earlier``.
-        """
-        return {}
+    #: What the task chose where the config leaves it open, by key of the config; checkpoints record it.
+    chosen: Mapping[str, Any] = MappingProxyType({})
 
     def begin_step(self, step: int, steps: int) -> str | None:
         """Change the model for step ``step`` (from 0) of ``steps``, if it is to change; returns a line for the user.

@@ -71,14 +71,12 @@ def test_batches_over_a_view_are_the_same_after_a_resume_and_in_loader_processes
         for one, other in zip(whole[2:], others, strict=True):
             assert one["key"] == other["key"]
             assert torch.equal(one["image"], other["image"])
-    # A checkpoint states the view, and one without is as before.
+    # A checkpoint states the view.
     [few, some, every] = [feed_of(url, view).data for view in ("few", "some", None)]
     assert few != some
     view = reinforce.open(url, view="few").view
     own = {name: value for name, value in few.items() if every.get(name) != value}
     assert own == {f"{url}: view few": view.fingerprint}
-    dumped = Data.model_validate({"datasets": url}).model_dump(mode="json")
-    assert dumped["datasets"] == [{"url": url, "weight": 1.0}], "as in checkpoints of earlier versions"
 
 
 def test_the_file_of_a_shard_is_read_once_and_a_missing_view_fails_before_the_first_step(tmp_path: Path) -> None:
