@@ -1,4 +1,12 @@
-"""Comparison of the labels' vectors with those that the config's models compute from local images."""
+"""What the models of a config compute now, compared with what labels or a dataset have.
+
+``check_labels`` compares the labels' vectors with those that the config's models compute from local images.
+
+``recompute`` serves ``reinforce validate --recompute``. Random rows of some shards are copied with their captions to a
+temporary dataset, and the code of workers computes the other layers of it. Captions are computed from the images or
+true captions, embeddings of captions from the stored captions. Each model is loaded by itself. Equal software on an
+equal device gives equal bytes; otherwise vectors differ by rounding, and captions, which are sampled, may be others.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +47,8 @@ from reinforce.labels.taken import with_labels
 from reinforce.processes.parallel import nodes_of_run
 from teachers.runtime.determinism import set_flags
 from teachers.spec import ModelInfo
+
+_SHARDS = 16  # from which rows are taken, at most
 
 
 def check_labels(config: Config, rows: int = 64, pool: DecodePool | None = None) -> list[str]:
@@ -98,16 +108,6 @@ def _line(layer: str, rows: int, cosines: np.ndarray) -> str:
     return f"{text}; {far:,} below {MIN_COSINE}" if far else text
 
 
-# -- Rows of a dataset computed again, and how far the stored values differ: ``reinforce validate --recompute``.
-#
-# Random rows of some shards are copied with their captions to a temporary dataset, and the code of workers computes the
-# other layers of it. Captions are computed from the images or true captions, embeddings of captions from the stored
-# captions. Each model is loaded by itself. Equal software on an equal device gives equal bytes; otherwise vectors
-# differ by rounding, and captions, which are sampled, may be others.
-
-_SHARDS = 16  # from which rows are taken, at most
-
-
 @dataclass
 class Recomputed:
     """The comparison of each layer, and why others were not computed."""
@@ -130,7 +130,7 @@ class Recomputed:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _PickedRows:
     """Rows of one row group of a shard, with the tables of its layers and the footer of its samples."""
 
     shard: str
@@ -194,7 +194,9 @@ def _known(layers: Mapping[str, Layer], manifest: Mapping[str, Any], found: Reco
     return known
 
 
-def _pick(store: Store, layers: Mapping[str, Layer], config: Config, rows: int, rng: random.Random) -> Iterator[_Rows]:
+def _pick(
+    store: Store, layers: Mapping[str, Layer], config: Config, rows: int, rng: random.Random
+) -> Iterator[_PickedRows]:
     """Random rows, from shards that have all layers."""
     listings = store.listings(layers)
     complete = listings[SAMPLES]
@@ -210,14 +212,14 @@ def _pick(store: Store, layers: Mapping[str, Layer], config: Config, rows: int, 
             count = tables[SAMPLES].num_rows
             places = sorted(rng.sample(range(count), min(count, -(-rows // len(shards)))))
             taken = {name: table.take(places) for name, table in tables.items()}
-            yield _Rows(shard, opened.source, opened.footer(SAMPLES), taken)
+            yield _PickedRows(shard, opened.source, opened.footer(SAMPLES), taken)
 
 
 def _compare_model(
     config: Config,
     layers: Mapping[str, Layer],
     of_model: Mapping[str, Layer],
-    picked: Sequence[_Rows],
+    picked: Sequence[_PickedRows],
     pool: DecodePool,
 ) -> dict[str, Comparison]:
     """Compute the layers of one model for all rows, and compare."""
@@ -242,7 +244,7 @@ def _compare_model(
     return found
 
 
-def _write(store: Store, layer: Layer, config: Config, rows: _Rows, table: pa.Table) -> None:
+def _write(store: Store, layer: Layer, config: Config, rows: _PickedRows, table: pa.Table) -> None:
     schema = layer.schema(config.images)
     schema = pa.schema([column for column in schema if column.name in table.column_names])
     with store.writer(layer, schema, rows.shard, rows.footer.get("source", "")) as writer:

@@ -1,4 +1,14 @@
-"""The record of a run in ``runs/<run>/``: the config as run, one JSON line per event, and a summary."""
+"""A run while it goes and at its end: its record in ``runs/<run>/``, the progress that is shown, its totals and
+summary, and series for Ray's metrics.
+
+The record has the config as run, one JSON line per event, and a summary. Progress is a live line on a terminal, and a
+plain line every few seconds in a log.
+
+Ray's dashboard and Prometheus show the series, which ``SERIES`` lists. The driver and the workers record their counts
+every few seconds and at the end of a shard. Ray exports a series from the node where it is recorded, with the prefix
+``ray_`` and the labels of its process. The number of label values is bounded: reasons, stages, layers, fast paths of
+models, and indexes of workers.
+"""
 
 from __future__ import annotations
 
@@ -140,8 +150,6 @@ def _public(config: Config) -> dict[str, Any]:
     return data
 
 
-# -- Progress of a run: a live line on a terminal, a plain line every few seconds in a log.
-
 _WINDOW_SECONDS = 60.0
 _NAMED_HOSTS = 3
 
@@ -251,8 +259,6 @@ def _describe_silent(silent: Mapping[str, int]) -> str:
     verb, ending = "waits" if shards == 1 else "wait", "s" * (len(hosts) > 1)
     return f"{plural(shards, 'shard')} {verb} for silent host{ending} {names}"
 
-
-# -- Totals of a run while it goes, and the summary at its end.
 
 WORKER_LOST = "worker lost"  # why a shard is leased again, if its worker is gone
 _STOPPED_STATUS = 130  # as of a command that a shell stops by Ctrl-C
@@ -586,12 +592,6 @@ def nothing_to_do(plan: Plan) -> RunSummary:
         text += f"\n{ending.message}"
     return RunSummary(quarantined_shards=plan.quarantined, status=ending.status, message=text)
 
-
-# -- Series for Ray's metrics, which Ray's dashboard and Prometheus show; ``SERIES`` lists them all.
-#
-# The driver and the workers record their counts every few seconds and at the end of a shard. Ray exports a series from
-# the node where it is recorded, with the prefix ``ray_`` and the labels of its process. The number of label values is
-# bounded: reasons, stages, layers, fast paths of models, and indexes of workers.
 
 #: Values by name of series: a number, or one for each value of the series' label.
 Values: TypeAlias = "dict[str, float | Mapping[str, float]]"

@@ -1,5 +1,6 @@
-"""Codebooks of a run: fitted before anything else, to vectors of the first shards that a separate run computes.
+"""``reinforce.run``: check the config and the source, plan, and compute what is missing.
 
+The codebooks of a run are fitted before anything else, to vectors of the first shards that a separate run computes.
 That run stores these vectors in float16, in ``fitting/`` of the dataset, and continues after an interruption as every
 run does. Its files are deleted once the codebooks are stored.
 """
@@ -47,63 +48,10 @@ from reinforce.terminal import plural
 from teachers.redact import Redactor
 
 FOLDER = "fitting"
-_LOG = logging.getLogger(__name__)
-
-
-def fit_codebooks(plan: Plan, compute: Callable[[Config, int], None]) -> None:
-    """Fit the codebooks that a plan lacks. ``compute`` computes the first shards of a config. Raises UserError."""
-    layers, seed, output = plan.unfitted, plan.config.seed, plan.config.output.rstrip("/")
-    name = compute_fingerprint({"codebooks": [layer.fingerprint for layer in layers]})
-    config = _finer(plan.config, layers, f"{output}/{FOLDER}/{name}")
-    _LOG.info("fitting the codebooks of %s to vectors of the first shards", plural(len(layers), "layer"))
-    store, finer, shards = Store(output), Store(config.output), fitting.SHARES
-
-    def sample(layer: Layer) -> Floats:
-        return fitting.sample_vectors(layer, finer, None, sorted(finer.shards(layer.name)), seed)
-
-    def lacks(layer: Layer) -> bool:
-        return len(finer.shards(layer.name)) < fitting.SHARES or len(sample(layer)) < layer.sample
-
-    compute(config, shards)
-    while shards < plan.shards and any(map(lacks, layers)):
-        shards *= 2
-        compute(config, shards)
-    try:
-        for layer in layers:
-            fitting.fit_codebook(layer, sample(layer), store, seed)
-    finally:
-        with store.storage_errors("removed", FOLDER):
-            store.fs.rm(store.path(FOLDER), recursive=True)
-
-
-def check_codebooks(plan: Plan) -> None:
-    """Raise UserError if the codebook of a layer that a plan computes was lost or has changed; copy those of labels."""
-    needed = {name for shard in plan.pending for name in shard.layers}
-    for name, layer in plan.layers.items():
-        place = layer.codebook_at(plan.config.output)
-        if place is None or name not in needed:
-            continue
-        labels = plan.config.labels.get(layer.labels or "")
-        if labels is not None and codebooks.stored_digest(Store(place.url), name) is None:
-            codebooks.copy(Store(labels.url), Store(place.url), name, place.digest)
-        codebooks.load(place).codec.require_encoder()
-
-
-def _finer(config: Config, layers: Sequence[Layer], output: str) -> Config:
-    """The config of the run that computes vectors to fit codebooks to: only with the models that need them."""
-    owners = {layer.owner for layer in layers}
-    models = {
-        section: {name: spec.finer() for name, spec in of.items() if (section, name) in owners}
-        for section, of in config.models.items()
-    }
-    return config.with_models({**models, "captioners": config.captioners}).model_copy(update={"output": output})
-
-
-# -- ``reinforce.run``: check the config and the source, plan, and compute what is missing.
-
 #: Extra passes over shards whose files were set aside: first stored captions that do not match new samples, then the
 #: other layers of the shard. More would hide a failing disk.
 _MAX_CONTINUATIONS = 2
+_LOG = logging.getLogger(__name__)
 
 
 def run(
@@ -186,6 +134,55 @@ def _run(
         with Claims(store, config, plan.layers) as claims:
             _complete_manifest(plan, store, manifest)
             return _compute(plan, store, claims, recorded, address, retry_quarantined)
+
+
+def fit_codebooks(plan: Plan, compute: Callable[[Config, int], None]) -> None:
+    """Fit the codebooks that a plan lacks. ``compute`` computes the first shards of a config. Raises UserError."""
+    layers, seed, output = plan.unfitted, plan.config.seed, plan.config.output.rstrip("/")
+    name = compute_fingerprint({"codebooks": [layer.fingerprint for layer in layers]})
+    config = _finer(plan.config, layers, f"{output}/{FOLDER}/{name}")
+    _LOG.info("fitting the codebooks of %s to vectors of the first shards", plural(len(layers), "layer"))
+    store, finer, shards = Store(output), Store(config.output), fitting.SHARES
+
+    def sample(layer: Layer) -> Floats:
+        return fitting.sample_vectors(layer, finer, None, sorted(finer.shards(layer.name)), seed)
+
+    def lacks(layer: Layer) -> bool:
+        return len(finer.shards(layer.name)) < fitting.SHARES or len(sample(layer)) < layer.sample
+
+    compute(config, shards)
+    while shards < plan.shards and any(map(lacks, layers)):
+        shards *= 2
+        compute(config, shards)
+    try:
+        for layer in layers:
+            fitting.fit_codebook(layer, sample(layer), store, seed)
+    finally:
+        with store.storage_errors("removed", FOLDER):
+            store.fs.rm(store.path(FOLDER), recursive=True)
+
+
+def check_codebooks(plan: Plan) -> None:
+    """Raise UserError if the codebook of a layer that a plan computes was lost or has changed; copy those of labels."""
+    needed = {name for shard in plan.pending for name in shard.layers}
+    for name, layer in plan.layers.items():
+        place = layer.codebook_at(plan.config.output)
+        if place is None or name not in needed:
+            continue
+        labels = plan.config.labels.get(layer.labels or "")
+        if labels is not None and codebooks.stored_digest(Store(place.url), name) is None:
+            codebooks.copy(Store(labels.url), Store(place.url), name, place.digest)
+        codebooks.load(place).codec.require_encoder()
+
+
+def _finer(config: Config, layers: Sequence[Layer], output: str) -> Config:
+    """The config of the run that computes vectors to fit codebooks to: only with the models that need them."""
+    owners = {layer.owner for layer in layers}
+    models = {
+        section: {name: spec.finer() for name, spec in of.items() if (section, name) in owners}
+        for section, of in config.models.items()
+    }
+    return config.with_models({**models, "captioners": config.captioners}).model_copy(update={"output": output})
 
 
 def _complete_manifest(plan: Plan, store: Store, manifest: dict[str, Any] | None) -> dict[str, Any] | None:

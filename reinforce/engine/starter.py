@@ -1,4 +1,7 @@
-"""Where a shard has its images, keys and captions, guessed by the names and types of its columns or members."""
+"""``reinforce init``: a commented config for the data that it looks at, which ``reinforce plan`` accepts as it is.
+
+Where a shard has its images, keys and captions is guessed by the names and types of its columns or members.
+"""
 
 from __future__ import annotations
 
@@ -303,8 +306,6 @@ def _is_place(value: Any) -> bool:
 def _shorten(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:60]} ..."
 
-
-# -- ``reinforce init``: a commented config for the data that it looks at, which ``reinforce plan`` accepts as it is.
 
 _UNMADE = "none"  # folder of an output in which there is no dataset
 #: Names of files with captions of images elsewhere, in a folder of images.

@@ -1,4 +1,16 @@
-"""Pixels of rows in memory that decode processes share: each row has a cell, and a batch is a set of cells."""
+"""The decode processes of a worker: chunks of encoded images in, records out, pixels in memory that they share.
+
+Each row has a cell of that memory, and a batch is a set of cells. A process decodes, augments and fits the image of a
+row into its cell.
+
+A process that crashes, or takes too long for one image, is replaced. The image it was working on begins again in the
+new process, and is refused if that happens ``attempts`` times. All others are decoded again. So neither the worker
+and its models nor the shard are lost. The images of the oldest lease come first, so that two shards that begin together
+do not end together.
+
+``main`` is the process, and ``ProcessHandle`` what its parent has of it. This module imports neither torch nor Ray, so
+that the processes start fast and stay small.
+"""
 
 from __future__ import annotations
 
@@ -137,10 +149,6 @@ def runs(array: Bytes, cells: Sequence[int]) -> list[Bytes]:
     bounds = [0, *breaks, len(cells)]
     return [array[cells[a] : cells[b - 1] + 1] for a, b in itertools.pairwise(bounds) if b > a]
 
-
-# -- One row of a shard, and what a decode process computes of it: its image decoded, augmented and fitted into a cell.
-#
-# Imports neither torch nor Ray, so that the processes start fast and stay small.
 
 _PLACEHOLDER_CROP = Crop(0, 0, 8, 8)
 
@@ -364,11 +372,6 @@ def _left_out(config: Config, raw: RawSample, metadata: str | None) -> Iterator[
             yield Refusal(raw.key, Reason.SIDECAR_BROKEN, f".{extension}: {fault}")
 
 
-# -- A decode process: receives chunks of encoded images, writes their pixels into shared memory, returns the records.
-#
-# ``main`` is the process, and ``ProcessHandle`` what its parent has of it. It is started with ``python -c`` and the
-# descriptors of its socket and of its shared memory, so that it imports only what decoding needs, in any program.
-
 _READY = b"ready"
 #: What follows ``python -c``; the module is found where the parent finds it.
 _COMMAND = (
@@ -549,14 +552,6 @@ class ProcessHandle:
             self.close()
             raise ProcessDied(describe_exit(status)) from None
 
-
-# -- The decode processes of a worker: chunks of encoded images in, records out, pixels in shared memory.
-#
-# A process that crashes, or takes too long for one image, is replaced. The image it was working on begins again in the
-# new process, and is refused if that happens ``attempts`` times. All others are decoded again. So neither the worker
-# and its models nor the shard are lost.
-#
-# The images of the oldest lease come first, so that two shards that begin together do not end together.
 
 _MAX_LOOK_SECONDS = 1.0  # between two looks at what a busy process works on
 STOPPED = "the decode processes were stopped"

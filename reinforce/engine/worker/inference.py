@@ -1,4 +1,10 @@
-"""What the models of one shard share: their turn at the accelerator, its memory, and the record of their time."""
+"""Batches of rows through all models that see their images, one batch at a time, and what the models of one shard
+share: their turn at the accelerator, its memory, and the record of their time.
+
+A shard has two batches in work, one that runs and one that waits for its turn at the accelerator. A shard that came
+back only after its batch has ended would find the accelerator taken by the younger shard. So two shards of one worker
+would proceed alternately and end together, and the accelerator would wait for the first images of the next two.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +34,10 @@ from teachers.runtime.accelerator import Accelerator, TimeMark
 
 _T = TypeVar("_T")
 _counting = threading.Lock()
+#: Batches of a shard in work.
+IN_WORK = 2
+#: Outputs of a batch by layer: an array whose first axis is that of the rows, or a list.
+Outputs: TypeAlias = "dict[str, Any]"
 
 
 class Session:
@@ -125,19 +135,6 @@ def device_report(accelerator: Accelerator) -> dict[str, Any]:
         "memory_peak": accelerator.peak_memory(),
         "memory_total": int(torch.cuda.get_device_properties(accelerator.device).total_memory),
     }
-
-
-# -- Batches of rows through all models that see their images, one batch at a time.
-#
-# A shard has two batches in work, one that runs and one that waits for its turn at the accelerator. A shard that came
-# back only after its batch has ended would find the accelerator taken by the younger shard. So two shards of one worker
-# would proceed alternately and end together, and the accelerator would wait for the first images of the next two.
-
-#: Batches of a shard in work.
-IN_WORK = 2
-#: Outputs of a batch by layer: an array whose first axis is that of the rows, or a list.
-Outputs: TypeAlias = "dict[str, Any]"
-_Result = TypeVar("_Result")
 
 
 def rows_ahead(config: Config) -> int:
@@ -322,15 +319,15 @@ class Batches:
         self._threads.shutdown()
 
     def run(
-        self, rows: Iterable[Row], run: Callable[[list[Row]], _Result], at_end: Callable[[list[Row]], _Result]
-    ) -> Iterator[tuple[list[Row], _Result]]:
+        self, rows: Iterable[Row], run: Callable[[list[Row]], _T], at_end: Callable[[list[Row]], _T]
+    ) -> Iterator[tuple[list[Row], _T]]:
         """Yield each batch and what ``run`` returned for it, in order; at last no rows and what ``at_end`` returned.
 
         ``at_end`` receives all rows and runs beside the last batch. While the consumer has one batch, at most one
         other is in work.
         """
         rows, seen = iter(rows), list[Row]()
-        in_work: deque[tuple[list[Row], Future[_Result]]] = deque()
+        in_work: deque[tuple[list[Row], Future[_T]]] = deque()
         while batch := list(itertools.islice(rows, self._size())):
             seen += batch
             in_work.append((batch, self._threads.submit(run, batch)))
@@ -340,7 +337,7 @@ class Batches:
         while in_work:
             yield self._oldest(in_work)
 
-    def _oldest(self, in_work: deque[tuple[list[Row], Future[_Result]]]) -> tuple[list[Row], _Result]:
+    def _oldest(self, in_work: deque[tuple[list[Row], Future[_T]]]) -> tuple[list[Row], _T]:
         batch, future = in_work.popleft()
         with self._watch.stage(WAITING):
             return batch, future.result()

@@ -1,4 +1,12 @@
-"""Outputs of models: checked, and copied before any model is called again, since a model may reuse their memory."""
+"""The loaded models of a worker, the accelerator that they share, and the sizes of their batches.
+
+Outputs of models are checked, and copied before any model is called again, since a model may reuse their memory.
+
+Sizes of batches are halved where the memory of the device runs out. The shards of a worker share the sizes, and a size
+that was halved stays so. The batches are then cut as with a smaller ``workers.batch``. Several batches may be on the
+device: one computes while those of the same and of the other shard that come next are copied. After the first shortage
+it is one at a time, so that the others are not the cause of the next shortage.
+"""
 
 from __future__ import annotations
 
@@ -106,14 +114,6 @@ def to_scores(out: object, count: int, names: Sequence[str], what: str) -> Float
         )
     return values.astype(np.float32).reshape(count, len(names))
 
-
-# -- Sizes of the batches of a worker's models, which are halved where the memory of the device runs out.
-#
-# The shards of a worker share the sizes, and a size that was halved stays so. The batches are then cut as with a
-# smaller ``workers.batch``.
-#
-# Several batches may be on the device: one computes while those of the same and of the other shard that come next are
-# copied. After the first shortage it is one at a time, so that the others are not the cause of the next shortage.
 
 #: Largest batch of ``workers.batch: auto``. Larger ones take more shared memory for pixels.
 MAX_AUTO_BATCH = 1024
@@ -245,7 +245,10 @@ class BatchSizes:
                 if after < before:
                     self._notes.append(_note(shortage, failed, after, bound))
         if failed == 1 and not shared:
-            raise UserError(_too_large(shortage, demand))
+            raise UserError(
+                f"{demand.one} not fit in the memory of the device. Use {demand.fix}; or a device with more memory, "
+                f"or one that no other program uses. The error was {shortage.text}"
+            )
 
 
 def _halved(size: int, failed: int) -> int:
@@ -261,16 +264,6 @@ def _note(shortage: OutOfMemory, failed: int, after: int, bound: Bound) -> str:
         f"{shortage.layer or 'copying images'}: {failed:,} {unit}s at once do not fit in the memory of the device; "
         f"from now on {after:,} {unit}{'s' * (after > 1)} at once. Cause: {shortage.text}"
     )
-
-
-def _too_large(shortage: OutOfMemory, demand: Demand) -> str:
-    return (
-        f"{demand.one} not fit in the memory of the device. Use {demand.fix}; or a device with more memory, or one "
-        f"that no other program uses. The error was {shortage.text}"
-    )
-
-
-# -- The loaded models of a worker, and the accelerator that they share.
 
 
 @dataclass

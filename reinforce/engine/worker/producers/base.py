@@ -1,4 +1,10 @@
-"""Refusals of a lease: samples, rows of a layer, or the shard as a whole."""
+"""What a producer of layers must offer, the row groups that it makes tables of, and what a lease refuses or sets aside.
+
+Refusals are of samples, of rows of a layer, or of the shard as a whole.
+
+A layer file that is damaged, or whose rows are not those of the samples, is set aside, and the run computes it again
+after its other shards. Samples decide the rows, so they stay.
+"""
 
 from __future__ import annotations
 
@@ -32,174 +38,12 @@ from schemas import WHOLE_SHARD, Reason
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelInfo, Precision
 
-_EXAMPLE_CHARS = 300
-
-
-class Refusals:
-    """Refusals by layer, kept until they are written to the quarantine.
-
-    ``shard_reason`` is the reason for which the shard as a whole is refused, or None. ``cleaned`` counts the captions
-    that the rules of ``clean`` have changed or dropped, by captioner and rule.
-    """
-
-    def __init__(self) -> None:
-        self.shard_reason: str | None = None
-        self.cleaned: dict[str, Counter[str]] = {}
-        self._by_layer: dict[str, list[Refusal]] = {}
-
-    def add(self, layer: str, refusal: Refusal) -> None:
-        self._by_layer.setdefault(layer, []).append(refusal)
-        if refusal.key is None and refusal.reason.value in WHOLE_SHARD:
-            self.shard_reason = refusal.reason.value
-
-    @property
-    def layers(self) -> Set[str]:
-        """The layers that refuse something."""
-        return self._by_layer.keys()
-
-    def count_cleaned(self, captioner: str, counts: Mapping[str, int]) -> None:
-        """Add what ``clean`` has done to the captions of one image."""
-        self.cleaned.setdefault(captioner, Counter()).update(counts)
-
-    def counts(self) -> dict[str, int]:
-        return dict(Counter(refusal.reason.value for rows in self._by_layer.values() for refusal in rows))
-
-    @property
-    def samples(self) -> int:
-        """Number of samples that are refused in any layer."""
-        return len({row.key for rows in self._by_layer.values() for row in rows} - {None})
-
-    def examples(self, redact: Callable[[str], str]) -> dict[str, str]:
-        """Key and detail of the first refusal of each reason, in one line; ``redact`` removes secrets from details."""
-        first: dict[str, str] = {}
-        for row in (row for rows in self._by_layer.values() for row in rows):
-            if row.reason.value not in first:
-                text = redact(row.detail) if row.key is None else f"{row.key}: {redact(row.detail)}"
-                first[row.reason.value] = shorten(" ".join(text.split()), _EXAMPLE_CHARS)
-        return first
-
-    def write(self, store: Store, shard: str, redact: Callable[[str], str]) -> None:
-        """Write the quarantine files of a shard; ``redact`` removes secrets from details."""
-        for layer, rows in self._by_layer.items():
-            store.quarantine(layer, shard, [(row.key, row.reason, redact(row.detail)) for row in rows])
-
-
-# -- Stale or damaged layer files of a shard: found and set aside.
-#
-# A file that is damaged, or whose rows are not those of the samples, is set aside, and the run computes it again after
-# its other shards. Samples decide the rows, so they stay.
-
-_MISSING = "it does not exist any more"
-_OTHER_ROWS = "its rows are not those of the samples"
-
-
-class MisalignedLayer(Exception):
-    """A layer of the shard, the first of ``args``, does not have the rows of its samples, or is of another source."""
-
-    def __str__(self) -> str:
-        return f"{self.args[0]} does not have the rows of the samples"
-
-
-def set_inputs_aside(
-    store: Store,
-    shard: str,
-    layers: Collection[str],
-    error: RefusedFile | MisalignedLayer,
-    replaceable: Callable[[], bool],
-) -> dict[str, str] | None:
-    """Set aside the files because of which reading has failed with ``error``; returns the reasons by layer.
-
-    ``layers`` are those of the shard that the lease does not compute. Returns None if no file is at fault: a file that
-    reads well at the second time was damaged on its way. Samples are set aside only where ``replaceable()``; otherwise
-    raises RefusedFile.
-    """
-    if isinstance(error, MisalignedLayer):
-        if SAMPLES in layers:
-            return set_stale_aside(store, shard, layers, *_stored_samples(store, shard), None, new=False)
-        set_aside(store, error.args[0], shard)  # the samples are being computed
-        return {error.args[0]: _OTHER_ROWS}
-    if error.file is None:
-        return None
-    layer = error.file[0]
-    try:
-        reason = file_damage(store, layer, shard)
-    except FileNotFoundError:
-        return {layer: _MISSING}
-    if reason is None:
-        return None
-    if layer == SAMPLES and not replaceable():
-        raise RefusedFile(
-            f"{store.layer_path(layer, shard)} is damaged ({reason}). It stays, because its source cannot be read or "
-            "has changed, and it may be the only copy of its images. Restore it, or its source."
-        )
-    set_aside(store, layer, shard)
-    return {layer: reason}
-
-
-def set_stale_aside(
-    store: Store,
-    shard: str,
-    layers: Iterable[str],
-    groups: Sequence[Sequence[str]],
-    origin: Mapping[str, str],
-    recorded: SourceState | None,
-    *,
-    new: bool = True,
-) -> dict[str, str]:
-    """Set aside the files of layers that do not fit the samples, whose row groups have the keys ``groups``.
-
-    ``origin`` are the footer entries of the samples about their source file. A file whose source had another content is
-    of other images, even if the keys are the same; its own footer records that content, else ``recorded`` does. Of
-    ``new`` samples, a file that does not exist is one that an earlier attempt has set aside. Returns the reasons.
-    """
-    reasons = {}
-    for layer in layers:
-        try:
-            if layer != SAMPLES and (reason := _stale_reason(store, layer, shard, groups, origin, recorded)):
-                set_aside(store, layer, shard)
-                reasons[layer] = reason
-        except FileNotFoundError:
-            if new:
-                reasons[layer] = _MISSING
-    return reasons
-
-
-def _stale_reason(
-    store: Store,
-    layer: str,
-    shard: str,
-    groups: Sequence[Sequence[str]],
-    origin: Mapping[str, str],
-    recorded: SourceState | None,
-) -> str | None:
-    try:
-        with store.open_layer(layer, shard) as file:
-            if reason := other_origin(origin, parse_footer(file.metadata), recorded):
-                return reason
-            return None if _keys(file) == [*map(list, groups)] else _OTHER_ROWS
-    except RefusedFile as error:
-        return str(error)
-
-
-def _stored_samples(store: Store, shard: str) -> tuple[list[list[str]], dict[str, str]]:
-    """The keys of each row group of the stored samples, and their footer. Raises UserError if they cannot be read."""
-    try:
-        with store.open_layer(SAMPLES, shard) as file:
-            return _keys(file), parse_footer(file.metadata)
-    except RefusedFile as error:
-        raise UserError(f"{store.layer_path(SAMPLES, shard)} cannot be read: {error}.") from error
-
-
-def _keys(file: LayerFile) -> list[list[str]]:
-    """The keys of each row group."""
-    return [file.read_row_group(number, ["key"])["key"].to_pylist() for number in range(file.num_row_groups)]
-
-
-# -- What a producer of layers must offer, and the row groups that it makes tables of.
-
 Mask = npt.NDArray[np.bool_]
 #: What models see, and what is halved, of the augmented images.
 CROPS: Final = "crops"
+_EXAMPLE_CHARS = 300
+_MISSING = "it does not exist any more"
+_OTHER_ROWS = "its rows are not those of the samples"
 
 
 class RowGroup:
@@ -383,9 +227,6 @@ class Producer(Encoder):
         return [place for place, row in enumerate(rows) if not self.has_label(layer, row)]
 
 
-# -- Tables of vectors, which image and text embeddings share.
-
-
 class Embeddings(Producer):
     """Layers of vectors. A row that is not finite, or has a vector of length 0 in its codec, is null and refused."""
 
@@ -421,3 +262,154 @@ class Embeddings(Producer):
             columns = [vectors.with_rows(columns[0], codes)]
         table = pa.table([pa.array(group.keys, pa.string()), *columns], schema=self.schema(layer))
         return table.replace_schema_metadata(None if codebook is None else codebook.metadata())
+
+
+class Refusals:
+    """Refusals by layer, kept until they are written to the quarantine.
+
+    ``shard_reason`` is the reason for which the shard as a whole is refused, or None. ``cleaned`` counts the captions
+    that the rules of ``clean`` have changed or dropped, by captioner and rule.
+    """
+
+    def __init__(self) -> None:
+        self.shard_reason: str | None = None
+        self.cleaned: dict[str, Counter[str]] = {}
+        self._by_layer: dict[str, list[Refusal]] = {}
+
+    def add(self, layer: str, refusal: Refusal) -> None:
+        self._by_layer.setdefault(layer, []).append(refusal)
+        if refusal.key is None and refusal.reason.value in WHOLE_SHARD:
+            self.shard_reason = refusal.reason.value
+
+    @property
+    def layers(self) -> Set[str]:
+        """The layers that refuse something."""
+        return self._by_layer.keys()
+
+    def count_cleaned(self, captioner: str, counts: Mapping[str, int]) -> None:
+        """Add what ``clean`` has done to the captions of one image."""
+        self.cleaned.setdefault(captioner, Counter()).update(counts)
+
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(refusal.reason.value for rows in self._by_layer.values() for refusal in rows))
+
+    @property
+    def samples(self) -> int:
+        """Number of samples that are refused in any layer."""
+        return len({row.key for rows in self._by_layer.values() for row in rows} - {None})
+
+    def examples(self, redact: Callable[[str], str]) -> dict[str, str]:
+        """Key and detail of the first refusal of each reason, in one line; ``redact`` removes secrets from details."""
+        first: dict[str, str] = {}
+        for row in (row for rows in self._by_layer.values() for row in rows):
+            if row.reason.value not in first:
+                text = redact(row.detail) if row.key is None else f"{row.key}: {redact(row.detail)}"
+                first[row.reason.value] = shorten(" ".join(text.split()), _EXAMPLE_CHARS)
+        return first
+
+    def write(self, store: Store, shard: str, redact: Callable[[str], str]) -> None:
+        """Write the quarantine files of a shard; ``redact`` removes secrets from details."""
+        for layer, rows in self._by_layer.items():
+            store.quarantine(layer, shard, [(row.key, row.reason, redact(row.detail)) for row in rows])
+
+
+class MisalignedLayer(Exception):
+    """A layer of the shard, the first of ``args``, does not have the rows of its samples, or is of another source."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} does not have the rows of the samples"
+
+
+def set_inputs_aside(
+    store: Store,
+    shard: str,
+    layers: Collection[str],
+    error: RefusedFile | MisalignedLayer,
+    replaceable: Callable[[], bool],
+) -> dict[str, str] | None:
+    """Set aside the files because of which reading has failed with ``error``; returns the reasons by layer.
+
+    ``layers`` are those of the shard that the lease does not compute. Returns None if no file is at fault: a file that
+    reads well at the second time was damaged on its way. Samples are set aside only where ``replaceable()``; otherwise
+    raises RefusedFile.
+    """
+    if isinstance(error, MisalignedLayer):
+        if SAMPLES in layers:
+            return set_stale_aside(store, shard, layers, *_stored_samples(store, shard), None, new=False)
+        set_aside(store, error.args[0], shard)  # the samples are being computed
+        return {error.args[0]: _OTHER_ROWS}
+    if error.file is None:
+        return None
+    layer = error.file[0]
+    try:
+        reason = file_damage(store, layer, shard)
+    except FileNotFoundError:
+        return {layer: _MISSING}
+    if reason is None:
+        return None
+    if layer == SAMPLES and not replaceable():
+        raise RefusedFile(
+            f"{store.layer_path(layer, shard)} is damaged ({reason}). It stays, because its source cannot be read or "
+            "has changed, and it may be the only copy of its images. Restore it, or its source."
+        )
+    set_aside(store, layer, shard)
+    return {layer: reason}
+
+
+def set_stale_aside(
+    store: Store,
+    shard: str,
+    layers: Iterable[str],
+    groups: Sequence[Sequence[str]],
+    origin: Mapping[str, str],
+    recorded: SourceState | None,
+    *,
+    new: bool = True,
+) -> dict[str, str]:
+    """Set aside the files of layers that do not fit the samples, whose row groups have the keys ``groups``.
+
+    ``origin`` are the footer entries of the samples about their source file. A file whose source had another content is
+    of other images, even if the keys are the same; its own footer records that content, else ``recorded`` does. Of
+    ``new`` samples, a file that does not exist is one that an earlier attempt has set aside. Returns the reasons.
+    """
+    reasons = {}
+    for layer in layers:
+        try:
+            if layer != SAMPLES and (reason := _stale_reason(store, layer, shard, groups, origin, recorded)):
+                set_aside(store, layer, shard)
+                reasons[layer] = reason
+        except FileNotFoundError:
+            if new:
+                reasons[layer] = _MISSING
+    return reasons
+
+
+def _stale_reason(
+    store: Store,
+    layer: str,
+    shard: str,
+    groups: Sequence[Sequence[str]],
+    origin: Mapping[str, str],
+    recorded: SourceState | None,
+) -> str | None:
+    try:
+        with store.open_layer(layer, shard) as file:
+            if reason := other_origin(origin, parse_footer(file.metadata), recorded):
+                return reason
+            return None if _keys(file) == [*map(list, groups)] else _OTHER_ROWS
+    except RefusedFile as error:
+        return str(error)
+
+
+def _stored_samples(store: Store, shard: str) -> tuple[list[list[str]], dict[str, str]]:
+    """The keys of each row group of the stored samples, and their footer. Raises UserError if they cannot be read."""
+    try:
+        with store.open_layer(SAMPLES, shard) as file:
+            return _keys(file), parse_footer(file.metadata)
+    except RefusedFile as error:
+        raise UserError(f"{store.layer_path(SAMPLES, shard)} cannot be read: {error}.") from error
+
+
+def _keys(file: LayerFile) -> list[list[str]]:
+    """The keys of each row group."""
+    return [file.read_row_group(number, ["key"])["key"].to_pylist() for number in range(file.num_row_groups)]
