@@ -101,10 +101,6 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
         "reinforce drop demo/dataset 'embeddings/conv-48/*'",
         "reinforce drop demo/dataset 'embeddings/conv-48/*' --yes",
     ),
-    dataset.diff: (
-        "reinforce diff demo/dataset demo/labels",
-        "reinforce diff demo/dataset demo/labels --layers captions --json",
-    ),
     dataset.convert: ("reinforce convert demo/dataset conv-48 conv-48-first32 --codec first32",),
     dataset.inspect: (
         "reinforce inspect demo/dataset demo/report",

@@ -15,12 +15,10 @@ from rich.live import Live
 
 from reinforce.cli.common import (
     Address,
-    AsJson,
     DatasetUrl,
     ImagesFrom,
     NoRay,
     ViewName,
-    only_json,
     print_json,
     print_lines,
     split_names,
@@ -345,43 +343,6 @@ def _drop_shard(store: Store, patterns: list[str], shard: str, yes: bool) -> Non
         typer.echo(escape(f"{store.layer_path(layer, shard)}"))
     command = drop_shard_command(store.url, layers, shard)
     typer.echo(escape(f"nothing was moved; to move to set-aside/: {command} --yes"))
-
-
-def diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="Folder or fsspec URI of a dataset or of labels.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
-    layers: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Layers, or folders of these, with `*`. Default: all.")
-    ] = None,
-    min_cosine: Annotated[
-        float, typer.Option(min=-1, max=1, help="Vectors count as equal from this cosine on; 1: if all numbers are.")
-    ] = 1.0,
-    as_json: AsJson = False,
-    address: Address = None,
-    no_ray: NoRay = False,
-) -> None:
-    """Compare two datasets or labels: layers, samples, captions, cosines of vectors, scores.
-
-    Rows are matched by key in shards of one name, others by what their images are: uid, SHA-256, digest or URL. Images
-    are read only for digests, of rows that no uid or SHA-256 joins.
-
-    Exits with status 0 if they are equal, 1 if they differ, 2 if one cannot be read.
-    """
-    from reinforce.labels.difference import diff as compare
-    from reinforce.labels.difference import diff_table
-
-    with only_json(as_json) as write:
-        found = compare(first, second, split_names(layers), min_cosine, use_ray=not no_ray, address=address)
-        if as_json:
-            write(found.as_json())
-        else:
-            *lines, verdict = found.lines()
-            for line in lines:
-                typer.echo(escape(redact(line)))
-            if found.layers:
-                print_table(diff_table(found))
-            typer.echo(verdict)
-    raise typer.Exit(0 if found.equal else 1)
 
 
 def convert(

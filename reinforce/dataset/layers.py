@@ -61,7 +61,7 @@ class TargetEncoder(NamedTuple):
     entry: Mapping[str, Any]
 
 
-# -- How far the values of a layer differ on two sides: stored and computed again, or in two datasets.
+# -- How far the values of a layer differ on two sides: stored and computed again.
 
 #: The smallest cosine of a stored vector and the one that is computed again that counts as rounding.
 MIN_COSINE = 0.99
@@ -71,8 +71,8 @@ MIN_COSINE = 0.99
 class Comparison:
     """Values of ``rows`` rows on two sides. ``equal`` rows have no difference, ``nulls`` are null on one side alone.
 
-    ``difference`` is the largest one of a number, ``cosine`` the smallest of two vectors, and ``cosines`` the sum of
-    those of ``vectors`` vectors. They are None or 0 for what is no number or vector.
+    ``difference`` is the largest one of a number, ``cosine`` the smallest of two vectors; None for what is no
+    number or vector.
     """
 
     rows: int = 0
@@ -80,8 +80,6 @@ class Comparison:
     nulls: int = 0
     difference: float | None = None
     cosine: float | None = None
-    vectors: int = 0
-    cosines: float = 0.0
 
     @classmethod
     def of_values(cls, first: Sequence[Sequence[Any]], second: Sequence[Sequence[Any]]) -> Comparison:
@@ -101,26 +99,16 @@ class Comparison:
         difference = float(np.abs(first[both] - second[both]).max()) if both.any() else None
         return cls(len(first), equal, int((null[0] != null[1]).any(axis=1).sum()), difference)
 
-    def add_cosines(self, cosines: npt.NDArray[np.float32], same: npt.NDArray[np.bool_], least: float) -> None:
-        """Add the cosines [rows, N] of rows that are not null, of which the ``same`` ones [rows] are equal already.
-
-        Others count as equal from a cosine of ``least`` on, if that is below 1.
-        """
+    def add_cosines(self, cosines: npt.NDArray[np.float32], same: npt.NDArray[np.bool_]) -> None:
+        """Add the cosines [rows, N] of rows that are not null, of which the ``same`` ones [rows] are equal."""
         cosines[same] = 1.0
-        if least < 1:
-            self.equal += int((~same & (cosines >= least).all(axis=1)).sum())
-        self.vectors, self.cosines = cosines.size, float(cosines.sum(dtype=np.float64))
         self.cosine = float(cosines.min()) if cosines.size else None
 
     def add(self, other: Comparison) -> None:
-        for name in ("rows", "equal", "nulls", "vectors", "cosines"):
+        for name in ("rows", "equal", "nulls"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.cosine = min((one for one in (self.cosine, other.cosine) if one is not None), default=None)
         self.difference = max((one for one in (self.difference, other.difference) if one is not None), default=None)
-
-    @property
-    def mean_cosine(self) -> float | None:
-        return self.cosines / self.vectors if self.vectors else None
 
     @property
     def fits(self) -> bool:
@@ -449,8 +437,8 @@ class LayerKind(ABC):
         """Numbers of each row of a row group by name [rows], for plots; NaN where one is null."""
         return {}
 
-    def compare(self, first: pa.Table, second: pa.Table, least: float = 1.0) -> Comparison:
-        """Compare the same rows on two sides. Vectors count as equal from a cosine of ``least`` on; at 1, if their
+    def compare(self, first: pa.Table, second: pa.Table) -> Comparison:
+        """Compare the same rows on two sides. Vectors are equal if their
         numbers are equal."""
         one, other = self.numbers(first), self.numbers(second)
         if one and one.keys() == other.keys():

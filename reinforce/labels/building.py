@@ -104,11 +104,6 @@ def _finished(planned: IdentityIndex) -> IdentityIndex | None:
     return None
 
 
-def has_current_index(store: Store) -> bool:
-    """Whether a dataset has an index of its samples as they are now. Raises UserError if it cannot be read."""
-    return _finished(_planned(store, store)[0]) is not None
-
-
 def build_index(
     url: str, output: str | None = None, *, images: bool = True, use_ray: bool = True, address: str | None = None
 ) -> IdentityIndex:

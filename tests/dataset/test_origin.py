@@ -24,7 +24,6 @@ from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.recompute import recompute
 from reinforce.errors import UserError
 from reinforce.explore.report import inspect
-from reinforce.labels.difference import diff
 from reinforce.publishing.datacompdr import export_datacompdr
 from reinforce.publishing.embeddings import export_embeddings
 from reinforce.publishing.labels import export_labels
@@ -220,7 +219,6 @@ READERS: dict[str, tuple[str, Reader]] = {
         lambda dataset: export_embeddings(str(dataset), f"{dataset}-vectors", teacher="red", use_ray=False),
     ),
     "publish labels": (CAPTIONS, lambda dataset: export_labels(str(dataset), f"{dataset}-labels", use_ray=False)),
-    "diff": (RED, lambda dataset: diff(str(dataset), str(dataset), use_ray=False)),
     "recompute": (
         SCORES,
         lambda dataset: recompute(parse_config(config(dataset.parent)), str(dataset), 8, pool=decode_pool()),

@@ -332,7 +332,7 @@ def test_layers_of_captions_that_are_taken_later_fit_the_stored_ones(tmp_path: P
 @pytest.mark.parametrize("kind", ["uid", "url", "key"])
 def test_texts_with_equal_hashes_are_no_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Neither a uid nor a URL nor a key joins by its hash alone."""
-    for module in ("identities", "joining"):
+    for module in ("index", "joining"):
         monkeypatch.setattr(f"reinforce.labels.{module}.hash_text", lambda text: 43)
     members = 2 if kind == "key" else 3  # without the json, whose uid and url would be compared
     own = "00000" if kind == "key" else "own0"

@@ -164,13 +164,13 @@ class _Embeddings(LayerKind):
     def decode(self, table: pa.Table) -> npt.NDArray[np.float32]:
         return vectors.decode(table)
 
-    def compare(self, first: pa.Table, second: pa.Table, least: float = 1.0) -> Comparison:
+    def compare(self, first: pa.Table, second: pa.Table) -> Comparison:
         one, other = vectors.decode(first), vectors.decode(second)
         found = Comparison.of_numbers(one, other)
         if one.shape == other.shape:
             both = ~(np.isnan(one) | np.isnan(other)).any(axis=(1, 2))
             one, other = one[both], other[both]
-            found.add_cosines(vectors.cosines(one, other), (one == other).all(axis=(1, 2)), least)
+            found.add_cosines(vectors.cosines(one, other), (one == other).all(axis=(1, 2)))
         return found
 
     def target_tensors(self, entry: Mapping[str, Any]) -> tuple[TargetTensor, ...]:

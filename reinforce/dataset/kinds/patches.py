@@ -208,7 +208,7 @@ class PatchFeatures(LayerKind):
         codebook = _codebook(table)
         return [PatchGrids(row, codebook) if one else None for row, one in zip(stored, valid, strict=True)]
 
-    def compare(self, first: pa.Table, second: pa.Table, least: float = 1.0) -> Comparison:
+    def compare(self, first: pa.Table, second: pa.Table) -> Comparison:
         (one, valid), (other, also) = (vectors.tensor_rows(table["patches"]) for table in (first, second))
         found = Comparison(len(first), nulls=int((valid != also).sum()))
         if one.shape[:2] != other.shape[:2]:
@@ -221,9 +221,9 @@ class PatchFeatures(LayerKind):
             if left.shape != right.shape:
                 return found
             flat = [side.reshape(len(rows), -1, side.shape[-1]) for side in (left, right)]
-            found.add_cosines(vectors.cosines(*flat), (left == right).reshape(len(rows), -1).all(axis=1), least)
+            found.add_cosines(vectors.cosines(*flat), (left == right).reshape(len(rows), -1).all(axis=1))
             found.difference = max(found.difference or 0.0, float(np.abs(left - right).max()))
-            found.equal += int((left == right).reshape(len(rows), -1).all(axis=1).sum()) if least == 1 else 0
+            found.equal += int((left == right).reshape(len(rows), -1).all(axis=1).sum())
         return found
 
     def target_tensors(self, entry: Mapping[str, Any]) -> tuple[TargetTensor, ...]:

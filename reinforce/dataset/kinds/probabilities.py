@@ -179,7 +179,7 @@ class ClassProbabilities(LayerKind):
         numbers = {"largest": found.values[..., :1].mean(axis=(1, 2)), "rest": found.rest.mean(axis=1)}
         return {name: np.where(found.valid, values, np.float32(np.nan)) for name, values in numbers.items()}
 
-    def compare(self, first: pa.Table, second: pa.Table, least: float = 1.0) -> Comparison:
+    def compare(self, first: pa.Table, second: pa.Table) -> Comparison:
         one, other = read(first), read(second)
         result = Comparison(len(first), nulls=int((one.valid != other.valid).sum()))
         if one.values.shape != other.values.shape:
@@ -191,7 +191,7 @@ class ClassProbabilities(LayerKind):
         result.equal = int((same | ~(one.valid | other.valid)).sum())
         if both.any():
             one, other = one.take(both), other.take(both)
-            result.add_cosines(_cosines(one, other), same[both], least)
+            result.add_cosines(_cosines(one, other), same[both])
             differences = (np.abs(one.values - other.values).max(), np.abs(one.rest - other.rest).max())
             result.difference = float(max(differences))
         return result
