@@ -111,7 +111,7 @@ def replace_unusable(batch: Batch, teachers: Collection[str]) -> Batch:
     usable = torch.ones(len(batch[IMAGE]), dtype=torch.bool, device=batch[IMAGE].device)
     for name in teachers:
         for what, values in batch["targets"][name].items():
-            rows = values.flatten(1)
+            rows = values.reshape(len(values), -1)
             usable &= rows.isfinite().all(dim=1)
             if what in (IMAGE, CAPTION, SYNTHETIC):
                 usable &= rows.any(dim=1)

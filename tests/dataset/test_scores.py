@@ -238,7 +238,7 @@ def test_tokens_are_those_of_the_whole_caption_without_marks(tokenizer: str, cou
         )
     samples = pa.table({"caption": ["a photo of a cat", None, "cat " * 200]})
     rows: Any = SimpleNamespace(samples=lambda: samples)
-    found = Facts(Score(facts=["tokens"], tokenizer=tokenizer)).scores(rows)["tokens"]
+    found = Facts(Score(facts=["tokens"], tokenizer=tokenizer), 1).scores(rows)["tokens"]
     assert [*found[[0, 2]]] == counts
     assert np.isnan(found[1])
 

@@ -51,7 +51,7 @@ def test_a_model_that_is_named_twice_a_folder_without_one_and_errors_of_a_model_
 ) -> None:
     with pytest.raises(UserError, match="RN50 is named twice"), resolve_models(["RN50", "RN50"], "openai"):
         pass
-    with pytest.raises(UserError, match=r"neither it nor its `student` has open_clip_config\.json, or"):
+    with pytest.raises(UserError, match=r"neither it nor its `student` or `model` has open_clip_config\.json, or"):
         resolve_models([str(tmp_path)]).__enter__()
     with pytest.raises(UserError, match=r"^mine: no such tag$"), model_errors("mine"):
         raise ValueError("no such tag")

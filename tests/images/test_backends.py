@@ -100,7 +100,7 @@ def test_torch_gives_the_golden_pixels_on_every_processor_and_with_any_threads(c
     if flag not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this processor has no {capability}")
     code = (
-        "import torch; from tests.dataset.augment import test_backends as t; "
+        "import torch; from tests.images import test_backends as t; "
         f"torch.set_num_threads({threads}); t.fixed_point.RESIZERS = {{'torch': t.RESIZERS['torch']}}; "
         "print(t.replayed_digest())"
     )

@@ -20,7 +20,6 @@ from reinforce.student.terms.base import Models
 from reinforce.student.terms.moments import Fit, Moments
 from reinforce.student.terms.registry import make_terms
 from reinforce.student.train import build
-from reinforce.training.config import describe_changes, fixed_config
 from reinforce.training.task import Batch
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.models import ColorTeacher
@@ -159,14 +158,6 @@ def test_settings_that_do_not_fit_are_refused_before_a_model_is_built() -> None:
     ):
         with pytest.raises(UserError, match=message):
             settings.parse(Loss, {"features": features})
-
-
-def test_a_config_with_the_teachers_alone_is_that_of_earlier_checkpoints() -> None:
-    for features in ("all", {"teachers": "all"}, {"teachers": "all", "distance": "cosine"}):
-        assert fixed_config(settings.parse(Loss, {"features": features}), ())["features"] == "all"
-    now = fixed_config(settings.parse(Loss, {"features": {"teachers": "all", "distance": "l2"}}), ())
-    before = fixed_config(settings.parse(Loss, {"features": "all"}), ())
-    assert "features.distance: not set before, 'l2' now" in describe_changes(before, now)
 
 
 def buffers(task: StudentTask) -> dict[str, torch.Tensor]:

@@ -204,12 +204,6 @@ def test_what_needs_texts_is_refused_by_the_config_alone(tmp_path: Path) -> None
     assert config_of(tmp_path, "data", {"model": "ViT-B-32"}).data.captions == "both"
 
 
-def test_a_student_of_open_clip_keeps_the_config_of_earlier_checkpoints() -> None:
-    keys = settings.parse(StudentSpec, {"model": "ViT-B-32"}).model_dump(by_alias=True)
-    assert not keys.keys() & {"family", "class", "options", "without"}
-    assert settings.parse(StudentSpec, OWN).model_dump(by_alias=True)["options"] == {"width": 6}
-
-
 def _refuse(*arguments: Any, **options: Any) -> Any:
     raise AssertionError(f"called with {arguments}")
 
