@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.stored import markdown_table, mean_and_spread, replace_part, update_page, write_results
-from reinforce import reports as plots
-from reinforce import settings
+from reinforce import reports, settings
 from reinforce.config import parse_config
 from reinforce.engine.run import run
 from reinforce.evaluation.config import Evaluation
@@ -202,12 +201,12 @@ def render_page(text: str, results: Mapping[str, Any]) -> str:
 
 def draw(results: Mapping[str, Any], picture: Path) -> None:
     """Draw each arm by what it gains and loses, and the curves between the weights."""
-    made, axes = plots.figure(len(results["sizes"]), width=11, height=4.6)
+    made, axes = reports.figure(len(results["sizes"]), width=11, height=4.6)
     for panel, (size, of) in zip(axes, results["sizes"].items(), strict=True):
-        plots.label(panel, f"{int(size):,} drawings", "mean of the general sets, top 5 %", "domain, top 5 %")
+        reports.label(panel, f"{int(size):,} drawings", "mean of the general sets, top 5 %", "domain, top 5 %")
         for number, (arm, values) in enumerate(figures(of["arms"]).items()):
             x, y = (statistics.fmean(values[name]) for name in ("general", "domain"))
-            panel.plot([x], [y], "os"[number // len(plots.COLOURS)], color=plots.colour(number), label=arm)
+            panel.plot([x], [y], "os"[number // len(reports.COLOURS)], color=reports.colour(number), label=arm)
         for number, name in enumerate(("keep, interpolation", "all together")):
             curves = [one["curve"] for one in of["arms"][name]["seeds"]]
             means = [
@@ -216,12 +215,12 @@ def draw(results: Mapping[str, Any], picture: Path) -> None:
             ]
             panel.plot(
                 *zip(*[(100 * x, 100 * y) for x, y in means], strict=True),
-                color=plots.GREY,
+                color=reports.GREY,
                 linewidth=1,
                 linestyle=(":", "-")[number],
             )
-    axes[-1].legend(frameon=False, fontsize=7, labelcolor=plots.INK)
-    plots.save(made, str(picture))
+    axes[-1].legend(frameon=False, fontsize=7, labelcolor=reports.INK)
+    reports.save(made, str(picture))
 
 
 def main() -> None:

@@ -15,8 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from reinforce import reports as plots
-from reinforce import settings
+from reinforce import reports, settings
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
@@ -139,7 +138,7 @@ def format_share(values: Sequence[float]) -> str:
 
 def draw_summary(rows: Mapping[str, Sequence[Mapping[str, float]]], url: str) -> None:
     """Draw a bar for each of DRAWN and each student, a panel for each pair; error bars are minimum to maximum."""
-    figure, axes = plots.figure(len(PAIRS), width=11.0, height=3.6)
+    figure, axes = reports.figure(len(PAIRS), width=11.0, height=3.6)
     top = max(value[name] for arm in ARMS for value in rows[arm] for name in DRAWN)
     for panel, (captions, arms) in zip(axes, PAIRS.items(), strict=True):
         for index, arm in enumerate(arms):
@@ -153,15 +152,15 @@ def draw_summary(rows: Mapping[str, Sequence[Mapping[str, float]]], url: str) ->
                 width=0.36,
                 yerr=errors if len(rows[arm]) > 1 else None,
                 capsize=3,
-                color=plots.colour(7 if index == 0 else 0),
+                color=reports.colour(7 if index == 0 else 0),
                 label=arm.partition("-")[0],
             )
             panel.bar_label(bars, fmt="%.1f", padding=2, fontsize=9)
         panel.set_xticks(range(len(DRAWN)), [MEASURES[name][0].replace(", ", "\n") for name in DRAWN])
         panel.set_ylim(0, 115 * top)
-        plots.label(panel, captions, "", "percent right")
-        plots.legend(panel)
-    plots.save(figure, url)
+        reports.label(panel, captions, "", "percent right")
+        reports.legend(panel)
+    reports.save(figure, url)
 
 
 def _read_results(folder: Path) -> Results:

@@ -16,9 +16,6 @@ from typer.core import TyperGroup
 
 import reinforce
 from reinforce.cli import adapting, dataset, export, run, training
-from reinforce.cli import dataset as status
-from reinforce.cli import export as publish
-from reinforce.cli import run as config
 from reinforce.cli.common import examples, removed
 from reinforce.errors import UserError
 from reinforce.processes.cores import let_waiting_threads_sleep
@@ -84,9 +81,9 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
         "reinforce check configs/demo.yaml",
         "reinforce check our_lab.teachers:Radiology --options '{\"size\": 336}'",
     ),
-    config.init: ("reinforce init demo/shards", "reinforce init hf://datasets/ORG/NAME", "reinforce init photos/"),
-    config.schema: ("reinforce schema run",),
-    status.status: (
+    run.init: ("reinforce init demo/shards", "reinforce init hf://datasets/ORG/NAME", "reinforce init photos/"),
+    run.schema: ("reinforce schema run",),
+    dataset.status: (
         "reinforce status demo/dataset",
         "reinforce status demo/dataset --watch",
         "reinforce status demo/dataset --reasons",
@@ -127,14 +124,14 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     adapting.soup: ("reinforce soup demo/students/* soup --config configs/student-demo.yaml",),
     training.fetch_sets: ("reinforce fetch-sets datacomp evalsets --dry-run",),
     training.latency: ("reinforce latency MobileCLIP2-S0 ViT-B-32 --threads 1",),
-    status.dashboard: ("reinforce dashboard grafana/dashboards",),
+    dataset.dashboard: ("reinforce dashboard grafana/dashboards",),
 }
 
 for command, commands in _COMMANDS.items():
     former = removed(training.FORMER_OPTIONS) if command is training.evaluate else {}
     app.command(**examples(*commands), **former)(command)
 app.add_typer(export.export, name="export")
-app.add_typer(publish.publish, name="publish")
+app.add_typer(export.publish, name="publish")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -35,7 +35,7 @@ from reinforce.dataset.layer_file import LayerFile, RefusedFile, naming_refused
 from reinforce.dataset.layers import Layer
 from reinforce.errors import StorageError, UserError
 from reinforce.processes.attempts import prefetch
-from reinforce.source import file_types as formats
+from reinforce.source import file_types
 from reinforce.source.parquet_file import ArrowInput
 from reinforce.source.references import SourceState, listed_state
 from reinforce.source.urls import Info, list_whole, open_whole, read_range
@@ -375,7 +375,7 @@ def other_origin(
 #
 # Only a committed Parquet file marks a shard of a layer as done.
 
-MANIFEST = formats.MANIFEST
+MANIFEST = file_types.MANIFEST
 QUARANTINE = "quarantine/"  # before the layer, in the paths of quarantine files
 _QUARANTINE_BYTES = 256 * 2**20
 _QUARANTINE_ROWS = 2**20  # a quarantine file has one row group

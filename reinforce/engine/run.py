@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.config import Config
-from reinforce.dataset import convert as fitting
+from reinforce.dataset import convert
 from reinforce.dataset.claims import Claims
 from reinforce.dataset.codecs import codebooks
 from reinforce.dataset.codecs.base import Floats
@@ -142,13 +142,13 @@ def fit_codebooks(plan: Plan, compute: Callable[[Config, int], None]) -> None:
     name = compute_fingerprint({"codebooks": [layer.fingerprint for layer in layers]})
     config = _finer(plan.config, layers, f"{output}/{FOLDER}/{name}")
     _LOG.info("fitting the codebooks of %s to vectors of the first shards", plural(len(layers), "layer"))
-    store, finer, shards = Store(output), Store(config.output), fitting.SHARES
+    store, finer, shards = Store(output), Store(config.output), convert.SHARES
 
     def sample(layer: Layer) -> Floats:
-        return fitting.sample_vectors(layer, finer, None, sorted(finer.shards(layer.name)), seed)
+        return convert.sample_vectors(layer, finer, None, sorted(finer.shards(layer.name)), seed)
 
     def lacks(layer: Layer) -> bool:
-        return len(finer.shards(layer.name)) < fitting.SHARES or len(sample(layer)) < layer.sample
+        return len(finer.shards(layer.name)) < convert.SHARES or len(sample(layer)) < layer.sample
 
     compute(config, shards)
     while shards < plan.shards and any(map(lacks, layers)):
@@ -156,7 +156,7 @@ def fit_codebooks(plan: Plan, compute: Callable[[Config, int], None]) -> None:
         compute(config, shards)
     try:
         for layer in layers:
-            fitting.fit_codebook(layer, sample(layer), store, seed)
+            convert.fit_codebook(layer, sample(layer), store, seed)
     finally:
         with store.storage_errors("removed", FOLDER):
             store.fs.rm(store.path(FOLDER), recursive=True)

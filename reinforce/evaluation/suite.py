@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
-from reinforce import reports as plots
+from reinforce import reports
 from reinforce.errors import UserError
 from reinforce.evaluation.command import EvaluationCommand
 from reinforce.evaluation.kinds.base import SetFiles, find_files, where_expected
@@ -368,7 +368,7 @@ class SuiteReport:
     def draw(self, url: str) -> None:
         """Draw the main metric of each set and model, with chance and what is published."""
         sets = self.evaluated[::-1]
-        figure, (axes,) = plots.figure(height=1.5 + 0.22 * len(sets))
+        figure, (axes,) = reports.figure(height=1.5 + 0.22 * len(sets))
         rows = range(len(sets))
         axes.scatter(
             [100 * one.chance if one.chance is not None else float("nan") for one in sets],
@@ -381,12 +381,12 @@ class SuiteReport:
             )
         for number, model in enumerate(self.results):
             scores = self.scores(model)
-            axes.scatter([100 * scores[one.key] for one in sets], rows, s=24, color=plots.colour(number), label=model)
+            axes.scatter([100 * scores[one.key] for one in sets], rows, s=24, color=reports.colour(number), label=model)
         axes.set_yticks([*rows], [one.name for one in sets])
         axes.set_xlim(0, 100)
-        plots.label(axes, f"{self.suite}: main metrics of {len(sets)} sets", "main metric (%)", "")
-        plots.legend(axes)
-        plots.save(figure, url)
+        reports.label(axes, f"{self.suite}: main metrics of {len(sets)} sets", "main metric (%)", "")
+        reports.legend(axes)
+        reports.save(figure, url)
 
 
 # -- Evaluation of models on the sets of a suite: finished sets are kept, the others computed.
@@ -553,7 +553,7 @@ def evaluate_suite(
             report.results[name][key] = stores[name].add(job.one, line | {"files": job.files.state})
     write_file(report.markdown().encode(), f"{out.rstrip('/')}/{suite}.md")
     picture = f"{out.rstrip('/')}/{suite}.png"
-    if report.evaluated and plots.drawable(f"{picture} is"):
+    if report.evaluated and reports.drawable(f"{picture} is"):
         report.draw(picture)
     return report
 

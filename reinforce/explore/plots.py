@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from reinforce import reports as plots
+from reinforce import reports
 from reinforce.dataset.vectors import normalized
 from reinforce.explore.rows import BATCH, SCALES, Place, Rows
 from reinforce.images.backends import known_operations
@@ -128,11 +128,11 @@ _DASHES = ("-", "--", ":", "-.")
 TRUE_COLOUR = "#868e96"  # of true captions
 #: Variables of report.css, so that a chart follows light and dark.
 _VARIABLES = {
-    plots.INK: "ink",
-    plots.GREY: "soft",
-    plots.EDGE: "line",
+    reports.INK: "ink",
+    reports.GREY: "soft",
+    reports.EDGE: "line",
     TRUE_COLOUR: "grey",
-    **{colour: f"c{number}" for number, colour in enumerate(plots.COLOURS)},
+    **{colour: f"c{number}" for number, colour in enumerate(reports.COLOURS)},
 }
 _WIDTH = 4.4  # inches
 _STYLE: dict[Any, Any] = {
@@ -162,12 +162,14 @@ class Chart:
         from matplotlib import rc_context
 
         with rc_context({**_STYLE, "svg.hashsalt": self.title}):
-            figure, (axes,) = plots.figure(width=_WIDTH, height=self.height)
+            figure, (axes,) = reports.figure(width=_WIDTH, height=self.height)
             self.draw(axes)
-            plots.label(axes, "", self.x_label, self.y_label)
+            reports.label(axes, "", self.x_label, self.y_label)
             if len(labels := axes.get_legend_handles_labels()[1]) > 1:
                 columns = 1 if max(map(len, labels)) > 20 else 3
-                figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=plots.INK)
+                figure.legend(
+                    loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=reports.INK
+                )
             file = io.StringIO()
             nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
             figure.savefig(file, format="svg", transparent=True, metadata=nothing)
@@ -229,7 +231,7 @@ def histograms(
 
 def line_style(number: int) -> dict[str, Any]:
     """The style of a line by its number, distinct also without colours."""
-    return {"color": plots.colour(number), "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.6}
+    return {"color": reports.colour(number), "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.6}
 
 
 def _percent() -> Formatter:
@@ -264,7 +266,7 @@ def area_chart(rows: Rows) -> Chart | None:
     def draw(axes: Axes) -> None:
         for number, (area, mean, low, high) in ((number, line.T) for number, line in lines.items()):
             axes.plot(area, mean, label=rows.teachers[number], marker="o", markersize=4, **line_style(number))
-            axes.fill_between(area, low, high, color=plots.colour(number), alpha=0.13, linewidth=0)
+            axes.fill_between(area, low, high, color=reports.colour(number), alpha=0.13, linewidth=0)
         axes.xaxis.set_major_formatter(_percent())
 
     return Chart(
@@ -309,10 +311,12 @@ def operation_chart(rows: Rows) -> Chart | None:
             shift = 0.6 * ((nth + 0.5) / len(teachers) - 0.5)
             points = [(*found[number], row + shift) for row, (_, found) in enumerate(effects) if number in found]
             means, errors, places = zip(*points, strict=True) if points else ((), (), ())
-            axes.errorbar(means, places, xerr=errors, fmt="o", markersize=4, color=plots.colour(number), label=teacher)
-        axes.axvline(0, color=plots.GREY, linewidth=1)
+            axes.errorbar(
+                means, places, xerr=errors, fmt="o", markersize=4, color=reports.colour(number), label=teacher
+            )
+        axes.axvline(0, color=reports.GREY, linewidth=1)
         axes.grid(visible=False, axis="y")
-        axes.grid(axis="x", color=plots.EDGE, linewidth=0.8)
+        axes.grid(axis="x", color=reports.EDGE, linewidth=0.8)
         axes.set_yticks(range(len(effects)), [name for name, _ in effects])
         axes.invert_yaxis()
 
@@ -368,7 +372,9 @@ def entropy_chart(rows: Rows) -> Chart | None:
             name = teacher if scale is None else f"{teacher} ({scale:g})"
             axes.plot(SCALES, values, label=name, **line_style(number))
             if scale is not None:
-                axes.axvline(min(max(scale, SCALES[0]), SCALES[-1]), color=plots.colour(number), linestyle=(0, (5, 4)))
+                axes.axvline(
+                    min(max(scale, SCALES[0]), SCALES[-1]), color=reports.colour(number), linestyle=(0, (5, 4))
+                )
         axes.set_ylim(bottom=0)
         axes.minorticks_off()
         axes.set_xticks(ticks := (1, 2, 5, 10, 20, 50, 100, 200), map(str, ticks))

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from reinforce.errors import UserError
-from reinforce.images import records as augment
+from reinforce.images import records
 from reinforce.images.records import (
     AUGMENTATION_BACKEND,
     RAND_AUGMENT,
@@ -161,14 +161,14 @@ class Replay(Protocol):
 class Backend:
     """How crops are resized, loaded when it is used; the operations by name; and the table that records draw from."""
 
-    load_resize: Callable[[], augment.Resize]
+    load_resize: Callable[[], records.Resize]
     operations: Mapping[str, Operation]
     table: OperationTable
 
 
 #: Every backend by its name.
 BACKENDS: dict[str, Backend] = {
-    AUGMENTATION_BACKEND: Backend(lambda: augment.resize, TORCHVISION, RAND_AUGMENT),
+    AUGMENTATION_BACKEND: Backend(lambda: records.resize, TORCHVISION, RAND_AUGMENT),
     FIXED_POINT_BACKEND: Backend(load_resizer, OPERATIONS, RAND_AUGMENT),
 }
 
@@ -190,7 +190,7 @@ def load_backend(name: str) -> Replay:
     resize = backend.load_resize()
 
     def replay(image: Image.Image, augmentation: Augmentation, size: int | None = None) -> np.ndarray:
-        return np.asarray(augment.replay(image, augmentation, size, resize, backend.operations))
+        return np.asarray(records.replay(image, augmentation, size, resize, backend.operations))
 
     return replay
 

@@ -20,7 +20,7 @@ import open_clip
 import torch
 from rich.table import Table
 
-from reinforce import reports as plots
+from reinforce import reports
 from reinforce.errors import UserError
 from reinforce.evaluation.model_names import model_errors
 from reinforce.evaluation.registry import published_metrics
@@ -136,7 +136,7 @@ class LatencyReport:
 
         Models without accuracy are left out.
         """
-        figure, (axes,) = plots.figure()
+        figure, (axes,) = reports.figure()
         from matplotlib.ticker import LogFormatter
 
         lines = {key: times for key, times in self._lines().items() if key[0] in accuracies}
@@ -146,7 +146,7 @@ class LatencyReport:
                 for (model, of), times in lines.items()
                 if of == runtime
             ]
-            axes.plot(*zip(*sorted(points), strict=True), "o-", color=plots.colour(number), label=runtime)
+            axes.plot(*zip(*sorted(points), strict=True), "o-", color=reports.colour(number), label=runtime)
         for model in dict.fromkeys(model for model, _ in lines):
             fastest = min(_sum_of_medians(times) for (of, _), times in lines.items() if of == model)
             place = (fastest / self.about["batch"], 100 * accuracies[model])
@@ -155,13 +155,13 @@ class LatencyReport:
         axes.xaxis.set_major_formatter(LogFormatter())  # plain numbers
         axes.xaxis.set_minor_formatter(LogFormatter())
         axes.margins(x=0.2, y=0.1)
-        plots.label(
+        reports.label(
             axes, f"Accuracy over latency, {self.about['threads']} thread(s) of {self.about['cpu']}",
             "milliseconds of an image and a text", "ImageNet-1k zero-shot accuracy (%)",
         )  # fmt: skip
-        plots.legend(axes)
+        reports.legend(axes)
         try:
-            plots.save(figure, url)
+            reports.save(figure, url)
         except OSError as error:
             raise UserError(f"{url} cannot be written: {error}. Name another file.") from error
 

@@ -149,7 +149,6 @@ def _encode(encode: Callable[[torch.Tensor], torch.Tensor], spec: ImageSpec, cro
 # captions and of the synthetic ones, or its patches. Stored targets are read and online ones computed, of the same
 # examples.
 
-_LOG = logging.getLogger(__name__)
 _VECTORS, _GRIDS = 4096, 1024  # examples
 _AT_ONCE = 64
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from reinforce import reports as plots
+from reinforce import reports
 from reinforce.processes.imports import installed, require
 from reinforce.settings import flatten
 from reinforce.storage import Storage
@@ -53,14 +53,14 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], url: str) -> None:
         return
     columns = min(len(panels), _COLUMNS)
     lines = -(-len(panels) // columns)
-    made, axes = plots.figure(len(panels), width=4.6 * columns, height=3.6 * lines, columns=columns)
+    made, axes = reports.figure(len(panels), width=4.6 * columns, height=3.6 * lines, columns=columns)
     for panel, (title, y, series) in zip(axes, panels, strict=True):
-        plots.label(panel, title, "step", y)
+        reports.label(panel, title, "step", y)
         for index, (label, points) in enumerate(series.items()):
             marker = "o" if len(points) == 1 else None
-            panel.plot(*zip(*points, strict=True), color=plots.colour(index), label=label or None, marker=marker)
-        plots.legend(panel)
-    plots.save(made, url)
+            panel.plot(*zip(*points, strict=True), color=reports.colour(index), label=label or None, marker=marker)
+        reports.legend(panel)
+    reports.save(made, url)
 
 
 def _metrics(row: Mapping[str, Any], kind: str) -> Mapping[str, Any]:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from reinforce import reports as plots
-from reinforce import settings
+from reinforce import reports, settings
 from reinforce.dataset.aligned import AlignedLayers
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import find_manifest
@@ -38,7 +37,7 @@ from reinforce.student.model import Student, build_student
 from reinforce.student.train import train
 from reinforce.terminal import format_duration, plural
 from reinforce.training.config import total_steps
-from reinforce.tuning import adapt_config as steps
+from reinforce.tuning import adapt_config
 from reinforce.tuning.adapt_config import (
     DOMAIN,
     FEWEST_IMAGES,
@@ -76,7 +75,7 @@ def write_page(
     start, last, rule = sweep.points[0], sweep.points[-1], sweep.rule
     names = dict.fromkeys(name for point in sweep.points for name in point.metrics)
     rows = [(name, name in rule.domain, [point.metrics.get(name) for point in sweep.shown]) for name in names]
-    drawn = plots.drawable(f"{out}/{PAGE}: its curve is")
+    drawn = reports.drawable(f"{out}/{PAGE}: its curve is")
     examples = [*_examples(held_out, sweep, mixtures)]
     page = render(
         "adapt.html",
@@ -222,10 +221,10 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
     storage = Storage(config.output)
     student = _load(config)
     general = Evaluator(config.general).images  # faulty sets are reported first
-    domain = steps.find_domain(config)
-    run_config = steps.run_config(config, domain, student.image.height)
+    domain = adapt_config.find_domain(config)
+    run_config = adapt_config.run_config(config, domain, student.image.height)
     check_output(run_config)
-    steps.training_config(config, domain, FEWEST_IMAGES)  # faulty keys are reported before anything is written
+    adapt_config.training_config(config, domain, FEWEST_IMAGES)  # faulty keys are reported before anything is written
     stated = _check_repeated(storage, config)
     plan = make_plan(run_config)
     storage.check_writable()
@@ -248,17 +247,17 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
         log(line)
     if newer := len(data) - len(held_out) - len(trained_on):
         log(f"warning: {plural(newer, 'image')} came after the training began and are not used. Name another folder.")
-    training = steps.training_config(config, domain, len(trained_on))
+    training = adapt_config.training_config(config, domain, len(trained_on))
     _check_length(training, len(trained_on), log)
     storage.write_bytes(_yaml(training), TRAINING_FILE)
     log(f"training on {plural(len(trained_on), 'image')}, {len(held_out):,} are held out")
     train(training, address=address)
-    out, sets = f"{config.output}/{MODEL}", steps.sets_of(config, domain)
-    trained = f"{steps.training_of(config)}/student"
+    out, sets = f"{config.output}/{MODEL}", adapt_config.sets_of(config, domain)
+    trained = f"{adapt_config.training_of(config)}/student"
     with resolve_models([trained]) as found_models:
         specs = {RELEASED: _spec(config), "trained": found_models[trained]}
         mixtures = Mixtures(specs, out, sets, precision=training.train.compute.precision)
-        rule = steps.rule_of(config, domain, division.unequal)
+        rule = adapt_config.rule_of(config, domain, division.unequal)
         found = sweep(mixtures, specs, out, rule, config.alphas or GRID, log)
     held_out_sets = HeldOut.every(sets)
     answers = {point.alpha: _answers(mixtures, found.shares(point.alpha), held_out_sets) for point in found.points}
@@ -306,7 +305,7 @@ def _check_repeated(storage: Storage, config: AdaptConfig) -> dict[str, Any]:
     before = storage.read_json(CONFIG)
     if (before is None and storage.names()) or (before is not None and "released" not in before):
         raise UserError(f"{storage.url} is not empty, and no folder of `reinforce adapt`. Name another folder for it.")
-    if before not in (None, stated) and find_manifest(Store(steps.dataset_of(config))) is not None:
+    if before not in (None, stated) and find_manifest(Store(adapt_config.dataset_of(config))) is not None:
         changed = [key for key in stated if before is not None and before.get(key) != stated[key]]
         raise UserError(
             f"{storage.url} has an adaptation with other {', '.join(changed)}. Name another folder, or repeat the "
@@ -337,7 +336,7 @@ def _yaml(config: Any) -> bytes:
     return yaml.safe_dump(keys, sort_keys=False).encode()
 
 
-def _domain_of_training(storage: Storage, domain: steps.Domain) -> steps.Domain:
+def _domain_of_training(storage: Storage, domain: adapt_config.Domain) -> adapt_config.Domain:
     """The domain with the classes of the training that has begun, since when folders may have come or gone."""
     text = storage.read_bytes(TRAINING_FILE, limit=2**26).decode()
     training = settings.parse(StudentConfig, settings.load_yaml(text), f"{storage.url}/{TRAINING_FILE}")
@@ -369,8 +368,8 @@ def _log_estimate(config: AdaptConfig, plan: Any, student: Student, general: int
         f"about {plural(images, 'image')}, {crops} crops of each for {plural(teachers, 'teacher')}; then training, "
         f"and evaluation of {plural(shares, 'share')} of its weights, with {plural(general, 'general image')}"
     )
-    no_domain = steps.Domain("", "", {}, (), True, ())
-    training = steps.training_config(config, no_domain, max(2, round((1 - config.held_out) * images)))
+    no_domain = adapt_config.Domain("", "", {}, (), True, ())
+    training = adapt_config.training_config(config, no_domain, max(2, round((1 - config.held_out) * images)))
     seen = (training.train.steps or 0) * training.train.batch
     evaluated = config.held_out * images + general
     evaluated = (shares + 2) * evaluated + shares * config.held_out * images  # before and after the training, too

@@ -19,7 +19,7 @@ from reinforce.student.terms.pairs import find_scales
 from reinforce.student.train import build
 from reinforce.terminal import Screen, format_duration
 from reinforce.training.config import total_steps
-from reinforce.tuning import results as plot
+from reinforce.tuning import results
 from reinforce.tuning.config import (
     JOINT,
     LAMBDA,
@@ -182,7 +182,7 @@ def screen_only(config: TuneConfig) -> dict[str, TeacherScreening]:
     Store(config.output).check_writable()
     with Store(config.output).lock():
         screenings = _run_screening(base, current_scales)
-        plot.draw([], screenings, {}, "", f"{config.output.rstrip('/')}/{PLOT}")
+        results.draw([], screenings, {}, "", f"{config.output.rstrip('/')}/{PLOT}")
     return screenings
 
 
@@ -218,7 +218,7 @@ def tune(config: TuneConfig, address: str | None = None) -> TuningResult:
         if best:
             store.write_bytes(_student_yaml(checked, result).encode(), STUDENT)
         picture = f"{config.output.rstrip('/')}/{PLOT}"
-        plot.draw(result.curves, screenings, result.checks, checked.metric, picture)
+        results.draw(result.curves, screenings, result.checks, checked.metric, picture)
     if not any(row.state == "finished" for row in rows):
         raise UserError("no setting was trained to the end:\n  " + "\n  ".join(result.errors))
     return result

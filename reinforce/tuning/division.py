@@ -35,7 +35,7 @@ from reinforce.source.formats.folder import CLASS
 from reinforce.source.samples import Refusal, parse_json
 from reinforce.storage import Storage
 from reinforce.terminal import plural
-from reinforce.tuning import adapt_config as steps
+from reinforce.tuning import adapt_config
 from reinforce.tuning.adapt_config import HELD_OUT, RELEASED, TRAIN, AdaptConfig
 from teachers.spec import ModelSpec
 
@@ -71,7 +71,7 @@ class Division:
 
 
 def divide(
-    config: AdaptConfig, domain: steps.Domain, data: Dataset, begun: bool, encode: Callable[[], Floats]
+    config: AdaptConfig, domain: adapt_config.Domain, data: Dataset, begun: bool, encode: Callable[[], Floats]
 ) -> Division:
     """Divide the images, unless a training has ``begun`` by a division. Raises UserError for too few.
 
@@ -79,11 +79,11 @@ def divide(
     """
     storage = Storage(config.output)
     groups: list[list[str]] = []
-    held_out = steps.held_out_images(config, len(data))
+    held_out = adapt_config.held_out_images(config, len(data))
     if not begun:
         groups, facts = _find_copies(data, config.copies, held_out, encode)
         storage.write_json(facts, FACTS)
-    views = {one.name: _view(one, data.shards, begun) for one in steps.views(config, held_out, groups)}
+    views = {one.name: _view(one, data.shards, begun) for one in adapt_config.views(config, held_out, groups)}
     held, trained = (_rows(data.store, views[name]) for name in (HELD_OUT, TRAIN))
     unit_of = {name: group[0] for group in views[HELD_OUT].rules[0]["sample"]["together"] for name in group}
     numbers: dict[str, int] = {}
@@ -190,7 +190,7 @@ def _find_copies(
 def encode_images(config: AdaptConfig, count: int) -> Floats:
     """The vectors of the released model for all images of the dataset [count, D]; zero where it cannot read one."""
     spec = ModelSpec(model=config.released.model, pretrained=config.released.pretrained)
-    limits, url = config.general.limits, steps.dataset_of(config)
+    limits, url = config.general.limits, adapt_config.dataset_of(config)
     threads = config.general.threads or available_cores()
     models = load_models({RELEASED: spec}, "auto", "fp32", config.general.batch, threads)
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 
-from reinforce import reports as plots
+from reinforce import reports
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.encoding import Models
@@ -292,22 +292,22 @@ class Sweep:
 
     def draw(self, url: str) -> None:
         """Draw the mean of the domain over that of the general metrics, or over the share without general metrics."""
-        made, [axes] = plots.figure(width=6.4, height=4.8)
+        made, [axes] = reports.figure(width=6.4, height=4.8)
         general = self.rule.general
         across = [100 * mean(point.metrics, general) if general else point.alpha for point in self.points]
         up = [100 * mean(point.metrics, self.rule.domain) for point in self.points]
         x_label = f"{', '.join(general)} (%)" if general else "alpha"
-        plots.label(axes, "Weights between two models", x_label, f"{', '.join(self.rule.domain)} (%)")
-        axes.plot(across, up, color=plots.colour(0), marker="o")
+        reports.label(axes, "Weights between two models", x_label, f"{', '.join(self.rule.domain)} (%)")
+        axes.plot(across, up, color=reports.colour(0), marker="o")
         for point, x, y in zip(self.points, across, up, strict=True):
             axes.annotate(f"{point.alpha:g}", (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
         place = self.points.index(self.chosen)
         axes.plot(
-            across[place], up[place], color=plots.colour(1), marker="o", markersize=11, fillstyle="none",
+            across[place], up[place], color=reports.colour(1), marker="o", markersize=11, fillstyle="none",
             linestyle="none", label=f"chosen: {self.chosen.alpha:g}",
         )  # fmt: skip
         axes.legend(frameon=False, fontsize=9)
-        plots.save(made, url)
+        reports.save(made, url)
 
 
 def interpolate(specs: Mapping[str, ModelSpec], out: str, alpha: float) -> None:
@@ -344,7 +344,7 @@ def sweep(
     result = Sweep((first, second), points, rule, rule.choose(points))
     mixtures.write(_shares(specs, result.chosen.alpha), result.as_json(), SWEEP)
     picture = f"{out.rstrip('/')}/{PICTURE}"
-    if plots.drawable(f"{picture} is"):
+    if reports.drawable(f"{picture} is"):
         result.draw(picture)
     return result
 

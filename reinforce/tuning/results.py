@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from reinforce import reports as plots
+from reinforce import reports
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
@@ -394,14 +394,14 @@ def draw(
 
     Nothing is written where there is nothing to draw, and, with a note, without matplotlib.
     """
-    if not (curves or screenings) or not plots.drawable(f"{url} is"):
+    if not (curves or screenings) or not reports.drawable(f"{url} is"):
         return
     columns: list[tuple[str, Curve | None]] = [(curve.axis, curve) for curve in curves]
     drawn = {axis for axis, _ in columns}
     columns += [(teacher, None) for teacher in screenings if teacher not in drawn]
     upper, lower = bool(curves), bool(screenings)
     rows = upper + lower
-    figure, axes = plots.figure(
+    figure, axes = reports.figure(
         len(columns) * rows, width=max(6.0, 5.2 * len(columns)), height=3.9 * rows, columns=len(columns)
     )
     for number, (axis, curve) in enumerate(columns):
@@ -418,11 +418,11 @@ def draw(
             _draw_screening(panel, axis, screening, checks.get(axis))
             if curve is not None:
                 panel.set_xlim(axes[number].get_xlim())
-    plots.save(figure, url)
+    reports.save(figure, url)
 
 
 def _draw_curve(panel: Axes, curve: Curve, metric: str, screening: TeacherScreening | None, number: int) -> None:
-    colour = plots.colour(number)
+    colour = reports.colour(number)
     _label_axes(panel, curve.axis, metric, [value for value, _ in curve.rows])
     if curve.plateau is not None and curve.plateau.low < curve.plateau.high:
         low, high = curve.plateau.low, curve.plateau.high
@@ -480,7 +480,7 @@ def _draw_screening(panel: Axes, axis: str, screening: TeacherScreening, check: 
         rank = check.ranks[measure] if check is not None else None
         text = label if rank is None else f"{label}, rank correlation {rank:+.2f}"
         points = [number / highest for number in known]
-        panel.plot(scales, points, color=plots.colour(number + 1), marker="o", markersize=3, label=text)
+        panel.plot(scales, points, color=reports.colour(number + 1), marker="o", markersize=3, label=text)
     _mark_most_likely(panel, screening)
     panel.set_ylim(0, 1.35)  # room for the legend
     panel.set_yticks([0, 0.25, 0.5, 0.75, 1])
@@ -490,7 +490,7 @@ def _draw_screening(panel: Axes, axis: str, screening: TeacherScreening, check: 
 def _label_axes(panel: Axes, title: str, y: str, values: Sequence[float]) -> None:
     from matplotlib.ticker import NullLocator
 
-    plots.label(panel, title, "lambda" if title == LAMBDA else "logit scale", y)
+    reports.label(panel, title, "lambda" if title == LAMBDA else "logit scale", y)
     if title != LAMBDA:
         panel.set_xscale("log")
     panel.xaxis.set_minor_locator(NullLocator())
