@@ -20,7 +20,6 @@ from pydantic import BaseModel
 
 import reinforce
 from reinforce import settings
-from reinforce.cli import REMOVED
 from reinforce.cli.run import model_of
 from reinforce.config import Config
 from reinforce.images.policy import decode
@@ -139,8 +138,7 @@ def test_commands_keys_and_tests_in_sentences_exist(page: str) -> None:
     known = known_keys()
     for code in inline_code(page):
         program, *words = code.split() or [""]
-        removed = page == "CHANGELOG.md" and {*words[:1]} <= {*REMOVED}
-        if program in ("reinforce", "make", "python") and words and not removed:
+        if program in ("reinforce", "make", "python") and words:
             commands.check_names(program, words)
         dotted = re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", code) and Path(code).suffix not in FILES
         if dotted and code.partition(".")[0] in known and page not in ("docs/reading.md", "docs/file-formats.md"):

@@ -9,14 +9,13 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 import reinforce
 from reinforce.cli import adapting, dataset, export, run, training
-from reinforce.cli.common import examples, removed
+from reinforce.cli.common import examples
 from reinforce.errors import UserError
 from reinforce.processes.cores import let_waiting_threads_sleep
 from reinforce.terminal import escape
@@ -26,20 +25,7 @@ from teachers.redact import redact
 UNEXPECTED = 1
 _DEBUG: ContextVar[bool] = ContextVar("debug", default=False)
 
-#: What to run instead of a command that was removed.
-REMOVED = {"captions-report": "reinforce inspect DATASET OUTPUT, whose page captions.html and report.json have it"}
-
-
-class _Commands(TyperGroup):
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of a name. Raises UserError for one that was removed."""
-        if cmd_name in REMOVED and not ctx.resilient_parsing:
-            raise UserError(f"`reinforce {cmd_name}` was removed. Run: {REMOVED[cmd_name]}.")
-        return super().get_command(ctx, cmd_name)
-
-
 app = typer.Typer(
-    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Multi-modal dataset reinforcement: store augmentations, teachers' embeddings and synthetic captions next to "
@@ -128,8 +114,7 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
 }
 
 for command, commands in _COMMANDS.items():
-    former = removed(training.FORMER_OPTIONS) if command is training.evaluate else {}
-    app.command(**examples(*commands), **former)(command)
+    app.command(**examples(*commands))(command)
 app.add_typer(export.export, name="export")
 app.add_typer(export.publish, name="publish")
 

@@ -13,9 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape as literal
-from typer.core import TyperCommand
 
-from reinforce.errors import UserError
 from reinforce.terminal import escape
 from teachers.redact import redact
 
@@ -81,19 +79,6 @@ def examples(*commands: str) -> dict[str, Any]:
     """
     lines = [literal(_EXAMPLE + command) for command in commands]
     return {"epilog": "\n\n".join([f"Example{'s' * (len(lines) > 1)}:", *lines])}
-
-
-def removed(options: Mapping[str, str]) -> dict[str, Any]:
-    """Options of ``app.command`` for a command that had other ``options``, with what to write instead of each."""
-
-    class Command(TyperCommand):
-        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-            for name in (word.partition("=")[0] for word in args):
-                if name in options:
-                    raise UserError(f"{name} was removed. Write {options[name]}.")
-            return super().parse_args(ctx, args)
-
-    return {"cls": Command}
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -149,13 +149,6 @@ def tune(
         raise UserError("trials failed; the same command retries them:\n  " + "\n  ".join(result.errors))
 
 
-#: What to write instead of options that `reinforce evaluate` had.
-FORMER_OPTIONS = {
-    f"--{name}": f"--set zero_shot.NAME.{name}=VALUE, with the NAME of --zero-shot"
-    for name in ("classes", "label", "templates", "groups")
-} | {"--batch": "--set batch=VALUE", "--images-from": "--set images_from=URL"}
-
-
 def evaluate(
     models: Annotated[
         list[str],

@@ -162,12 +162,6 @@ def test_every_help_explains_all_options_and_has_short_examples_that_the_parser_
 # --- errors
 
 
-def test_a_command_that_was_removed_says_what_to_run_instead(command: Command, refused: Printed) -> None:
-    err = refused("captions-report", "my-data", "--captioner", "coca")
-    assert err.startswith("error: `reinforce captions-report` was removed. Run: reinforce inspect DATASET OUTPUT")
-    assert "captions-report" not in command("--help")[1]
-
-
 @pytest.fixture
 def defect(monkeypatch: pytest.MonkeyPatch) -> None:
     """A defect of the program: reading a status raises an error that nobody has foreseen."""

@@ -264,8 +264,6 @@ FAULTS = {
     "no model of that name": ("ViT-L14 --zero-shot a={root}/folder", "did you mean ViT-L-14"),
     "no name of the set": ("{root}/plain --zero-shot {root}/folder", "want NAME=URL"),
     "a key without a set": ("{root}/plain --set zero_shot.a.label=x", "zero_shot.a.images: is required"),
-    "a former option": (f"{SET} --classes x", "--classes was removed. Write --set zero_shot.NAME.classes=VALUE, with"),
-    "a former option of all sets": ("{root}/plain --batch=4", "--batch was removed. Write --set batch=VALUE."),
     "unwritable JSON": (f"{SET} --json {{root}}/colours.tar/x.json", "cannot be written"),
     "no root": (SUITE, "name the folder or URL of its sets with --data"),
     "no set at all": (f"{SUITE} --data {{root}}", "--data has none of the 38 sets: Caltech-101 is"),
