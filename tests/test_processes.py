@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from reinforce.processes import signals
 from reinforce.processes.attempts import Attempts, prefetch
 from reinforce.processes.cores import (
     arithmetic_threads,
@@ -26,7 +28,7 @@ from reinforce.processes.cores import (
     loader_processes,
 )
 from reinforce.processes.shared_memory import SharedMemory
-from reinforce.processes.signals import stop_requests
+from reinforce.processes.signals import ends_after_sigterm, stop_requests
 
 CPU_16 = [{"CPU": 16.0, "memory": 64e9}]
 H100_8 = [{"CPU": 96.0, "GPU": 8.0}]
@@ -170,6 +172,73 @@ def test_a_run_in_another_thread_leaves_signal_handlers_alone() -> None:
     thread.start()
     thread.join(600)
     assert seen == [before]
+
+
+#: A command that handles SIGTERM, says that it is ready, and waits, for one second after the signal at most.
+_COMMAND = """
+import os, sys, threading, time
+from reinforce.processes import signals
+signals._TERMINATION_SECONDS = 1.0
+lock = threading.Lock()
+lock.acquire()
+def hang():
+    print("ready", flush=True)
+    {wait}
+with signals.ends_after_sigterm(program=True), signals.{handled}:
+    {call}
+"""
+
+
+@pytest.mark.parametrize(
+    ("handled", "wait", "call", "place"),
+    [
+        pytest.param("StopSignal().handle_signals()", "time.sleep(60)", "hang()", "hang", id="a call that goes on"),
+        pytest.param(
+            "stop_requests()", "import ctypes; ctypes.CDLL(None).pause(); ctypes.CDLL(None).sleep(60)", "hang()",
+            "hang", id="a call of C in which no handler runs",
+        ),
+        pytest.param(
+            "terminated_by_exception()", "lock.acquire()", "threading.Thread(target=hang).start(); time.sleep(60)",
+            "_shutdown", id="an exit that waits for a thread",
+        ),
+    ],
+)  # fmt: skip
+def test_a_process_that_hangs_ends_some_time_after_sigterm_with_one_line_and_status_143(
+    handled: str, wait: str, call: str, place: str
+) -> None:
+    command = [sys.executable, "-c", _COMMAND.format(handled=handled, wait=wait, call=call)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=50)
+    assert process.returncode == 143
+    assert errors.count("\n") == 1
+    assert errors.startswith(f"ended 1 s after SIGTERM, because a call did not return: it is in {place} (")
+
+
+def test_a_block_that_ends_after_sigterm_or_whose_child_gets_it_voids_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends: list[int] = []
+    monkeypatch.setattr(signals, "_TERMINATION_SECONDS", 0.2)
+    monkeypatch.setattr(os, "_exit", ends.append)
+    before = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(before)
+    with stop_requests() as received:
+        signal.raise_signal(signal.SIGTERM)
+    with stop_requests() as of_parent:
+        if (child := os.fork()) == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        time.sleep(0.5)
+    assert (received, of_parent, ends) == ([signal.SIGTERM], [], [])
+    with ends_after_sigterm(), stop_requests():
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.5)
+    assert ends == [143]
+    assert signal.set_wakeup_fd(before) == before
 
 
 # --- maps over threads

@@ -18,6 +18,7 @@ from reinforce.cli import adapting, dataset, export, run, training
 from reinforce.cli.common import examples
 from reinforce.errors import UserError
 from reinforce.processes.cores import let_waiting_threads_sleep
+from reinforce.processes.signals import ends_after_sigterm
 from reinforce.terminal import escape
 from teachers.redact import redact
 
@@ -126,7 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
     let_waiting_threads_sleep()
     _DEBUG.set(False)
     try:
-        app(args=arguments, prog_name="reinforce")
+        with ends_after_sigterm(program=True):
+            app(args=arguments, prog_name="reinforce")
     except UserError as error:
         _fail(f"error: {error}", error.exit_status)
     except Exception as error:

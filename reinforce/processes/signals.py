@@ -15,13 +15,80 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
+#: From SIGTERM until the process ends in any case; a training run on Ray ends before: it kills its ranks after 45 s.
+_TERMINATION_SECONDS = 55.0
+_TERMINATED = 128 + signal.SIGTERM  # the exit status by which shells report it
+_written: list[int] = []  # the file descriptor to which signals are written, inside `ends_after_sigterm`
+
+
+@contextlib.contextmanager
+def ends_after_sigterm(program: bool = False) -> Iterator[None]:
+    """End the process with one line and status 143 if it still runs 55 seconds after a SIGTERM that it handles.
+
+    This also ends calls that never return, in which Python runs no handler: the handler in C writes to a file
+    descriptor, and a thread reads it. Only a call that holds Python's lock for good needs SIGKILL. The deadline is void
+    when the block ends, but not if a ``program`` exits with status 143 there: the interpreter waits for threads. A
+    nested block does nothing, nor does one outside the main thread, where Python forbids it.
+    """
+    if _written or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    _written.append(writer)
+    ended = threading.Event()
+    threading.Thread(target=_watch, args=(reader, before, ended), name="deadline", daemon=True).start()
+    exits = False
+    try:
+        yield
+    except SystemExit as error:
+        exits = program and error.code == _TERMINATED
+        raise
+    finally:
+        if not exits:
+            ended.set()
+            signal.set_wakeup_fd(before)
+            os.close(_written.pop())  # ends the thread
+
+
+def _watch(reader: int, before: int, ended: threading.Event) -> None:
+    """Wait for SIGTERM on ``reader``, and then for ``ended``; ``before`` is a descriptor that gets all signals too."""
+    with open(reader, "rb", buffering=0) as signals:
+        while number := signals.read(1):
+            if before >= 0:
+                with contextlib.suppress(OSError):
+                    os.write(before, number)
+            if number[0] == signal.SIGTERM:
+                break
+        else:
+            return
+        if ended.wait(_TERMINATION_SECONDS):
+            return
+    place = ""
+    if frame := sys._current_frames().get(threading.main_thread().ident or 0):
+        place = f": it is in {frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
+    line = f"ended {_TERMINATION_SECONDS:.0f} s after SIGTERM, because a call did not return{place}"
+    os.write(2, f"{line}. What is stored is kept: run the same command again to resume.\n".encode())
+    os._exit(_TERMINATED)
+
+
+def _leave_to_parent() -> None:
+    """In a forked process: write its signals no more to the pipe of its parent, whose deadline they are not."""
+    if _written:
+        signal.set_wakeup_fd(-1)
+        os.close(_written.pop())
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 @contextlib.contextmanager
 def handled_signals(handle: Callable[[int], None]) -> Iterator[None]:
     """Call ``handle`` with the number of each SIGINT and SIGTERM; afterwards the earlier handlers are set again.
 
-    Does nothing outside the main thread, where Python forbids it.
+    If the block has not ended 55 seconds after SIGTERM, the process ends, as in `ends_after_sigterm`. Does nothing
+    outside the main thread, where Python forbids it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -30,12 +97,13 @@ def handled_signals(handle: Callable[[int], None]) -> Iterator[None]:
     def call(signum: int, frame: FrameType | None) -> None:
         handle(signum)
 
-    before = {number: signal.signal(number, call) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with ends_after_sigterm():
+        before = {number: signal.signal(number, call) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -50,13 +118,16 @@ class Terminated(SystemExit):
     """SIGTERM ended the program, with the exit status by which shells report it."""
 
     def __init__(self) -> None:
-        self.status = 128 + signal.SIGTERM
+        self.status = _TERMINATED
         super().__init__(self.status)
 
 
 @contextlib.contextmanager
 def terminated_by_exception() -> Iterator[None]:
-    """Raise Terminated on SIGTERM, so that what the program holds is released, where nothing handles the signal."""
+    """Raise Terminated on SIGTERM, so that what the program holds is released, where nothing handles the signal.
+
+    If the block has not ended within 55 seconds, the process ends, as in `ends_after_sigterm`.
+    """
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -65,11 +136,12 @@ def terminated_by_exception() -> Iterator[None]:
     def terminate(signum: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with ends_after_sigterm():
+        signal.signal(signal.SIGTERM, terminate)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def exit_with_parent() -> None:
