@@ -135,7 +135,7 @@ first-hour: ## check a rented machine with an NVIDIA GPU, measure it in an hour:
 	$(BIN)/python -m benchmarks.gpu --first-hour $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 bench-latency: $(INSTALLED) ## MobileCLIP2 compared with ViT-L/14 on one core (minutes)
-	$(BIN)/reinforce latency MobileCLIP2-S0 MobileCLIP2-S2 MobileCLIP2-B MobileCLIP2-S3 MobileCLIP2-S4 ViT-L-14 \
+	$(BIN)/reinforce export latency MobileCLIP2-S0 MobileCLIP2-S2 MobileCLIP2-B MobileCLIP2-S3 MobileCLIP2-S4 ViT-L-14 \
 		--threads 1 --clock process --rounds $(ROUNDS) --json benchmarks/results/latency.json
 
 bench-quantize: $(INSTALLED) ## what int8 costs students, and what training with it recovers, after `make demo` (half an hour)

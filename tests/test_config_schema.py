@@ -57,7 +57,7 @@ def test_every_key_has_a_description_and_the_committed_schemas_are_those_of_the_
     ]
     assert missing == []
     committed = json.loads((ROOT / f"schemas/json/{kind}.json").read_text(encoding="utf-8"))
-    assert committed == SCHEMAS[kind], f"run: reinforce schema {kind} > schemas/json/{kind}.json"
+    assert committed == SCHEMAS[kind], f"run: reinforce init --schema {kind} > schemas/json/{kind}.json"
 
 
 @pytest.mark.parametrize("path", CONFIGS)

@@ -79,7 +79,8 @@ class Encoder:
 def prepare(encoders: Sequence[Encoder], out: Path) -> None:
     """Write the folders of these encoders with their milliseconds, unless all have them.
 
-    They are those of `reinforce latency` on one core: medians of CPU time per image of a batch, and of an image alone.
+    They are those of `reinforce export latency` on one core: medians of CPU time per image of a batch, and of an image
+    alone.
     """
     if all((encoder.folder(out) / _TIMED).exists() for encoder in encoders):
         return

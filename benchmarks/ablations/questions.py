@@ -386,8 +386,8 @@ def _stages(study: Study) -> Question:
         arms,
         claims,
         "Both are small versions of MobileCLIP2-S3's image encoder; that of four stages lacks the last and has the "
-        "widths and blocks with which it takes about as long, by `reinforce latency`, in CPU milliseconds of one core "
-        "for an image alone and of 64 together. At this size an image alone mostly takes the time to start "
+        "widths and blocks with which it takes about as long, by `reinforce export latency`, in CPU milliseconds of "
+        "one core for an image alone and of 64 together. At this size an image alone mostly takes the time to start "
         "operations. The same search gave each its scale of conv-64: `reinforce tune` with 5, 10 and 20, 5 for the "
         "other teachers, two seeds, and held-out pictures, of which 12.7 % (five stages, at 20) and 15.4 % (four, at "
         "10) get the right subgroup with 64 pixels, 16.0 % and 16.3 % (both at 10) with 128. The fifth stage has one "

@@ -68,12 +68,17 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
         "reinforce check configs/demo.yaml",
         "reinforce check our_lab.teachers:Radiology --options '{\"size\": 336}'",
     ),
-    run.init: ("reinforce init demo/shards", "reinforce init hf://datasets/ORG/NAME", "reinforce init photos/"),
-    run.schema: ("reinforce schema run",),
+    run.init: (
+        "reinforce init demo/shards",
+        "reinforce init hf://datasets/ORG/NAME",
+        "reinforce init photos/",
+        "reinforce init --schema run",
+    ),
     dataset.status: (
         "reinforce status demo/dataset",
         "reinforce status demo/dataset --watch",
         "reinforce status demo/dataset --reasons",
+        "reinforce status --grafana grafana/dashboards",
     ),
     dataset.validate: (
         "reinforce validate demo/dataset",
@@ -91,7 +96,6 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
         "reinforce inspect demo/dataset demo/report --teachers conv-64 --limit 500 --seed 1",
     ),
     dataset.select: ("reinforce select configs/select-demo.yaml",),
-    export.card: ("reinforce card demo/dataset --license cc-by-4.0",),
     training.train: (
         "reinforce train configs/student-demo.yaml",
         "reinforce train configs/student-demo.yaml --set output=demo/students/second",
@@ -102,16 +106,16 @@ _COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
         "reinforce evaluate demo/students/distilled --retrieval demo=demo/dataset",
         "reinforce evaluate demo/students/plain --config configs/student-demo.yaml",
         "reinforce evaluate MobileCLIP2-S0,dfndr2b --zero-shot pets=pets/",
+        "reinforce evaluate --suite datacomp --data evalsets --fetch --dry-run",
     ),
     adapting.adapt: (
         "reinforce adapt photos/ adapted --model MobileCLIP2-S0,dfndr2b",
         "reinforce adapt demo/tests/unseen-style new --config configs/adapt-demo.yaml",
     ),
-    adapting.interpolate: ("reinforce interpolate demo/students/plain demo/students/distilled mixed",),
-    adapting.soup: ("reinforce soup demo/students/* soup --config configs/student-demo.yaml",),
-    training.fetch_sets: ("reinforce fetch-sets datacomp evalsets --dry-run",),
-    training.latency: ("reinforce latency MobileCLIP2-S0 ViT-B-32 --threads 1",),
-    dataset.dashboard: ("reinforce dashboard grafana/dashboards",),
+    adapting.interpolate: (
+        "reinforce interpolate demo/students/plain demo/students/distilled mixed",
+        "reinforce interpolate --soup demo/students/* soup --zero-shot pets=pets/",
+    ),
 }
 
 for command, commands in _COMMANDS.items():

@@ -1,8 +1,8 @@
-"""Commands that adapt released models and mix weights: ``reinforce adapt``, ``interpolate`` and ``soup``."""
+"""Commands that adapt released models and mix weights: ``reinforce adapt`` and ``interpolate``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,29 +22,13 @@ from reinforce.cli.common import (
     print_lines,
     split_names,
 )
-from reinforce.cli.training import ShownReport, run_training, show_report
+from reinforce.cli.training import run_training, show_report
 from reinforce.errors import UserError
 from reinforce.processes.imports import no_garbage_collection
 
 if TYPE_CHECKING:
     from reinforce.evaluation.config import Evaluation
     from reinforce.tuning.adapt_config import Rule
-
-Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder or fsspec URI of the model; none may be there.")]
-Metric = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--metric",
-        metavar="NAME,...",
-        help="Chosen by the mean of these. Default: the metric that selects checkpoints.",
-    ),
-]
-General = Annotated[
-    list[str] | None, typer.Option("--general", metavar="NAME,...", help="Metrics whose mean may lose --allow points.")
-]
-Allow = Annotated[float, typer.Option(min=0, help="Points (%) that the mean of --general may lose against A.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")]
-Precision = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the forward pass.")]
 
 
 def adapt(
@@ -116,90 +100,83 @@ def adapt(
 
 
 def interpolate(
-    first: Annotated[str, typer.Argument(metavar="A", help="The released model, named as for `evaluate`.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="The fine-tuned model, named as for `evaluate`.")],
-    out: Out,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="The released model and the fine-tuned one, named as for `evaluate`; for --soup two or more models.",
+        ),
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or fsspec URI of the model; none may be there.")],
     alpha: Annotated[
         list[float] | None,
-        typer.Option(min=0, max=1, help="Share of B. Default: 0.5; with --sweep, repeatable: 0, 0.1, ... 1."),
+        typer.Option(min=0, max=1, help="Share of the second. Default: 0.5; with --sweep, repeatable: 0, 0.1, ... 1."),
     ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Evaluate the model of each share on sets, and write the best by --metric.")
     ] = False,
-    metric: Metric = None,
-    general: General = None,
-    allow: Allow = 0.5,
+    soup: Annotated[
+        bool, typer.Option("--soup", help="Write the mean of the models, to which each is added that makes it better.")
+    ] = False,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Chosen by the mean of these. Default: the metric that selects checkpoints.",
+        ),
+    ] = None,
+    general: Annotated[
+        list[str] | None, typer.Option(metavar="NAME,...", help="Metrics whose mean may lose --allow points.")
+    ] = None,
+    allow: Annotated[
+        float, typer.Option(min=0, help="Points (%) that the mean of --general may lose against the first model.")
+    ] = 0.5,
     pretrained: Pretrained = None,
     config: SetsConfig = None,
     zero_shot: ZeroShot = None,
     retrieval: Retrieval = None,
     limit: Limit = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")] = "auto",
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the forward pass.")] = "fp32",
     json_: JsonFile = None,
 ) -> None:
-    """Write a model whose weights lie between those of two: (1 - alpha) x A + alpha x B, tensor by tensor.
+    """Write a model whose weights lie between those of two: (1 - alpha) x first + alpha x second, tensor by tensor.
 
     A fine-tuned model that is mixed with the one it began from often keeps most of both (WiSE-FT).
-    Finished shares of a sweep are not evaluated again.
+
+    --soup adds several trainings of one architecture in the order of their own metric (a greedy soup).
+
+    Finished evaluations of --sweep and --soup are not repeated.
     """
     from reinforce.evaluation.model_names import loading_call, resolve_models
     from reinforce.tuning import mixtures as between
-    from reinforce.tuning.mixtures import Mixtures
 
     alphas = alpha or []
-    if not sweep:
+    if soup and (sweep or alphas or general):
+        raise UserError("--alpha, --sweep and --general are for two models, and --soup for the mean of several.")
+    if len(models) < 2 or (len(models) > 2 and not soup):
+        raise UserError("name two models and then the folder OUT; --soup takes more models.")
+    if not sweep and not soup:
         if len(alphas) > 1:
             raise UserError("several shares are given: add --sweep, which evaluates each.")
         if config or zero_shot or retrieval or limit or metric or general or json_:
-            raise UserError("sets, --metric, --general and --json belong to --sweep, which is not given.")
-        with resolve_models([first, second], pretrained) as specs:
+            raise UserError("sets, --metric, --general and --json belong to --sweep and --soup, and none is given.")
+        with resolve_models(models, pretrained) as specs:
             between.interpolate(specs, out, alphas[0] if alphas else 0.5)
         print_lines([f"wrote {out}", f"load it: {loading_call(out)}"])
         return
     evaluation = _sets(config, zero_shot, retrieval, limit)
     rule = _rule(evaluation, metric, general, allow)
-    with only_json(json_ == STDOUT) as print_json, resolve_models([first, second], pretrained) as specs:
-        mixtures = Mixtures(specs, out, evaluation, device, precision)
-        _show(between.sweep(mixtures, specs, out, rule, alphas or between.GRID, _log), out, json_, print_json)
-
-
-def soup(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models of one architecture.")],
-    out: Out,
-    metric: Metric = None,
-    pretrained: Pretrained = None,
-    config: SetsConfig = None,
-    zero_shot: ZeroShot = None,
-    retrieval: Retrieval = None,
-    limit: Limit = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-    json_: JsonFile = None,
-) -> None:
-    """Write the mean of the weights of several models, to which each is added that makes it better.
-
-    Models are added in the order of their own metric (a greedy soup). Finished evaluations are not repeated.
-    """
-    from reinforce.evaluation.model_names import resolve_models
-    from reinforce.tuning.mixtures import Mixtures, greedy_soup
-
-    if len(models) < 2:
-        raise UserError("name two or more models, and then the folder of their mean.")
-    evaluation = _sets(config, zero_shot, retrieval, limit)
-    rule = _rule(evaluation, metric, None, 0)
     with only_json(json_ == STDOUT) as print_json, resolve_models(models, pretrained) as specs:
-        mixtures = Mixtures(specs, out, evaluation, device, precision)
-        _show(greedy_soup(mixtures, specs, rule, _log), out, json_, print_json)
-
-
-def _show(report: ShownReport, out: str, file: str | None, print_json: Callable[[Any], None]) -> None:
-    """Show the report of the model that is in ``out``, and how it is loaded."""
-    from reinforce.evaluation.model_names import loading_call
-
-    show_report(report, file, print_json)
-    if file != STDOUT:
-        print_lines([f"load it: {loading_call(out)}"])
+        mixtures = between.Mixtures(specs, out, evaluation, device, precision)
+        report = (
+            between.greedy_soup(mixtures, specs, rule, _log)
+            if soup
+            else between.sweep(mixtures, specs, out, rule, alphas or between.GRID, _log)
+        )
+        show_report(report, json_, print_json)
+        if json_ != STDOUT:
+            print_lines([f"load it: {loading_call(out)}"])
 
 
 def _sets(

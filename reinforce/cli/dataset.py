@@ -1,4 +1,4 @@
-"""Commands that show datasets and runs: ``reinforce status`` and ``dashboard``."""
+"""Commands about a dataset that exists: ``reinforce status``, ``validate``, ``drop``, ``inspect`` and others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ _FIRST_SECONDS = 60.0  # for the first news of a run that has begun
 
 
 def status(
-    dataset: DatasetUrl,
+    dataset: Annotated[
+        str | None, typer.Argument(metavar="DATASET", help="Folder or fsspec URI of a reinforced dataset.")
+    ] = None,
     reasons: Annotated[
         bool, typer.Option("--reasons", help="Also show the first shard, key and detail of each reason of quarantine.")
     ] = False,
@@ -51,6 +53,14 @@ def status(
         bool,
         typer.Option("--verbose", "-v", help="Also show the speed of each layer in the last run, and its fast paths."),
     ] = False,
+    grafana: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Instead, write the Grafana dashboard of runs into a folder that Grafana provisions dashboards from; "
+            "`ray`: into Ray's on this machine.",
+        ),
+    ] = None,
 ) -> None:
     """Show the running job, the layers of a dataset, what is quarantined and why, and how the last run ended.
 
@@ -58,6 +68,15 @@ def status(
     """
     from reinforce.dataset.store import Store
 
+    if grafana is not None:
+        from reinforce.engine.record import write_dashboard
+
+        if dataset or reasons or watch or as_json or verbose:
+            raise UserError("--grafana writes the dashboard alone: leave out DATASET and the other options.")
+        print_lines([f"written: {write_dashboard(None if grafana == Path('ray') else grafana)}"])
+        return
+    if dataset is None:
+        raise UserError("name the dataset: reinforce status DATASET.")
     store = Store(dataset)
     if not watch:
         _show(store, reasons, as_json, verbose)
@@ -69,18 +88,6 @@ def status(
     if not as_json:
         _show(store, reasons, as_json, verbose)
     raise typer.Exit(int(summary.get("status", 0)))
-
-
-def dashboard(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(metavar="[FOLDER]", help="Folder of Grafana's dashboards. Default: Ray's, on this machine."),
-    ] = None,
-) -> None:
-    """Write the Grafana dashboard of runs into the folder from which Grafana provisions its dashboards."""
-    from reinforce.engine.record import write_dashboard
-
-    typer.echo(escape(f"written: {write_dashboard(folder)}"))
 
 
 def _show(store: Store, reasons: bool, as_json: bool, verbose: bool) -> None:
@@ -216,8 +223,6 @@ def _print_dataset(found: Mapping[str, Any], reasons: bool, verbose: bool) -> No
         lines += usage_lines(parse(last.get("fast_paths", ()))) if verbose else []
         print_lines([*rate_lines(last, verbose), *lines, *map(str, last.get("notes", []))])
 
-
-# -- Commands about a dataset that exists: ``reinforce validate``, ``drop``, ``inspect``, ``select`` and others.
 
 Names = Annotated[str | None, typer.Option(metavar="NAMES", help="Names, separated by commas. Default: all.")]
 

@@ -1,4 +1,4 @@
-"""``reinforce export``: models for runtimes and datasets in the formats of other programs, one command each."""
+"""``reinforce export`` and ``publish``: models for runtimes, datasets for other programs, and both for the Hub."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 import typer
 
 from reinforce.cli.common import (
+    STDOUT,
     Address,
     DatasetUrl,
     ImagesFrom,
+    JsonFile,
     Limit,
     NoRay,
     Pretrained,
@@ -19,16 +21,19 @@ from reinforce.cli.common import (
     ViewName,
     ZeroShot,
     examples,
+    only_json,
     print_lines,
     split_names,
 )
+from reinforce.cli.training import show_report
 from reinforce.errors import UserError
+from reinforce.processes.imports import require
 from reinforce.terminal import escape
 
 export = typer.Typer(
     no_args_is_help=True,
     **examples("reinforce export onnx demo/students/distilled"),
-    help="Export a model to run without torch and open_clip, or a dataset for other programs.",
+    help="Export a model to run without torch and open_clip, with its latency, or a dataset for other programs.",
 )
 Model = Annotated[
     str,
@@ -321,6 +326,88 @@ def _number(option: str, value: str) -> int | Literal["average"]:
     return int(value)
 
 
+@export.command("latency", **examples("reinforce export latency MobileCLIP2-S0 ViT-B-32 --threads 1"))
+def latency(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Names of open_clip, local-dir:PATH, or folders that trainings wrote."),
+    ],
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements per tower; the towers take turns.")] = 20,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads, pinned to as many cores. Default: torch's, one per core, not pinned."),
+    ] = None,
+    clock: Annotated[
+        Literal["wall", "process"],
+        typer.Option(help="wall: elapsed time; process: CPU time of all threads, for a machine that is not idle."),
+    ] = "wall",
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Measured next to torch in eager mode: onnxruntime, openvino, litert, litert-int8, "
+            "litert-dynamic-int8, executorch, executorch-dynamic-int8, or all that are installed; repeatable.",
+        ),
+    ] = None,
+    onnx_: Annotated[bool, typer.Option("--onnx", help="The same as --runtime onnxruntime.")] = False,
+    image_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Measure every model at this image size; repeatable.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images or texts of a forward pass; the table is for one.")] = 1,
+    picture: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw ImageNet-1k zero-shot accuracy over latency, as PNG.")
+    ] = None,
+    results: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="Of `evaluate --suite --out`: accuracies of models that are not published."
+        ),
+    ] = None,
+    json_: JsonFile = None,
+) -> None:
+    """Compare sizes, operations and latency of models in runtimes, one image or text at a time, on this machine's CPU.
+
+    The architectures are measured with random weights, reparameterised as for export; nothing is downloaded.
+
+    The towers of all models and runtimes take turns. No latency of a phone is measured or estimated.
+    """
+    from reinforce.evaluation.model_names import resolve_models
+    from reinforce.shipping.packages import choose_runtimes
+
+    if picture is not None:
+        require("report", "--picture", "matplotlib")
+    elif results is not None:
+        raise UserError("--results belongs to --picture, which is not given.")
+    names = [name for given in runtime or () for name in given.split(",")]
+    runtimes, missing = choose_runtimes([*names, *(["onnxruntime"] if onnx_ else [])])
+    from reinforce.shipping.latency import find_accuracies, measure_latency, sized_names
+
+    sizes = image_size or []
+    accuracies = {} if picture is None else find_accuracies([*sized_names(models, sizes)], results)
+    with only_json(json_ == STDOUT) as print_json:
+        for line in missing:
+            typer.echo(line, err=True)
+        with resolve_models(models, weights=False) as specs:
+            report = measure_latency(
+                specs, rounds=rounds, threads=threads, runtimes=runtimes, clock=clock, image_sizes=sizes, batch=batch
+            )  # fmt: skip
+        show_report(report, json_, print_json)
+    if picture is not None:
+        report.draw(accuracies, picture)
+
+
+publish = typer.Typer(
+    no_args_is_help=True,
+    **examples(
+        "reinforce publish model demo/students/distilled demo/published",
+        "reinforce publish card demo/dataset --license cc-by-4.0",
+    ),
+    help="Publish a model on the Hub of Hugging Face, with a card that says what it was trained from, or write "
+    "the card of a dataset.",
+)
+
+
+@publish.command("card", **examples("reinforce publish card demo/dataset --license cc-by-4.0"))
 def card(
     dataset: DatasetUrl,
     output: Annotated[
@@ -336,15 +423,6 @@ def card(
     from reinforce.publishing.card import write_card
 
     typer.echo(escape(f"written: {write_card(dataset, output, license_, force)}"))
-
-
-# -- ``reinforce publish``: models to the Hub of Hugging Face, or to a folder in its layout.
-
-publish = typer.Typer(
-    no_args_is_help=True,
-    **examples("reinforce publish model demo/students/distilled demo/published"),
-    help="Publish a model with a card that says what it was trained from.",
-)
 
 
 @publish.command(

@@ -1,4 +1,4 @@
-"""Commands about a dataset that is made: ``reinforce run``, ``plan`` and ``check``."""
+"""Commands about a dataset that is made: ``reinforce run``, ``plan``, ``check`` and ``init``."""
 
 from __future__ import annotations
 
@@ -151,9 +151,6 @@ def check(
         raise UserError("\n".join(report.errors))
 
 
-# -- Commands that help to write configs: ``reinforce init`` and ``schema``.
-
-
 Kind = Literal["run", "student", "tune", "captioner", "select", "adapt"]
 _MODELS: dict[Kind, str] = {
     "run": "config:Config", "student": "student.config:StudentConfig", "tune": "tuning.config:TuneConfig",
@@ -163,7 +160,9 @@ _MODELS: dict[Kind, str] = {
 
 
 def init(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Folder, file or pattern of any format of a source.")],
+    data: Annotated[
+        str | None, typer.Argument(metavar="DATA", help="Folder, file or pattern of any format of a source.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Argument(metavar="[OUTPUT.yaml]", help="Config to write. Default: named after DATA.")
     ] = None,
@@ -171,11 +170,24 @@ def init(
     run_it: Annotated[
         bool, typer.Option("--run", help="Also run the config; one that exists is kept, and its run continues.")
     ] = False,
+    schema: Annotated[
+        Kind | None,
+        typer.Option(help="Instead, print the JSON schema of a kind of config, with every key, for editors."),
+    ] = None,
 ) -> None:
     """Write a commented config for the data, which `plan` and `run` accept as it is.
 
     The format, the columns and the captions are recognised, and models are proposed for the GPU, or for CPUs.
+
+    Editors with yaml-language-server complete and check YAML by the schema that the first line of a config names.
     """
+    if schema is not None:
+        if data is not None or run_it or force:
+            raise UserError("--schema prints a schema and reads no data: leave out DATA and the other options.")
+        typer.echo(json.dumps(schema_of(schema), indent=1))
+        return
+    if data is None:
+        raise UserError("name the data: reinforce init DATA; --schema run prints the schema of a config.")
     from reinforce.api.commands import init as write_config
     from reinforce.engine.starter import default_path
 
@@ -187,19 +199,6 @@ def init(
         typer.echo(escape(f"written: {written.path}" + f"; next: reinforce plan {written.path}" * (not run_it)))
     if run_it:
         run(path)
-
-
-def schema(
-    kind: Annotated[
-        Kind,
-        typer.Argument(metavar="KIND", help="run, student, tune, captioner, select or adapt: what the config is for."),
-    ],
-) -> None:
-    """Print the JSON schema of a config, by which editors complete and check YAML.
-
-    Editors with yaml-language-server use the schema that the first line of a config names.
-    """
-    typer.echo(json.dumps(schema_of(kind), indent=1))
 
 
 def model_of(kind: Kind) -> type[BaseModel]:

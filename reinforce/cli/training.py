@@ -28,8 +28,8 @@ from reinforce.cli.common import (
 )
 from reinforce.errors import SetsMissing, UserError
 from reinforce.evaluation.registry import Suite
-from reinforce.processes.imports import no_garbage_collection, require
-from reinforce.terminal import first_names, print_table
+from reinforce.processes.imports import no_garbage_collection
+from reinforce.terminal import escape, first_names, print_table
 from teachers.redact import redact
 
 if TYPE_CHECKING:
@@ -151,13 +151,13 @@ def tune(
 
 def evaluate(
     models: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="MODEL...",
             help="NAME,TAG of open_clip (or NAME with --pretrained), local-dir:PATH, hf-hub:ORG/REPO, a folder or "
             "URL that a training wrote, or any teacher: FAMILY:MODEL, class:package.module:Class, or RUN.yaml:TEACHER.",
         ),
-    ],
+    ] = None,
     pretrained: Pretrained = None,
     config: SetsConfig = None,
     zero_shot: ZeroShot = None,
@@ -206,28 +206,52 @@ def evaluate(
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Of --suite: sets that are not below ROOT are no error.")
     ] = False,
+    fetch: Annotated[
+        bool,
+        typer.Option(
+            "--fetch",
+            help="First download the sets of --suite from the Hub to --data, or continue; without MODEL, that alone.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Of --fetch: only print the bytes and the revision of each set.")
+    ] = False,
 ) -> None:
     """Evaluate models by zero-shot classification, retrieval, nearest neighbours, linear probes and segmentation.
 
     Each model gets its own preprocessing. Images that cannot be decoded are skipped and reported.
+
+    --fetch keeps complete files, and revisions.json in ROOT records the revision of each set. HF_TOKEN is used if set.
     """
     from reinforce.api.commands import evaluate_sets
     from reinforce.evaluation.command import build_evaluation
 
     own = {"config": config, "zero-shot": zero_shot, "retrieval": retrieval, "limit": limit, "page": page}
-    if suite is None and (data or sets_ or compare or workers or address or allow_missing):
+    if suite is None and (data or sets_ or compare or workers or address or allow_missing or fetch):
         raise UserError(
-            "--data, --sets, --compare, --workers, --address and --allow-missing belong to --suite, and none is given."
+            "--data, --sets, --compare, --workers, --address, --allow-missing and --fetch belong to --suite, and none "
+            "is given."
         )
     if suite is not None and (options := [f"--{name}" for name, value in own.items() if value]):
         raise UserError(f"{', '.join(options)}: not with --suite, whose sets and templates are published.")
     if suite is not None and data is None:
         raise UserError(f"--suite {suite}: name the folder or URL of its sets with --data, or --data hf://")
-    published = (
-        {"suite": suite, "data": data, "sets": split_names(",".join(sets_ or ())) or None}
-        if suite is not None
-        else None
-    )
+    if dry_run and (models or not fetch):
+        raise UserError("--dry-run belongs to --fetch, without MODEL: it prints what would be downloaded.")
+    keys = split_names(",".join(sets_ or ()))
+    if fetch and suite is not None and data is not None:
+        from reinforce.evaluation.suite import fetch_sets
+
+        if "://" in data:
+            raise UserError(f"--fetch downloads to a folder of this machine, and --data is {redact(data)}.")
+        fetch_sets(
+            suite, Path(data), keys or (), dry_run=dry_run, log=lambda line: typer.echo(escape(line), err=bool(models))
+        )
+        if not models:
+            return
+    if not models:
+        raise UserError("name one or more models; `reinforce evaluate --help` shows how.")
+    published = {"suite": suite, "data": data, "sets": keys or None} if suite is not None else None
     evaluation = build_evaluation(config, zero_shot or (), retrieval or (), limit, set_ or (), published)
     if not evaluation.metrics:
         raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval, --config, --set or --suite.")
@@ -241,95 +265,6 @@ def evaluate(
             f"{len(report.absent)} of {len(evaluation.suite_sets)} sets are missing: {first_names([*report.absent])}. "
             "Copy them below --data, choose others with --sets, or add --allow-missing."
         )
-
-
-def fetch_sets(
-    suite: Annotated[
-        Suite,
-        typer.Argument(metavar="SUITE", help="datacomp; of the other suites the Hub has no sets in their layout."),
-    ],
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of the sets, for `evaluate --data`.")],
-    sets_: Annotated[
-        list[str] | None, typer.Option("--sets", metavar="KEY,...", help="Sets by key. Default: all.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the bytes and the revision of each.")] = False,
-) -> None:
-    """Download the sets of a suite from the Hub, or continue: complete files are kept.
-
-    revisions.json in ROOT records the revision of each set. HF_TOKEN is used if it is set.
-    """
-    from reinforce.evaluation.suite import fetch_sets as fetch
-
-    fetch(suite, root, split_names(",".join(sets_ or ())) or (), dry_run=dry_run, log=lambda line: print_lines([line]))
-
-
-def latency(
-    models: Annotated[
-        list[str],
-        typer.Argument(metavar="MODEL...", help="Names of open_clip, local-dir:PATH, or folders that trainings wrote."),
-    ],
-    rounds: Annotated[int, typer.Option(min=1, help="Measurements per tower; the towers take turns.")] = 20,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, help="CPU threads, pinned to as many cores. Default: torch's, one per core, not pinned."),
-    ] = None,
-    clock: Annotated[
-        Literal["wall", "process"],
-        typer.Option(help="wall: elapsed time; process: CPU time of all threads, for a machine that is not idle."),
-    ] = "wall",
-    runtime: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Measured next to torch in eager mode: onnxruntime, openvino, litert, litert-int8, "
-            "litert-dynamic-int8, executorch, executorch-dynamic-int8, or all that are installed; repeatable.",
-        ),
-    ] = None,
-    onnx_: Annotated[bool, typer.Option("--onnx", help="The same as --runtime onnxruntime.")] = False,
-    image_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="Measure every model at this image size; repeatable.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images or texts of a forward pass; the table is for one.")] = 1,
-    picture: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Draw ImageNet-1k zero-shot accuracy over latency, as PNG.")
-    ] = None,
-    results: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER", help="Of `evaluate --suite --out`: accuracies of models that are not published."
-        ),
-    ] = None,
-    json_: JsonFile = None,
-) -> None:
-    """Compare sizes, operations and latency of models in runtimes, one image or text at a time, on this machine's CPU.
-
-    The architectures are measured with random weights, reparameterised as for export; nothing is downloaded.
-
-    The towers of all models and runtimes take turns. No latency of a phone is measured or estimated.
-    """
-    from reinforce.evaluation.model_names import resolve_models
-    from reinforce.shipping.packages import choose_runtimes
-
-    if picture is not None:
-        require("report", "--picture", "matplotlib")
-    elif results is not None:
-        raise UserError("--results belongs to --picture, which is not given.")
-    names = [name for given in runtime or () for name in given.split(",")]
-    runtimes, missing = choose_runtimes([*names, *(["onnxruntime"] if onnx_ else [])])
-    from reinforce.shipping.latency import find_accuracies, measure_latency, sized_names
-
-    sizes = image_size or []
-    accuracies = {} if picture is None else find_accuracies([*sized_names(models, sizes)], results)
-    with only_json(json_ == STDOUT) as print_json:
-        for line in missing:
-            typer.echo(line, err=True)
-        with resolve_models(models, weights=False) as specs:
-            report = measure_latency(
-                specs, rounds=rounds, threads=threads, runtimes=runtimes, clock=clock, image_sizes=sizes, batch=batch
-            )  # fmt: skip
-        show_report(report, json_, print_json)
-    if picture is not None:
-        report.draw(accuracies, picture)
 
 
 class ShownReport(Protocol):

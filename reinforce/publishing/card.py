@@ -1,4 +1,4 @@
-"""``reinforce card``: the README.md by which Hugging Face's ``datasets`` reads every layer of a dataset.
+"""``reinforce publish card``: the README.md by which Hugging Face's ``datasets`` reads every layer of a dataset.
 
 Its front matter has a configuration for each layer, with the files and the types of the columns: without them,
 ``datasets`` shows images as bytes and refuses the tensors of embeddings. The Parquet files stay as they are. What comes
@@ -36,7 +36,7 @@ NAME = "README.md"
 UNKNOWN = "unknown"
 _MAX_BYTES = 2**22  # of a README.md that is replaced
 #: By which a README.md is recognised as one that may be replaced.
-MARK = "<!-- written by `reinforce card` -->"
+MARK = "<!-- written by `reinforce publish card` -->"
 #: The same in the card of a model.
 MODEL_MARK = "<!-- written by `reinforce publish model` -->"
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|~:@$=])")

@@ -1,1 +1,1 @@
-"""Models for other runtimes: ``reinforce export onnx`` and ``reinforce latency``."""
+"""Models for other runtimes: ``reinforce export onnx`` and ``reinforce export latency``."""

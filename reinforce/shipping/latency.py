@@ -209,7 +209,7 @@ def _format_number(value: float) -> str:
     return f"{value:.1f}" if value >= 1 or not value else f"{value:.2g}"
 
 
-# -- ``reinforce latency``: size of models, and the time that one image and one text take.
+# -- ``reinforce export latency``: size of models, and the time that one image and one text take.
 #
 # Architectures are measured, with random weights and reparameterized as for export. Measurements of all models are
 # interleaved, so that other load on the machine affects them equally.

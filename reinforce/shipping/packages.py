@@ -42,7 +42,7 @@ class Runtime:
     weights: str = "fp32"
 
 
-#: By the names that `reinforce latency` has for them, beside TORCH.
+#: By the names that `reinforce export latency` has for them, beside TORCH.
 RUNTIMES = {
     "onnxruntime": Runtime("onnx"),
     "openvino": Runtime("openvino"),

@@ -246,7 +246,7 @@ def percent(value: float | None) -> str:
 
 
 # -- Weights between models: ``reinforce interpolate`` (WiSE-FT, arXiv 2109.01903), evaluated over a grid of shares, and
-# ``reinforce soup``, the mean of several training runs that are added greedily (arXiv 2203.05482).
+# ``reinforce interpolate --soup``, the mean of several training runs that are added greedily (arXiv 2203.05482).
 
 #: Shares of the second model's weights that a sweep evaluates, as published.
 GRID = tuple(round(0.1 * tenth, 1) for tenth in range(11))

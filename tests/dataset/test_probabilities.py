@@ -120,7 +120,7 @@ def test_the_most_likely_classes_of_images_without_text_are_stored_and_read(
     shown = Path("report", "index.html").read_text()
     assert "crops, 3 × the 2 most likely of 6 classes" in shown
     assert "<td>classifier</td>" in shown
-    card = printed_by(capfd, "card", url) and Path(url, "README.md").read_text()
+    card = printed_by(capfd, "publish", "card", url) and Path(url, "README.md").read_text()
     assert "| `probabilities--crops` | 5 | 1 |" in card
     assert f"| whole | {CLASSIFIERS}:Colors |" in card.replace("\\", "")
     assert "depends on samples" not in printed_by(capfd, "drop", url, CROPS, "--yes")

@@ -39,7 +39,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 def card(dataset: str) -> dict[str, Any]:
     """The front matter of the dataset's card."""
     with pytest.raises(SystemExit) as ended:
-        main(["card", dataset, "--license", "cc-by-4.0"])
+        main(["publish", "card", dataset, "--license", "cc-by-4.0"])
     assert not ended.value.code
     return front_matter(Path(dataset, "README.md"))
 

@@ -1,4 +1,4 @@
-"""``reinforce latency`` from the command line, its measurements and its table."""
+"""``reinforce export latency`` from the command line, its measurements and its table."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def threads() -> Any:
 def test_command_measures_several_models(printed: Printed, tmp_path: Path, threads: None) -> None:
     vit = student_folder(tmp_path / "runs" / "student")  # without weights, in the layout of a training's output
     fast = models.fastvit(tmp_path / "fast", weights=False)
-    words = ["latency", f"{tmp_path}/runs", fast, "--rounds", "5", "--threads", "1"]
+    words = ["export", "latency", f"{tmp_path}/runs", fast, "--rounds", "5", "--threads", "1"]
     out = printed(*words, "--json", f"{tmp_path}/out/latency.json")
     assert out.startswith("5 rounds on 1 CPU, device cpu\n")
     for text in ("parameters, M", "GFLOP", "image, ms", "1.0x", "1 of ", "medians of 5 rounds by the wall clock"):
@@ -68,7 +68,7 @@ def test_image_sizes_and_batches_are_measured_on_pinned_cores(printed: Printed, 
     model, file, drawn = models.fastvit(tmp_path / "fast", weights=False), tmp_path / "l.json", tmp_path / "l.png"
     results = tmp_path / "results"
     ResultFile(str(results), f"{model} at 64").add(find_set("imagenet1k"), {"metrics": {"main_metric": 0.5}})
-    words = ["latency", model, "--rounds", "2", "--threads", "1", "--batch", "2", "--image-size", "64"]
+    words = ["export", "latency", model, "--rounds", "2", "--threads", "1", "--batch", "2", "--image-size", "64"]
     words += ["--image-size", "96", "--json", str(file), "--picture", str(drawn), "--results", str(results)]
     assert "in batches of 2" in printed(*words)
     measured = json.loads(file.read_text())
@@ -150,9 +150,9 @@ def test_the_text_tower_is_converted_once_for_all_image_sizes(
 
 
 def test_models_that_cannot_be_measured_are_reported(refused: Printed, tmp_path: Path) -> None:
-    assert "its architecture is not on this machine" in refused("latency", "hf-hub:nobody/nothing")
-    assert "did you mean MobileCLIP2-S" in refused("latency", "MobileCLIP2-S5")
-    assert "it is a captioner" in refused("latency", coca_model(tmp_path / "coca"))
+    assert "its architecture is not on this machine" in refused("export", "latency", "hf-hub:nobody/nothing")
+    assert "did you mean MobileCLIP2-S" in refused("export", "latency", "MobileCLIP2-S5")
+    assert "it is a captioner" in refused("export", "latency", coca_model(tmp_path / "coca"))
 
 
 def test_documentation_shows_the_stored_measurements() -> None:

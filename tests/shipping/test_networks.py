@@ -81,7 +81,7 @@ def test_what_needs_a_text_tower_is_refused(folders: dict[str, str], tmp_path: P
     sets = ["--zero-shot", f"a={write_colour_folder(tmp_path / 'images')}"]
     assert "no text tower: compare it on sets of `knn`" in refused("export", "onnx", model, out, *sets)
     assert "of a model of timm, AutoModel loads the folder itself" in refused("export", "transformers", model, out)
-    assert "a network of images without a text tower, which is needed here" in refused("latency", model)
+    assert "a network of images without a text tower, which is needed here" in refused("export", "latency", model)
     assert not (tmp_path / "out").exists()
 
 

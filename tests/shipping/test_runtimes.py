@@ -1,4 +1,4 @@
-"""LiteRT and ExecuTorch: exported towers in their real runtimes, next to others in ``reinforce latency``."""
+"""LiteRT and ExecuTorch: exported towers in their real runtimes, next to others in ``reinforce export latency``."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_all_installed_runtimes_are_measured_side_by_side(command: Command, tmp_
     if not runtimes:
         pytest.skip("; ".join(missing))
     model, file = models.vit(tmp_path / "model"), tmp_path / "latency.json"
-    words = ["latency", model, "--threads", "1", "--rounds", "2", "--json", str(file), "--runtime", "all"]
+    words = ["export", "latency", model, "--threads", "1", "--rounds", "2", "--json", str(file), "--runtime", "all"]
     status, out, err = command(*words)
     assert (status, err.count("left out: ")) == (0, len(missing))
     measured = json.loads(file.read_text())

@@ -184,7 +184,7 @@ def test_a_sweep_evaluates_each_share_once_and_writes_the_chosen_model(
     monkeypatch.setattr(mixtures.Evaluator, "evaluate_module", fail)
     assert json.loads(command(*words, *shares)[1]) == report
     assert "has results of other models or sets" in refused(*words, *shares, "--limit", "3")
-    assert "has a model, of sweep.json" in refused("soup", *words[1:4], "--zero-shot", f"colours={colours}")
+    assert "has a model, of sweep.json" in refused(*words[:4], "--soup", "--zero-shot", f"colours={colours}")
     kept = json.loads((out / "mixtures.json").read_text())
     for damaged in ({}, {"of": kept["of"]}, {**kept, "mixtures": [{"weights": {}}]}):
         (out / "mixtures.json").write_text(json.dumps(damaged))
@@ -219,7 +219,7 @@ def test_a_soup_keeps_the_models_that_make_it_better(
         return {"zero_shot/colours/top1": scores[len(weights)].pop(0)}
 
     monkeypatch.setattr(mixtures.Mixtures, "metrics", metrics)
-    words = ["soup", *names, str(out), "--zero-shot", f"colours={colours}", "--json", "-"]
+    words = ["interpolate", "--soup", *names, str(out), "--zero-shot", f"colours={colours}", "--json", "-"]
     assert json.loads(printed(*words))["models"] == [names[1], names[0]]
     ends = [load_file(f"{name}/{WEIGHTS}")["positional_embedding"] for name in names]
     torch.testing.assert_close(load_file(out / WEIGHTS)["positional_embedding"], (ends[0] + ends[1]) / 2)
@@ -230,6 +230,8 @@ def test_a_soup_keeps_the_models_that_make_it_better(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--soup", "--sweep"], "for two models, and --soup for the mean of several"),
+        (["--soup"], "nothing to evaluate on"),
         (["--alpha", "0.5", "--alpha", "0.6"], "add --sweep, which evaluates each"),
         (["--alpha", "0.5", "--limit", "3"], "belong to --sweep"),
         (["--sweep"], "nothing to evaluate on"),
@@ -238,3 +240,7 @@ def test_a_soup_keeps_the_models_that_make_it_better(
 )
 def test_a_wrong_use_gets_one_line(tmp_path: Path, refused: Printed, options: list[str], message: str) -> None:
     assert message in refused("interpolate", "one", "two", str(tmp_path / "out"), *options)
+
+
+def test_three_models_are_for_a_soup(tmp_path: Path, refused: Printed) -> None:
+    assert "--soup takes more models" in refused("interpolate", "one", "two", "three", str(tmp_path / "out"))

@@ -1,4 +1,4 @@
-"""OpenVINO, which runs the files of ONNX; `reinforce latency` measures it."""
+"""OpenVINO, which runs the files of ONNX; `reinforce export latency` measures it."""
 
 from __future__ import annotations
 
