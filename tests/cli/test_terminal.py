@@ -62,7 +62,8 @@ def complete(command: Command, monkeypatch: pytest.MonkeyPatch, line: str) -> li
 
 def test_bash_completes_commands_and_options(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert complete(command, monkeypatch, "reinforce pl") == ["plan"]
-    exports = ["onnx", "coreml", "litert", "executorch", "transformers", "datacompdr", "embeddings", "labels"]
+    models = ["onnx", "coreml", "litert", "executorch", "transformers"]
+    exports = [*models, "datacompdr", "embeddings", "labels", "latency"]
     assert complete(command, monkeypatch, "reinforce export ") == exports
     assert complete(command, monkeypatch, "reinforce run my.yaml --ret") == ["--retry-quarantined"]
     assert complete(command, monkeypatch, "reinforce evaluate m --precision b") == ["bf16"]
