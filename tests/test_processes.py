@@ -16,6 +16,7 @@ import pytest
 
 from reinforce.processes import signals
 from reinforce.processes.attempts import Attempts, prefetch
+from reinforce.processes.children import SharedMemory
 from reinforce.processes.cores import (
     arithmetic_threads,
     available_cores,
@@ -27,7 +28,6 @@ from reinforce.processes.cores import (
     let_waiting_threads_sleep,
     loader_processes,
 )
-from reinforce.processes.shared_memory import SharedMemory
 from reinforce.processes.signals import ends_after_sigterm, stop_requests
 
 CPU_16 = [{"CPU": 16.0, "memory": 64e9}]
@@ -117,7 +117,7 @@ def test_waiting_threads_sleep_unless_the_environment_says_otherwise(monkeypatch
 def test_what_a_child_writes_is_seen_here() -> None:
     memory = SharedMemory(8)
     code = (
-        "import sys; from reinforce.processes.shared_memory import SharedMemory; "
+        "import sys; from reinforce.processes.children import SharedMemory; "
         "SharedMemory(descriptor=int(sys.argv[1])).array()[3] = 7"
     )
     command = [sys.executable, "-c", code, str(memory.descriptor)]

@@ -25,9 +25,8 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.probe import probing
 from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import limit_text, number
+from reinforce.processes.children import describe_exit, kill_with_parent, start_process
 from reinforce.processes.cores import available_cores
-from reinforce.processes.parallel import start_process
-from reinforce.processes.signals import describe_exit, kill_with_parent
 from teachers.fast_paths import recompilation
 from teachers.fast_paths.usage import set_enabled
 from teachers.runtime import determinism

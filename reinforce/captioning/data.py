@@ -127,7 +127,9 @@ class PairSource:
                 if self.is_dataset and item.reason is Reason.IMAGE_PLACE:
                     raise UserError(item.detail.replace("input.images_from", "data.images_from"))
                 refused[item.reason.value] += 1
-            elif self._is_held_out(item.key) == held_out:
+                continue
+            share = 0.0 if self.share is None else self.share
+            if (seed_for(self.seed, item.key, "held out") < int(share * 2**64)) == held_out:
                 if captions := self._captions(item):
                     yield item, captions
                 else:
@@ -180,9 +182,6 @@ class PairSource:
         if refused:
             reasons = ", ".join(f"{reason}: {count:,}" for reason, count in refused.most_common())
             _log.warning("%s: samples that are left out: %s", self.where, reasons)
-
-    def _is_held_out(self, key: str) -> bool:
-        return self.share is not None and seed_for(self.seed, key, "held out") < int(self.share * 2**64)
 
     def _captions(self, item: RawSample | UnreadSample) -> Sequence[str]:
         sidecars = item.all_sidecars if isinstance(item, RawSample) else item.sidecars
@@ -354,7 +353,17 @@ def load_held_out(config: CaptionerConfig, source: PairSource, shards: Sequence[
     if table is None:
         _log_held_out.info("collecting the held-out images, which is done once")
         with tempfile.TemporaryFile() as images:
-            kept = _collect(source, shards, most, images)
+            kept: list[_Kept] = []  # a heap, the last one of the order first
+            refused = Counter[str]()
+            for number, (item, captions) in enumerate(_pairs(source, shards, most, refused)):
+                assert isinstance(item, RawSample)
+                place = -seed_for(source.seed, item.key, "sample"), -number
+                if len(kept) == most and place < kept[0].place:
+                    continue
+                push = heapq.heappushpop if len(kept) == most else heapq.heappush
+                push(kept, _Kept(place, item.key, captions, images.tell(), images.write(item.image)))
+            source.log_refused(refused)
+            kept = sorted(kept, reverse=True)
             if len(kept) < 2:
                 raise UserError(
                     f"held_out: {len(kept)} images are held out, but evaluation needs at least two. Raise "
@@ -364,21 +373,6 @@ def load_held_out(config: CaptionerConfig, source: PairSource, shards: Sequence[
         table = read_table(store, HELD_OUT_FILE, fingerprint, ["key", "captions"])
         assert table is not None
     return HeldOut(config.output, fingerprint, table["key"].to_pylist(), table["captions"].to_pylist())
-
-
-def _collect(source: PairSource, shards: Sequence[Shard], most: int | None, images: IO[bytes]) -> list[_Kept]:
-    """Collect at most ``most`` held-out images in a seeded order of their keys, and their bytes in ``images``."""
-    kept: list[_Kept] = []  # a heap, the last one of the order first
-    refused = Counter[str]()
-    for number, (item, captions) in enumerate(_pairs(source, shards, most, refused)):
-        assert isinstance(item, RawSample)
-        place = -seed_for(source.seed, item.key, "sample"), -number
-        if len(kept) == most and place < kept[0].place:
-            continue
-        push = heapq.heappushpop if len(kept) == most else heapq.heappush
-        push(kept, _Kept(place, item.key, captions, images.tell(), images.write(item.image)))
-    source.log_refused(refused)
-    return sorted(kept, reverse=True)
 
 
 def _pairs(source: PairSource, shards: Sequence[Shard], most: int | None, refused: Counter[str]) -> Iterator[Pair]:

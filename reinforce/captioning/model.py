@@ -153,7 +153,18 @@ class CaptionerModel(torch.nn.Module):
         outputs = list(encoded.features.values())
         if self.loss.contrastive:
             outputs.append(encoded.scalars["logit_scale"])
-        used = _parameters_behind(outputs)
+        used: set[int] = set()  # ids of the parameters on which the outputs depend
+        seen: set[Any] = set()
+        pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                used.add(id(node.variable))
+            pending += [parent for parent, _ in node.next_functions if parent is not None]
+
         for parameter in self.parameters():
             if id(parameter) not in used:
                 parameter.requires_grad_(False)
@@ -222,19 +233,3 @@ def describe_parameters(model: CaptionerModel) -> str:
     parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if counts[name])
     frozen = f"; frozen: {', '.join(model.frozen)}" if model.frozen else ""
     return f"{sum(counts.values()) / 1e6:,.2f} of {total / 1e6:,.2f} M parameters are trained ({parts}){frozen}"
-
-
-def _parameters_behind(outputs: Sequence[torch.Tensor]) -> set[int]:
-    """Return the ids of the parameters that outputs depend on."""
-    parameters: set[int] = set()
-    seen: set[Any] = set()
-    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            parameters.add(id(node.variable))
-        pending += [parent for parent, _ in node.next_functions if parent is not None]
-    return parameters

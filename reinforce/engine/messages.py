@@ -146,15 +146,14 @@ class WorkerInfo:
     """A worker whose models are loaded.
 
     ``models`` has by section and name what only a loaded model reports (dimension, logit scale), ``memory`` is the
-    bytes of the process, ``board`` the descriptor of its board (`pulse.py`), ``batch`` the number of images in a batch,
-    and ``notes`` are messages for the user.
+    bytes of the process, ``batch`` the number of images in a batch, and ``notes`` are messages for the user.
     """
 
     id: WorkerId
     accelerator: str
     models: Mapping[tuple[str, str], Mapping[str, Any]]
     memory: int = 0
-    board: int = -1
+
     batch: int = 0
     notes: tuple[str, ...] = ()
     device: Mapping[str, Any] = field(default_factory=dict)  # name and memory of a CUDA device

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias, TypeVar
-
-from reinforce.processes.shared_memory import SharedMemory
+from typing import TypeVar
 
 #: Stages of a lease. While it runs a model, its stage is the name of the layer.
 READING = "reading"
@@ -22,13 +19,7 @@ SERVER = "waiting for a server"  # a captioner; it bounds this time itself
 PREPARING = "preparing"
 #: Stages that never count as a hang.
 UNLIMITED_STAGES = (WAITING, SERVER)
-_SHORT_STAGES = (READING, DECODING)  # entered for each sample
 _STAGES_WITHOUT_MODEL = (READING, DECODING, WRITING, WAITING, SERVER, PREPARING)
-
-_BOARD_BYTES = 4096
-
-_At: TypeAlias = "tuple[str, str, float]"  # stage, what it works on, since when
-
 _Item = TypeVar("_Item")
 
 
@@ -58,36 +49,23 @@ class Pulse:
     memory: int = 0
 
 
-def read_board(pid: int, descriptor: int) -> tuple[LeasePulse, ...]:
-    """The leases on the board of a ``WorkerWatch`` in a process on this machine; none if it cannot be read."""
-    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/fd/{descriptor}", "rb") as file:
-        entries, now = json.loads(file.read().rstrip(b"\0")), time.monotonic()
-        return tuple(LeasePulse(shard, stage, now - since, what) for shard, stage, what, since in entries)
-    return ()
-
-
 class LeaseWatch:
     """The stage of one lease. Its threads write it, and the thread that answers the driver reads it.
 
     The stage of the lease is that of its main thread, which created this object, or of its longest-running model.
-    Entering and leaving a stage is progress. ``slowest`` receives the seconds of the slowest step by stage, and
-    ``changed`` is called after a change of a stage that is not short. ``read_bytes`` counts the encoded images and
-    texts that were read, and ``seconds`` the time of the main thread by innermost stage.
+    Entering and leaving a stage is progress. ``slowest`` receives the seconds of the slowest step by stage.
+    ``read_bytes`` counts the encoded images and texts that were read, and ``seconds`` the time of the main thread by
+    innermost stage.
     """
 
-    def __init__(
-        self,
-        shard: str = "",
-        slowest: dict[str, float] | None = None,
-        changed: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, shard: str = "", slowest: dict[str, float] | None = None) -> None:
         self.shard = shard
         self._slowest = {} if slowest is None else slowest
-        self._changed = changed
         self.read_bytes = 0
         self.seconds: dict[str, float] = {}
         self._thread = threading.get_ident()
-        self._at: dict[int, _At] = {self._thread: (PREPARING, "", time.monotonic())}  # by thread
+        # By thread: stage, what it works on, since when.
+        self._at: dict[int, tuple[str, str, float]] = {self._thread: (PREPARING, "", time.monotonic())}
 
     @contextlib.contextmanager
     def stage(self, name: str, what: str = "") -> Iterator[None]:
@@ -98,7 +76,6 @@ class LeaseWatch:
         if thread == self._thread:
             self._count(entered)
         self._at[thread] = (name, what, entered)
-        self._report_change(name)
         try:
             yield
         finally:
@@ -111,7 +88,6 @@ class LeaseWatch:
                 del self._at[thread]
             else:
                 self._at[thread] = (before[0], before[1], left)
-            self._report_change(name)
 
     def _count(self, now: float) -> None:
         """Add the time of the main thread to the stage that it leaves or interrupts."""
@@ -137,56 +113,29 @@ class LeaseWatch:
 
     def pulse(self, prepared_at: float, now: float) -> LeasePulse:
         """The pulse of the lease. ``prepared_at`` is when a decode process of the worker last finished an item."""
-        stage, what, since = self._where()
-        return LeasePulse(self.shard, stage, now - (max(since, prepared_at) if stage == DECODING else since), what)
-
-    def _where(self) -> _At:
-        """The stage of the longest-running model, or else of the main thread."""
         threads = list(self._at.values())
         models = [at for at in threads if at[0] not in _STAGES_WITHOUT_MODEL]
-        return min(models, key=lambda at: at[2]) if models else threads[0]
-
-    def board_entry(self) -> tuple[str, str, str, float]:
-        """Shard, stage, what it works on, and since when; short stages are not shown."""
-        stage, what, since = self._where()
-        return self.shard, *((PREPARING, "") if stage in _SHORT_STAGES else (stage, what[:150])), since
-
-    def _report_change(self, stage: str) -> None:
-        if self._changed is not None and stage not in _SHORT_STAGES:
-            self._changed()
+        stage, what, since = min(models, key=lambda at: at[2]) if models else threads[0]
+        return LeasePulse(self.shard, stage, now - (max(since, prepared_at) if stage == DECODING else since), what)
 
 
 class WorkerWatch:
-    """The leases of a worker, and the progress of its decode processes.
-
-    ``board`` is the descriptor of memory with the stages of the leases, which other processes of the node can read.
-    Code that holds the interpreter lock keeps a worker from answering, but its board can be read.
-    """
+    """The leases of a worker, and the progress of its decode processes."""
 
     def __init__(self) -> None:
         self.slowest: dict[str, float] = {}
-        self._memory = SharedMemory(_BOARD_BYTES)
-        self.board = self._memory.descriptor
-        self._writing = threading.Lock()  # the last write must be the latest state
         self._leases: list[LeaseWatch] = []
         self._prepared = (0, time.monotonic())  # number of decoded items, and when it last changed
 
     @contextlib.contextmanager
     def lease(self, shard: str) -> Iterator[LeaseWatch]:
         """The watch of a lease, while it runs."""
-        watch = LeaseWatch(shard, self.slowest, self._write_board)
+        watch = LeaseWatch(shard, self.slowest)
         self._leases.append(watch)
-        self._write_board()
         try:
             yield watch
         finally:
             self._leases.remove(watch)
-            self._write_board()
-
-    def _write_board(self) -> None:
-        with self._writing:
-            data = json.dumps([watch.board_entry() for watch in list(self._leases)], ensure_ascii=False).encode()
-            os.pwrite(self.board, data[:_BOARD_BYTES].ljust(_BOARD_BYTES, b"\0"), 0)
 
     def pulses(self, prepared: int, now: float) -> tuple[LeasePulse, ...]:
         """The pulses of the leases, after ``prepared`` items were decoded."""

@@ -99,7 +99,14 @@ class Events:
         self._flushed = time.monotonic()
         self._interval = _FLUSH_SECONDS_LOCAL if store.local else _FLUSH_SECONDS
         self._folder = ("runs", self.run)
-        text = yaml.safe_dump(_public(config), sort_keys=False, allow_unicode=True)
+        # The config without the credentials in its URLs and options.
+        data: dict[str, Any] = redact_values(config.model_dump(mode="json", by_alias=True, exclude_defaults=True))
+        source = config.source if isinstance(config.source, list) else [config.source]
+        data["source"] = [canonical(url) if "://" in url else url for url in source]
+        data["output"] = canonical(config.output)
+        if config.moved:
+            data["moved"] = {canonical(now): canonical(before) for now, before in config.moved.items()}
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
         self._put(text.encode(), "config.yaml")
 
     def add(self, event: str, **values: Any) -> None:
@@ -137,17 +144,6 @@ class Events:
             self._refused, self._interval = True, min(2 * self._interval, _MAX_FLUSH_SECONDS)
             return False
         return True
-
-
-def _public(config: Config) -> dict[str, Any]:
-    """The config without the credentials in its URLs and options."""
-    data: dict[str, Any] = redact_values(config.model_dump(mode="json", by_alias=True, exclude_defaults=True))
-    source = config.source if isinstance(config.source, list) else [config.source]
-    data["source"] = [canonical(url) if "://" in url else url for url in source]
-    data["output"] = canonical(config.output)
-    if config.moved:
-        data["moved"] = {canonical(now): canonical(before) for now, before in config.moved.items()}
-    return data
 
 
 _WINDOW_SECONDS = 60.0
@@ -213,7 +209,14 @@ class Progress(Screen):
         busy = None
         if now.busy > 0 and now.alive > then.alive:
             busy = min(1.0, (now.busy - then.busy) / (now.alive - then.alive))
-        return Rates(speed, busy, self._eta(now))
+        expected, eta = self._expected_samples(now), None
+        if expected is not None and now.samples and now.workers:
+            if now.samples != self._counted[1]:
+                self._counted = time.monotonic(), now.samples
+            at, samples = self._counted
+            left = (at - self._begun) / samples * (expected - samples)
+            eta = max(0.0, left - (time.monotonic() - at))  # workers count in steps
+        return Rates(speed, busy, eta)
 
     def line(self, now: Snapshot) -> str:
         rates = self.rates(now)
@@ -232,32 +235,18 @@ class Progress(Screen):
         if now.quarantined_shards or now.refused_rows:
             parts.append(f"quarantine: {plural(now.quarantined_shards, 'shard')}, {plural(now.refused_rows, 'row')}")
         if now.silent:
-            parts.append(_describe_silent(now.silent))
+            hosts, shards = sorted(now.silent), sum(now.silent.values())
+            more = f" and {len(hosts) - _NAMED_HOSTS} more" * (len(hosts) > _NAMED_HOSTS)
+            verb, ending = "waits" if shards == 1 else "wait", "s" * (len(hosts) > 1)
+            names = ", ".join(hosts[:_NAMED_HOSTS])
+            parts.append(f"{plural(shards, 'shard')} {verb} for silent host{ending} {names}{more}")
         return "  ".join(parts)
-
-    def _eta(self, now: Snapshot) -> float | None:
-        expected = self._expected_samples(now)
-        if expected is None or not now.samples or not now.workers:
-            return None
-        if now.samples != self._counted[1]:
-            self._counted = time.monotonic(), now.samples
-        at, samples = self._counted
-        left = (at - self._begun) / samples * (expected - samples)
-        return max(0.0, left - (time.monotonic() - at))  # workers count in steps
 
     def _expected_samples(self, now: Snapshot) -> float | None:
         """Samples of all shards, from the mean of the finished ones, or else by the estimate; None without either."""
         if now.samples_done and now.shards_done:  # a postponed shard has samples and is not finished
             return max(now.samples, now.samples_done / now.shards_done * now.shards)
         return None if self._expected is None else max(now.samples, self._expected)
-
-
-def _describe_silent(silent: Mapping[str, int]) -> str:
-    """Shards that wait for silent hosts."""
-    hosts, shards = sorted(silent), sum(silent.values())
-    names = ", ".join(hosts[:_NAMED_HOSTS]) + (f" and {len(hosts) - _NAMED_HOSTS} more" * (len(hosts) > _NAMED_HOSTS))
-    verb, ending = "waits" if shards == 1 else "wait", "s" * (len(hosts) > 1)
-    return f"{plural(shards, 'shard')} {verb} for silent host{ending} {names}"
 
 
 WORKER_LOST = "worker lost"  # why a shard is leased again, if its worker is gone
@@ -685,16 +674,15 @@ class Recorder:
             return
         with self._lock:
             for name, value in values.items():
+                series = SERIES[name]
                 for label, number in (value if isinstance(value, Mapping) else {self._label: value}).items():
-                    self._record(SERIES[name], label, float(number))
-
-    def _record(self, series: Series, label: str, number: float) -> None:
-        tags = {} if series.label is None else {series.label: label}
-        if series.kind == "gauge":
-            _metric(series.name).set(number, tags)
-        elif (grown := number - self._before.get((series.name, label), 0.0)) > 0:
-            self._before[series.name, label] = number
-            _metric(series.name).inc(grown, tags)
+                    tags = {} if series.label is None else {series.label: label}
+                    grown = float(number) - self._before.get((name, label), 0.0)
+                    if series.kind == "gauge":
+                        _metric(name).set(float(number), tags)
+                    elif grown > 0:
+                        self._before[name, label] = float(number)
+                        _metric(name).inc(grown, tags)
 
 
 @cache

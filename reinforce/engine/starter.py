@@ -61,6 +61,7 @@ _TEXTS, _TEXTS_BYTES = 64, 64 * 2**20
 #: The name of a text that is a caption by default.
 _DEFAULT = ""
 _SCHEME_CHARS = 16
+_EXAMPLE_CHARS = 60
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,13 @@ def _texts_of(document: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _table_fields(shard: Shard, spec: Input) -> Fields:
-    binary, rows = _columns(shard)
+    try:
+        found = find_format(shard.format).first_row(shard.url)
+    except (RefusedFile, OSError, EOFError) as error:
+        raise UserError(f"{canonical(shard.url)} cannot be read: {error}") from error
+    if found is None:
+        raise UserError(f"{canonical(shard.url)} has no row. Name another file.")
+    binary, rows = found  # the binary columns, and a value of each column of the first row
     names = tuple(rows)
     image: str | None = None
     try:
@@ -184,10 +191,14 @@ def _table_fields(shard: Shard, spec: Input) -> Fields:
         if image is None:
             raise UserError(f"{canonical(shard.url)}: {error}") from None
         columns = find_columns(names, spec.model_copy(update={"image": image}))
-    other = None if columns.key else _named(names, _KEYS)
+    lower = {name.lower(): name for name in reversed(names)}
+    other = None if columns.key else next((lower[name] for name in _KEYS if name in lower), None)
     remote = "://" in str(rows[columns.image] or "")[:_SCHEME_CHARS]
     fields = Fields(image, other_key=other, names=names, remote=remote)
-    documents = _first_rows(shard, columns.image, names) or [dict(rows)]
+    # The first rows that can be read, without binary columns.
+    whole = Input(image=columns.image, captions=[f"json:{name}" for name in names])
+    items = itertools.islice(find_format(shard.format).read(shard, whole, images=False), _TEXTS)
+    documents = [row for item in items if not isinstance(item, Refusal) and (row := _json_of(item))] or [dict(rows)]
     texts = [
         _texts_of({name: row[name] for name in row if name not in (columns.image, columns.key)}) for row in documents
     ]
@@ -196,24 +207,6 @@ def _table_fields(shard: Shard, spec: Input) -> Fields:
         own.update((_DEFAULT, own.pop(name)) for name in default if name in own and isinstance(row[name], str))
     others = [name for own in texts for name, text in own.items() if " " in text and not _is_place(text)]
     return _with_captions(fields, texts, _known_captions(texts) or others[:1], str)
-
-
-def _first_rows(shard: Shard, image: str, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The first rows of a table that can be read, without binary columns."""
-    spec = Input(image=image, captions=[f"json:{name}" for name in names])
-    items = itertools.islice(find_format(shard.format).read(shard, spec, images=False), _TEXTS)
-    return [row for item in items if not isinstance(item, Refusal) and (row := _json_of(item))]
-
-
-def _columns(shard: Shard) -> tuple[list[str], Mapping[str, Any]]:
-    """The binary columns of a table, and a value of each column of its first row."""
-    try:
-        found = find_format(shard.format).first_row(shard.url)
-    except (RefusedFile, OSError, EOFError) as error:
-        raise UserError(f"{canonical(shard.url)} cannot be read: {error}") from error
-    if found is None:
-        raise UserError(f"{canonical(shard.url)} has no row. Name another file.")
-    return found
 
 
 def _first_samples(shard: Shard, spec: Input, most: int = _TEXTS) -> list[RawSample]:
@@ -253,7 +246,9 @@ def _with_example(shard: Shard, fields: Fields, sample: RawSample | None = None)
     if several.most and (several.rows or (first and caption is None)):
         fields, caption = replace(fields, only_several=True), next(iter(first), None)
     example = caption or fields.example
-    return replace(fields, example=None if example is None else _shorten(example))
+    if example is not None and len(example) > _EXAMPLE_CHARS:
+        example = f"{example[:_EXAMPLE_CHARS]} ..."
+    return replace(fields, example=example)
 
 
 def _folder_of_images(shard: Shard, spec: Input) -> str | None:
@@ -294,17 +289,8 @@ def class_folders(shard: Shard) -> tuple[str, ...]:
     return tuple(sorted(map(str, found)))
 
 
-def _named(names: Sequence[str], known: Sequence[str]) -> str | None:
-    lower = {name.lower(): name for name in reversed(names)}
-    return next((lower[name] for name in known if name in lower), None)
-
-
 def _is_place(value: Any) -> bool:
     return isinstance(value, str) and ("://" in value or is_image_name(value))
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:60]} ..."
 
 
 _UNMADE = "none"  # folder of an output in which there is no dataset
@@ -321,8 +307,14 @@ def make_starter(data: str, config_path: Path) -> tuple[str, list[str]]:
     output = f"{_name(data)}-reinforced"
     look = look_at(data, output)
     gpu = bool(default_gpus(nodes_of_run()))
-    schema = _schema_for(config_path)
-    output = _apart_from(look.source, output)
+    # Where the schema of the config is, relative to the config if both are in one checkout.
+    schema = Path(schemas.__file__).parent / "json" / "run.json"
+    folder = config_path.absolute().parent
+    schema = os.path.relpath(schema, folder) if folder.is_relative_to(schema.parents[2]) else str(schema)
+    for _ in Path.cwd().parents:  # the nearest folder above this one where the dataset is not in its source
+        if not any(overlaps(Config(source=look.source, output=output))):
+            break
+        output = f"../{output}"
     text = render(look, output, gpu, schema, str(config_path))
     return text, [f"source: {look.found}", *look.fields.lines(), *look.notes]
 
@@ -344,15 +336,6 @@ def look_at(data: str, output: str) -> Look:
                 notes, look = [], captioned
                 break
     return replace(look, notes=[*notes, *look.notes])
-
-
-def _apart_from(source: str, output: str) -> str:
-    """The folder ``output`` of the current one, or else of the nearest one above it where it is not in ``source``."""
-    for _ in Path.cwd().parents:
-        if not any(overlaps(Config(source=source, output=output))):
-            break
-        output = f"../{output}"
-    return output
 
 
 def _captions_beside(folder: str) -> list[str]:
@@ -390,7 +373,8 @@ def _look_at(source: str, output: str) -> Look:
     first = shards.names[0].as_py()
     shard = Shard(shards.urls[0], first, shards.format.name, b"".join(shards.lists.values()))
     sizes = [info.get("size") or 0 for info in listed.values()]
-    found = _describe(len(shards.urls), shards.format, sum(sizes) if len(sizes) == len(shards.urls) else None)
+    size = f", {format_bytes(sum(sizes))}" if len(sizes) == len(shards.urls) else ""
+    found = f"{plural(len(shards.urls), 'shard')} ({shards.format.noun.removesuffix(' file')}{size})"
     classes, notes = class_folders(shard), list(shards.notes)
     if classes and (same := folders_of_one_class(first_folders(shard))):
         notes.append(f"warning: {same}")
@@ -411,18 +395,6 @@ def _name(data: str) -> str:
 def default_path(data: str) -> Path:
     """Where a config is written unless a path is given."""
     return Path(f"{_name(data)}.yaml")
-
-
-def _describe(count: int, format_: SourceFormat, size: int | None) -> str:
-    what = format_.noun.removesuffix(" file")
-    return f"{plural(count, 'shard')} ({what}{'' if size is None else f', {format_bytes(size)}'})"
-
-
-def _schema_for(config_path: Path) -> str:
-    """Where the schema of the config is, relative to the config if both are in one checkout."""
-    schema = Path(schemas.__file__).parent / "json" / "run.json"
-    folder = config_path.absolute().parent
-    return os.path.relpath(schema, folder) if folder.is_relative_to(schema.parents[2]) else str(schema)
 
 
 def render(look: Look, output: str, gpu: bool, schema: str, path: str) -> str:

@@ -25,8 +25,8 @@ import pyarrow as pa
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES, captions_layer, scores_layer
 from reinforce.errors import UserError
+from reinforce.processes.children import start_process
 from reinforce.processes.imports import require
-from reinforce.processes.parallel import start_process
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection

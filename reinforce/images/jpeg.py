@@ -34,7 +34,11 @@ _NOISE = bytes(1 + (i * i * 31 + i * 17) % 253 for i in range(64))
 
 def load(image: Image.Image, data: bytes) -> bool:
     """Load the pixels of a JPEG that Pillow has opened from ``data``. Returns False where Pillow must load them."""
-    if not _is_common(image) or (decoder := _load_decoder()) is None:
+    if type(image) is not JpegImagePlugin.JpegImageFile or image.mode != "RGB" or "progressive" in image.info:
+        return False
+    if image.decoderconfig:  # it is decoded at a fraction of its size
+        return False
+    if (decoder := _load_decoder()) is None:
         return False
     pixels = _decode(decoder, data, image.size)
     if pixels is None:
@@ -42,15 +46,6 @@ def load(image: Image.Image, data: bytes) -> bool:
     image.im = pixels.im
     image.tile = []  # type: ignore[attr-defined]
     return True
-
-
-def _is_common(image: Image.Image) -> bool:
-    return (
-        type(image) is JpegImagePlugin.JpegImageFile
-        and image.mode == "RGB"
-        and not image.decoderconfig  # set where it is decoded at a fraction of its size
-        and "progressive" not in image.info
-    )
 
 
 @functools.cache
@@ -214,7 +209,11 @@ def missing_bytes(image: Image.Image, data: bytes) -> int:
     last_row = image.crop((0, image.height - 1, image.width, image.height)).tobytes()
     if ihdr.interlace == 0 and last_row.strip(b"\0"):
         return 0
-    missing = _expected_bytes(ihdr)
+    bits = ihdr.depth * _SAMPLES[ihdr.colour]
+    missing = 0  # of the bytes of the decompressed scanlines, each with its filter byte
+    for x, y, step_x, step_y in _ADAM7 if ihdr.interlace else ((0, 0, 1, 1),):
+        columns, rows = len(range(x, ihdr.width, step_x)), len(range(y, ihdr.height, step_y))
+        missing += rows * (1 + (columns * bits + 7) // 8) if columns else 0
     inflate = zlib.decompressobj()
     for body in (body for kind, body, _ in _chunks(data) if kind == b"IDAT"):
         pending: bytes | memoryview = body
@@ -233,16 +232,6 @@ def damage(data: bytes) -> str | None:
         if kind == b"IDAT" and zlib.crc32(body, zlib.crc32(kind)) != checksum:
             return "a part of the PNG's pixel data does not have its checksum"
     return "the PNG has no end"
-
-
-def _expected_bytes(ihdr: Header) -> int:
-    """Bytes of the decompressed scanlines, each with its filter byte."""
-    bits = ihdr.depth * _SAMPLES[ihdr.colour]
-    total = 0
-    for x, y, step_x, step_y in _ADAM7 if ihdr.interlace else ((0, 0, 1, 1),):
-        columns, rows = len(range(x, ihdr.width, step_x)), len(range(y, ihdr.height, step_y))
-        total += rows * (1 + (columns * bits + 7) // 8) if columns else 0
-    return total
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview, int]]:

@@ -162,7 +162,12 @@ def to_rgb(image: Image.Image, limits: Limits) -> Image.Image:
     """
     try:
         _check_size(image.size, limits)
-        depth = _stated_depth(image)
+        # Bits of a sample of the file, as far as they decide its transparent colour: 8 if they are not known.
+        modes = {"L;2": 2, "L;4": 4, "RGB;16B": 16}
+        raw = [modes[tile[3]] for tile in getattr(image, "tile", []) if tile[3] in modes]
+        colour = image.info.get("transparency")
+        large = isinstance(colour, tuple) and max(colour) > 255
+        depth = next(iter(raw), 16 if large else 8)
         image.load()
         return _apply_orientation(_to_rgb(image, depth), image)
     except ImageRefused:
@@ -304,7 +309,23 @@ def _check_complete(image: Image.Image, data: bytes, strict: bool) -> None:
 def _to_rgb(image: Image.Image, depth: int) -> Image.Image:
     """Convert a loaded image of any mode to RGB, over white; ``depth`` is the bits of a sample of its file."""
     if image.mode == "F" or image.mode.startswith("I"):
-        return _grey_to_rgb(image)
+        # Grey of more than 8 bits.
+        grey = Image.new("L", image.size)
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 16-bit values
+            transparency = image.info.get("transparency")
+            for top, pixels in _pixels(image):
+                values = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+                if isinstance(transparency, int):
+                    values[pixels == transparency] = 255
+                grey.paste(Image.fromarray(values), (0, top))
+        else:
+            maximum = max(float(pixels.max(where=np.isfinite(pixels), initial=0)) for _, pixels in _pixels(image))
+            ceilings = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+            white = next((ceiling for ceiling in ceilings if maximum <= ceiling), maximum)
+            for top, pixels in _pixels(image):
+                scaled = np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=white, neginf=0.0) * (255 / white)
+                grey.paste(Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8)), (0, top))
+        return grey.convert("RGB")
     transparency = image.info.get("transparency")
     if image.mode == "La":  # Pillow converts premultiplied grey only to LA
         image = image.convert("LA")
@@ -319,40 +340,11 @@ def _to_rgb(image: Image.Image, depth: int) -> Image.Image:
     return white
 
 
-def _stated_depth(image: Image.Image) -> int:
-    """Bits of a sample of an image's file, as far as they decide its transparent colour: 8 if they are not known."""
-    modes = {"L;2": 2, "L;4": 4, "RGB;16B": 16}
-    raw = [modes[tile[3]] for tile in getattr(image, "tile", []) if tile[3] in modes]
-    colour = image.info.get("transparency")
-    large = isinstance(colour, tuple) and max(colour) > 255
-    return next(iter(raw), 16 if large else 8)
-
-
 def _to_8_bits(colour: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:
     """Scale a PNG's transparent colour to the 8 bits that Pillow decodes pixels to."""
     if isinstance(colour, tuple):
         return tuple(sample >> 8 if depth == 16 else sample for sample in colour)
     return colour * 255 // (2**depth - 1)
-
-
-def _grey_to_rgb(image: Image.Image) -> Image.Image:
-    """Convert grey of more than 8 bits to RGB."""
-    grey = Image.new("L", image.size)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 16-bit values
-        transparency = image.info.get("transparency")
-        for top, pixels in _pixels(image):
-            values = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-            if isinstance(transparency, int):
-                values[pixels == transparency] = 255
-            grey.paste(Image.fromarray(values), (0, top))
-    else:
-        maximum = max(float(pixels.max(where=np.isfinite(pixels), initial=0)) for _, pixels in _pixels(image))
-        ceilings = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-        white = next((ceiling for ceiling in ceilings if maximum <= ceiling), maximum)
-        for top, pixels in _pixels(image):
-            scaled = np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=white, neginf=0.0) * (255 / white)
-            grey.paste(Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8)), (0, top))
-    return grey.convert("RGB")
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:

@@ -67,11 +67,25 @@ def _start_ray(address: str | None, log_to_driver: bool) -> None:
         return
     for attempt in (1, 2):
         try:
-            return _start_here(log_to_driver)
+            # ERROR, because at WARNING Ray explains token authentication, which does not apply to one machine.
+            quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
+            # Else Ray starts a process for each core, for tasks, of which runs and training runs have none.
+            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+            import torch  # whoever starts Ray here has imported it
+
+            # Ray counts GPUs by their drivers; those count that torch can use.
+            machine = {"num_cpus": available_cores(), "num_gpus": torch.cuda.device_count()}
+            with _package_folder():
+                ray.init(address="local", log_to_driver=log_to_driver, **machine, **quiet)
+            return
         except Exception as error:  # Ray raises this class
             if _TIMED_OUT not in str(error):
                 raise
-            _kill_started(error)
+            # Kill the processes of the node that did not start. Ray has no other reference to it than the traceback.
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                node = frame.f_locals.get("self")
+                if isinstance(node, ray._private.node.Node):
+                    node.kill_all_processes(check_alive=False, allow_graceful=False)
             if attempt == 2:
                 raise RayEnded(
                     "Ray did not start on this machine in half a minute, twice: the machine is too busy, or has too "
@@ -79,27 +93,6 @@ def _start_ray(address: str | None, log_to_driver: bool) -> None:
                     "are in /tmp/ray/session_latest/logs."
                 ) from error
             _LOG.warning("Ray did not start on this machine in half a minute; it is started once more")
-
-
-def _start_here(log_to_driver: bool) -> None:
-    # ERROR, because at WARNING Ray explains token authentication, which does not apply to one machine.
-    quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
-    # Else Ray starts a process for each core, for tasks, of which runs and training runs have none.
-    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-    import torch  # whoever starts Ray here has imported it
-
-    # Ray counts GPUs by their drivers; those count that torch can use.
-    machine = {"num_cpus": available_cores(), "num_gpus": torch.cuda.device_count()}
-    with _package_folder():
-        ray.init(address="local", log_to_driver=log_to_driver, **machine, **quiet)
-
-
-def _kill_started(error: Exception) -> None:
-    """Kill the processes of a node that did not start. Ray has no other reference to it than in the traceback."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        node = frame.f_locals.get("self")
-        if isinstance(node, ray._private.node.Node):
-            node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 def _handle_sigterm(handler: Any) -> None:

@@ -1,4 +1,9 @@
-"""The machines that run a config or a parallel map: the nodes of a Ray cluster, or this machine.
+"""The machines that run a config or a parallel map: the nodes of a Ray cluster, or this machine; and the map.
+
+A map over shards or other items runs in this process, in processes of this machine, or by tasks or actors of Ray. An
+item whose storage fails or whose worker dies is computed again, by another worker where there is one. Results come as
+items end, or in the order of the items. Items are taken from their iterable as workers become free, so memory is
+bounded by the items in work and, where results come in order, by those that wait for an earlier one.
 
 Imports Ray only where there is a cluster.
 """
@@ -6,31 +11,33 @@ Imports Ray only where there is a cluster.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import pickle
 import queue
-import signal
-import socket
-import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from typing import Any, Generic, TypeVar
 
 from reinforce.errors import StorageError, UserError
 from reinforce.processes.attempts import MAPPED_ITEMS
+from reinforce.processes.children import ProcessEnded, connect_to_parent, describe_exit, start_process
 from reinforce.processes.cores import Node, available_cores
-from reinforce.processes.signals import describe_exit, kill_with_parent
 from reinforce.terminal import show_progress
 
+T = TypeVar("T")
+R = TypeVar("R")
+RESUME = "Run the same command again to resume."
 #: Of these one exists where torch may find a GPU.
 _DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+_PER_CORE = 2  # tasks in work for each core of a cluster, so that no core waits for this process
+_AHEAD = 2  # items in work or done, for each that may be in work, from the first one that has not ended
+_TICK_SECONDS = 0.5  # after which the number of cores of the cluster is looked up again
+_LOG = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -61,112 +68,6 @@ def nodes_of_run() -> list[Node]:
     import torch
 
     return [{"GPU": torch.cuda.device_count()}]
-
-
-# -- A process that calls functions for its parent. It has one copy of a function, with whatever state that keeps there.
-#
-# It is started with ``python -c`` and the descriptor of a socket, so that the program of the parent is not run again.
-
-#: What follows ``python -c``; modules are found where the parent finds them.
-_COMMAND = (
-    "import importlib, json, sys; path, module, *arguments = json.loads(sys.argv[1]); sys.path[:] = path; "
-    "importlib.import_module(module).serve(*arguments)"
-)
-
-
-def start_process(
-    module: str, *arguments: float, variables: Mapping[str, str], output: int | None = None
-) -> tuple[subprocess.Popen[bytes], Connection]:
-    """Start a process that runs ``serve`` of a module with the descriptor of a connection and the ``arguments``."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        command = json.dumps([sys.path, module, theirs.fileno(), *arguments])
-        # Isolated mode: the path is the parent's. The processes are the threads of the arithmetic.
-        process = subprocess.Popen(  # noqa: S603 - this project's code
-            [sys.executable, "-I", "-c", _COMMAND, command],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
-        )
-    return process, Connection(ours.detach())
-
-
-class ProcessEnded(Exception):
-    """The process ended before the function returned; the message is how."""
-
-
-class WorkerProcess:
-    """A process that is started, as its parent sees it. One thread at a time may use it, apart from ``kill``."""
-
-    def __init__(self) -> None:
-        self._process, self._connection = start_process(__name__, os.getpid(), variables={})
-        self._function: Callable[[Any], Any] | None = None
-
-    def call(self, function: Callable[[Any], Any], item: Any) -> Any:
-        """Return ``function(item)``. The function is sent unless it is that of the call before.
-
-        Raises ProcessEnded, and what the function raises.
-        """
-        try:
-            self._connection.send((None if function is self._function else function, item))
-            self._function = function
-            result, error = self._connection.recv()
-        except (EOFError, OSError):
-            self._process.kill()
-            raise ProcessEnded(f"its process ended with {describe_exit(self._process.wait())}") from None
-        if error is not None:
-            raise error
-        return result
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-def serve(descriptor: int, parent: int) -> None:
-    """Answer calls until the parent is gone."""
-    kill_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    connection = Connection(descriptor)
-    function: Callable[[Any], Any] | None = None
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while True:
-            message = connection.recv_bytes()
-            try:
-                sent, item = pickle.loads(message)  # noqa: S301 - from the parent
-                function = function if sent is None else sent
-                assert function is not None
-                answer = pickle.dumps((function(item), None))
-            except Exception as error:
-                answer = _pickled_error(error)
-            connection.send_bytes(answer)
-
-
-def _pickled_error(error: Exception) -> bytes:
-    """The error with its traceback as cause; only its text if it cannot be sent."""
-    try:
-        answer = pickle.dumps((None, ExceptionWithTraceback(error, error.__traceback__)))
-        pickle.loads(answer)  # noqa: S301 - of the line above
-        return answer
-    except Exception:
-        return pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
-
-
-# -- One map over shards or other items: in this process, in processes of this machine, or by tasks or actors of Ray.
-#
-# An item whose storage fails or whose worker dies is computed again, by another worker where there is one. Results come
-# as items end, or in the order of the items. Items are taken from their iterable as workers become free, so memory is
-# bounded by the items in work and, where results come in order, by those that wait for an earlier one.
-
-T = TypeVar("T")
-R = TypeVar("R")
-RESUME = "Run the same command again to resume."
-_PER_CORE = 2  # tasks in work for each core of a cluster, so that no core waits for this process
-_AHEAD = 2  # items in work or done, for each that may be in work, from the first one that has not ended
-_TICK_SECONDS = 0.5  # after which the number of cores of the cluster is looked up again
-_LOG = logging.getLogger(__name__)
 
 
 class WorkerLost(Exception):
@@ -251,7 +152,12 @@ class MapWorkers(contextlib.ExitStack):
                 future.add_done_callback(ended.put)
             if not running:
                 return
-            for future in _all_of(ended):
+            done: list[Future[R]] = []
+            with contextlib.suppress(queue.Empty):
+                done.append(ended.get(timeout=_TICK_SECONDS))
+                while True:
+                    done.append(ended.get_nowait())
+            for future in done:
                 one = running.pop(future)
                 try:
                     result = future.result()
@@ -261,7 +167,12 @@ class MapWorkers(contextlib.ExitStack):
                         _LOG.warning("%s: attempt %d failed: %s", name(one.item), one.failures, error)
                         again.append(one)
                         continue
-                    result = _after_failures(error, one.item, name(one.item), fix, lost)
+                    if isinstance(error, StorageError):
+                        raise UserError(f"{error} {RESUME}") from error
+                    reason = f"{name(one.item)}: {error}, {MAPPED_ITEMS.count} times"
+                    if lost is None:
+                        raise UserError(f"{reason}. {fix}") from error
+                    result = lost(one.item, reason)
                 if not ordered:
                     yield one.item, result
                     continue
@@ -303,25 +214,6 @@ class MapWorkers(contextlib.ExitStack):
         """End all workers."""
 
 
-def _after_failures(
-    error: StorageError | WorkerLost, item: T, name: str, fix: str, lost: Callable[[T, str], R] | None
-) -> R:
-    if isinstance(error, StorageError):
-        raise UserError(f"{error} {RESUME}") from error
-    reason = f"{name}: {error}, {MAPPED_ITEMS.count} times"
-    if lost is None:
-        raise UserError(f"{reason}. {fix}") from error
-    return lost(item, reason)
-
-
-def _all_of(ended: queue.SimpleQueue[T]) -> Iterator[T]:
-    """Those that have ended; none if none does within a tick."""
-    with contextlib.suppress(queue.Empty):
-        yield ended.get(timeout=_TICK_SECONDS)
-        while True:
-            yield ended.get_nowait()
-
-
 def open_workers(address: str | None = None, use_ray: bool = True, processes: int | None = None) -> MapWorkers:
     """Workers for a command: on the Ray cluster at ``address`` or RAY_ADDRESS, or on Ray as it is initialised.
 
@@ -335,6 +227,58 @@ def open_workers(address: str | None = None, use_ray: bool = True, processes: in
             return tasks
     count = processes or (available_cores() if use_ray else 1)
     return _Processes(count) if count > 1 else MapWorkers()
+
+
+class WorkerProcess:
+    """A process that calls functions for its parent. It has one copy of a function, with whatever state that keeps.
+
+    One thread at a time may use it, apart from ``kill``.
+    """
+
+    def __init__(self) -> None:
+        self._process, self._connection = start_process(__name__, os.getpid())
+        self._function: Callable[[Any], Any] | None = None
+
+    def call(self, function: Callable[[Any], Any], item: Any) -> Any:
+        """Return ``function(item)``. The function is sent unless it is that of the call before.
+
+        Raises ProcessEnded, and what the function raises.
+        """
+        try:
+            self._connection.send((None if function is self._function else function, item))
+            self._function = function
+            result, error = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.kill()
+            raise ProcessEnded(f"its process ended with {describe_exit(self._process.wait())}") from None
+        if error is not None:
+            raise error
+        return result
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def serve(descriptor: int, parent: int) -> None:
+    """Answer the calls of a ``WorkerProcess`` until the parent is gone."""
+    connection = connect_to_parent(descriptor, parent)
+    function: Callable[[Any], Any] | None = None
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            message = connection.recv_bytes()
+            try:
+                sent, item = pickle.loads(message)  # noqa: S301 - from the parent
+                function = function if sent is None else sent
+                assert function is not None
+                answer = pickle.dumps((function(item), None))
+            except Exception as error:
+                try:  # the error with its traceback as cause; only its text if it cannot be sent
+                    answer = pickle.dumps((None, ExceptionWithTraceback(error, error.__traceback__)))
+                    pickle.loads(answer)  # noqa: S301 - of the line above
+                except Exception:
+                    answer = pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
+            connection.send_bytes(answer)
 
 
 class _Processes(MapWorkers):

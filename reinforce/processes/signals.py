@@ -1,11 +1,8 @@
-"""Handlers of the signals that end a run or a training run, and the end of child processes whose parent has ended."""
+"""Handlers of the signals that end a run or a training run."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import sys
@@ -14,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-_PR_SET_PDEATHSIG = 1
+_REPEAT_SECONDS = 2.0  # a second signal that comes earlier is one that torchrun has forwarded
 #: From SIGTERM until the process ends in any case; a training run on Ray ends before: it kills its ranks after 45 s.
 _TERMINATION_SECONDS = 55.0
 _TERMINATED = 128 + signal.SIGTERM  # the exit status by which shells report it
@@ -142,41 +139,6 @@ def terminated_by_exception() -> Iterator[None]:
             yield
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def exit_with_parent() -> None:
-    """Exit this process of ``multiprocessing`` when its parent has ended, also by a kill, which pools do not notice."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    sentinel = parent.sentinel
-
-    def wait() -> None:
-        multiprocessing.connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, name="exit-with-parent", daemon=True).start()
-
-
-def kill_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, even inside a function that hangs (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(0)
-
-
-def describe_exit(status: int) -> str:
-    """How a process ended, by its exit status as of ``subprocess``."""
-    if status >= 0:
-        return f"exit status {status}"
-    with contextlib.suppress(ValueError):
-        return f"signal {signal.Signals(-status).name}"
-    return f"signal {-status}"
-
-
-# -- Ending a training run early, between two steps, without losing work.
-
-_REPEAT_SECONDS = 2.0
 
 
 class Stopped(Exception):

@@ -50,7 +50,6 @@ from reinforce.engine.driver.failures import (
     find_hang,
     find_silence,
     ray_ended,
-    silence_limit,
 )
 from reinforce.engine.driver.faults import (
     DeathVerdict,
@@ -160,7 +159,11 @@ class Driver:
             self.log(line)
         ending = Ending()
         try:
-            self._set_damaged_aside()
+            for file in self.plan.recomputed:
+                path = set_aside(self.store, file.layer, file.shard)
+                self.events.add("set_aside", shard=file.shard, layer=file.layer, reason=file.reason, path=path)
+                self.log(f"{file.line()}; it is set aside as {path} and computed again")
+                self.totals.set_aside.append(file.line())
             with stop_requests() as received:
                 self._loop(start, received)
             self._check_written()
@@ -191,6 +194,12 @@ class Driver:
         self.progress.log(self.redact(text))
 
     def snapshot(self, now: float) -> Snapshot:
+        silent = Counter[str]()  # shards that wait for a host which does not answer, and may be lost, by its name
+        for slot in self.silent:
+            if slot in self.pool.started:
+                silent[slot.id.place] += len(slot.leases)
+        for death in self.policy.deaths:  # not known to be lost yet
+            silent[death.worker.id.place] += len(death.worker.shards)
         return Snapshot(
             shards_done=len(self.totals.finished),
             shards=len(self.plan.pending),
@@ -201,27 +210,9 @@ class Driver:
             workers=len(self.pool.started),
             quarantined_shards=len(self.policy.quarantined),
             refused_rows=sum(self.totals.refused.values()),
-            silent=self._silent_hosts(),
+            silent=silent,
             starting=len(self.pool.loading),
         )
-
-    def _silent_hosts(self) -> Counter[str]:
-        """The number of shards that wait for a host which does not answer, and may be lost, by its name."""
-        shards = Counter[str]()
-        for slot in self.silent:
-            if slot in self.pool.started:
-                shards[slot.id.place] += len(slot.leases)
-        for death in self.policy.deaths:  # not known to be lost yet
-            shards[death.worker.id.place] += len(death.worker.shards)
-        return shards
-
-    def _set_damaged_aside(self) -> None:
-        """Move damaged files away before their shards are computed again."""
-        for file in self.plan.recomputed:
-            path = set_aside(self.store, file.layer, file.shard)
-            self.events.add("set_aside", shard=file.shard, layer=file.layer, reason=file.reason, path=path)
-            self.log(f"{file.line()}; it is set aside as {path} and computed again")
-            self.totals.set_aside.append(file.line())
 
     def _compare_keys(self) -> dict[str, Any]:
         """Write the records, and compare the keys of this run's shards with those of earlier runs."""
@@ -248,7 +239,13 @@ class Driver:
             self.pool.shrink(remaining, self.policy.consecutive_failures)
             for verdict in self.policy.judge_deaths(time.monotonic(), live_nodes):
                 self._handle_death(verdict)
-            self._report_workers()
+            # Log the policy's notes and avoid the nodes that it names. Raise UserError if no shard can be finished.
+            for note in self.policy.notes[self.notes_logged :]:
+                self.events.add("note", text=note)
+                self.log(note)
+            self.notes_logged = len(self.policy.notes)
+            self.pool.avoid(self.policy.faults.avoided(time.monotonic()))
+            self.policy.memory.check(len(self.pool.slots))
             if self.manifest_written and time.monotonic() >= self.policy.outages.held_until:
                 slots = self.pool.started if self.queue.needs_all_slots else self.pool.free
                 failing = self.policy.consecutive_failures.keys()
@@ -294,15 +291,6 @@ class Driver:
             self.follow_drains(draining_nodes())
         return True
 
-    def _report_workers(self) -> None:
-        """Log the policy's notes and avoid the nodes that it names. Raise UserError if no shard can be finished."""
-        for note in self.policy.notes[self.notes_logged :]:
-            self.events.add("note", text=note)
-            self.log(note)
-        self.notes_logged = len(self.policy.notes)
-        self.pool.avoid(self.policy.faults.avoided(time.monotonic()))
-        self.policy.memory.check(len(self.pool.slots))
-
     def _check_start(self, waited: float) -> None:
         """Log a slow start once. Raise UserError after ``workers.start_timeout``."""
         if len(self.pool.started) >= self.least:  # dataset.json cannot be written
@@ -316,17 +304,6 @@ class Driver:
                 f"{len(self.pool.started)} of {plural(self.least, 'worker')} (workers.min) started in {waited:.0f} s "
                 f"(workers.start_timeout): {cause}"
             )
-
-    def _check_models(self, info: WorkerInfo) -> None:
-        """Raise UserError if the numbers of a worker's models mean something else than those of the worker before."""
-        for name in self.needed:
-            layer = self.plan.layers[name]
-            before = (self.loaded or {}).get((str(layer.kind.section), str(layer.model)), {})
-            if reason := describe_difference(layer, before, info.models):
-                raise UserError(
-                    f"{reason}, at an earlier worker. The models of {info.id.place} read other files: give every host "
-                    "the same ones, and run again."
-                )
 
     def _write_manifest(self) -> None:
         """Write dataset.json once the ``least`` workers have started; while the storage fails, every few seconds."""
@@ -359,19 +336,15 @@ class Driver:
             listings = self.store.listings({**self.committed, SAMPLES: ()}, self.plan.committed)
             set_aside = {*self.totals.postponed}
             for layer, listing in listings.items():
-                lost = self._lost(layer, listing) - set_aside
+                written = Listing.of((name, 0) for name in self.committed.get(layer, ()))
+                before = [written, self.plan.committed] if layer == SAMPLES else [written]
+                unlisted = (name for one in before for name in one.without(listing.names))
+                lost = {name for name in unlisted if self.store.is_missing(layer, name)} - set_aside
                 if lost:
                     files = "1 file is" if len(lost) == 1 else f"{len(lost):,} files are"
                     self.log(f"{layer}: {files} not there any more, such as {min(lost)}.parquet; computed again")
                     self.totals.finished -= lost
                     self.totals.postponed |= lost
-
-    def _lost(self, layer: str, listing: Listing) -> set[str]:
-        """The shards of a layer whose files were there, or were written by this run, and are not in its ``listing``."""
-        written = Listing.of((name, 0) for name in self.committed.get(layer, ()))
-        before = [written, self.plan.committed] if layer == SAMPLES else [written]
-        names = (name for one in before for name in one.without(listing.names))
-        return {name for name in names if self.store.is_missing(layer, name)}
 
     # leases that have ended
 
@@ -384,12 +357,22 @@ class Driver:
         except RayError as error:
             self.record_death(slot, error)
         else:
-            shard = self.pool.end_lease(ref)
-            if not (result.quarantine_reason and self._try_elsewhere(slot, shard, result.quarantine_reason)):
+            shard, reason, retry = self.pool.end_lease(ref), result.quarantine_reason, None
+            if reason is not None:  # a shard that could not be read is tried on another node
+                nodes = len({slot.id.node for slot in self.pool.started})
+                retry = self.policy.read_failed(shard, reason, slot.id, nodes, time.monotonic())
+            if retry is None:
                 self.record_success(slot, result)
                 self._handle_result(result)
+            else:
+                self.store.forget_quarantine(SAMPLES, shard.name)
+                self.log(f"{shard.name} is tried on another node: {reason} on {slot.id.place}")
+                self._carry_out(retry)
         if slot.exhausted and not slot.leases and slot in self.pool.started:
-            self._recycle(slot)
+            # End a worker after ``workers.recycle`` shards.
+            worker = self._end(slot)
+            node, pid, _ = worker.id
+            self.events.add("worker_recycled", node=node, pid=pid, shards=slot.leased, memory=worker.use.last)
 
     def _handle_result(self, result: ShardResult) -> None:
         self.totals.add(result)
@@ -414,17 +397,6 @@ class Driver:
             detail = result.examples.get(result.quarantine_reason, "")
             self.log(f"{result.shard} is quarantined: {result.quarantine_reason}: {detail}")
             self.policy.shard_quarantined(result.shard, f"{result.quarantine_reason}: {detail}")
-
-    def _try_elsewhere(self, slot: Slot, shard: PendingShard, reason: str) -> bool:
-        """Queue a shard that could not be read for another node; False if it is not tried again."""
-        nodes = len({slot.id.node for slot in self.pool.started})
-        decision = self.policy.read_failed(shard, reason, slot.id, nodes, time.monotonic())
-        if decision is None:
-            return False
-        self.store.forget_quarantine(SAMPLES, shard.name)
-        self.log(f"{shard.name} is tried on another node: {reason} on {slot.id.place}")
-        self._carry_out(decision)
-        return True
 
     def _handle_error(self, slot: Slot, shard: PendingShard, error: Exception) -> None:
         if isinstance(error, StorageFailure):
@@ -473,24 +445,31 @@ class Driver:
             self.totals.retries[reason] += 1
         name = decision.shard.name
         if isinstance(decision, Quarantine):
-            self._quarantine(decision)
+            layer, kind, detail = decision.layer, decision.reason, shorten(self.redact.cut(decision.detail), 2000)
+            self.store.quarantine(layer, name, [(None, kind, detail)])
+            self.events.add("shard_quarantined", shard=name, layer=layer, reason=kind.value, detail=detail)
+            cause = f"{kind.value}: {shorten(detail, 300)}"
+            self.log(f"{name} is quarantined in {layer}: {cause}")
+            self.totals.add_quarantined(name, layer, kind.value, detail)
+            self.policy.shard_quarantined(name, cause)
+            if decision.rest is None:
+                self.totals.finished.add(name)
         elif isinstance(decision, LeaveShard):
             self.log(f"{name} is left for the next run, because the storage has failed for too long")
         self.queue.put_back(decision, self.policy.faults.tried(name))
 
-    def _quarantine(self, decision: Quarantine) -> None:
-        name, layer, reason = decision.shard.name, decision.layer, decision.reason
-        detail = shorten(self.redact.cut(decision.detail), 2000)
-        self.store.quarantine(layer, name, [(None, reason, detail)])
-        self.events.add("shard_quarantined", shard=name, layer=layer, reason=reason.value, detail=detail)
-        cause = f"{reason.value}: {shorten(detail, 300)}"
-        self.log(f"{name} is quarantined in {layer}: {cause}")
-        self.totals.add_quarantined(name, layer, reason.value, detail)
-        self.policy.shard_quarantined(name, cause)
-        if decision.rest is None:
-            self.totals.finished.add(name)
-
     # starts of workers
+
+    def _check_models(self, info: WorkerInfo) -> None:
+        """Raise UserError if the numbers of a worker's models mean something else than those of the worker before."""
+        for name in self.needed:
+            layer = self.plan.layers[name]
+            before = (self.loaded or {}).get((str(layer.kind.section), str(layer.model)), {})
+            if reason := describe_difference(layer, before, info.models):
+                raise UserError(
+                    f"{reason}, at an earlier worker. The models of {info.id.place} read other files: give every host "
+                    "the same ones, and run again."
+                )
 
     def finish_start(self, ref: Any) -> WorkerInfo | None:
         """Record that the process of a worker runs, that it has loaded its models, or that it failed.
@@ -531,24 +510,7 @@ class Driver:
         self.events.add("worker_started", node=info.id.node, pid=info.id.pid, **started)
         return info
 
-    def _end_hung_loads(self) -> None:
-        """Kill workers that load their models for too long. Raises UserError if no other could start."""
-        limit = self.load_limit
-        for slot in self.pool.loads_over(limit.seconds):
-            worker = slot.process
-            assert worker is not None
-            self.pool.remove(slot)
-            self.events.add("worker_failed_to_start", node=worker.node, pid=worker.pid, error=f"hung: {limit.origin}")
-            self.log(f"a worker hung while it loaded its models and was killed, {worker} (limit: {limit.origin})")
-            self.policy.load_hung(worker, limit.origin, time.monotonic(), len(self.pool.started))
-
     # ends of workers
-
-    def _recycle(self, slot: Slot) -> None:
-        """End a worker after ``workers.recycle`` shards."""
-        worker = self._end(slot)
-        node, pid, _ = worker.id
-        self.events.add("worker_recycled", node=node, pid=pid, shards=slot.leased, memory=worker.use.last)
 
     def _replace(self, slot: Slot, reason: str) -> None:
         """Kill a worker that is at fault."""
@@ -585,7 +547,13 @@ class Driver:
         """Give no leases to workers on nodes that Ray drains, and end those that have finished theirs."""
         drains = self.policy.drains
         for node, seconds in drains.update(deadlines, time.time()).items():
-            self._report_drain(node, seconds)
+            slots = [slot for slot in self.pool.started if slot.id.node == node]
+            shards = [shard.name for slot in slots for shard in slot.leases.values()]
+            self.events.add("node_drained", node=node, seconds=seconds, workers=len(slots), shards=shards)
+            when = "" if seconds is None else f" and ends in {seconds:.0f} s"
+            busy = f"{plural(len(slots), 'worker')}, {plural(len(shards), 'shard')} in flight"
+            place = slots[0].id.place if slots else node[:12]
+            self.log(f"node {place} is drained{when} ({busy}): its workers finish these and get no others")
         self.pool.drain(drains.nodes)
         for slot in [slot for slot in self.pool.leaving if not slot.leases]:
             node, pid, _ = self._end(slot).id
@@ -593,26 +561,27 @@ class Driver:
             if not self.pool.started:
                 self.log("no worker is left, because the nodes are drained; the run waits for other nodes")
 
-    def _report_drain(self, node: str, seconds: float | None) -> None:
-        slots = [slot for slot in self.pool.started if slot.id.node == node]
-        shards = [shard.name for slot in slots for shard in slot.leases.values()]
-        self.events.add("node_drained", node=node, seconds=seconds, workers=len(slots), shards=shards)
-        when = "" if seconds is None else f" and ends in {seconds:.0f} s"
-        busy = f"{plural(len(slots), 'worker')}, {plural(len(shards), 'shard')} in flight"
-        place = slots[0].id.place if slots else node[:12]
-        self.log(f"node {place} is drained{when} ({busy}): its workers finish these and get no others")
-
     # pulses and hangs
 
     def poll(self) -> None:
-        """Ask workers for their pulse, in turns, and kill those that have not answered for too long."""
-        self._end_hung_loads()
+        """Ask workers for their pulse, in turns. Kill those that have not answered, or load their models, for too long.
+
+        Raises UserError if no worker could start.
+        """
+        limit = self.load_limit
+        for slot in self.pool.loads_over(limit.seconds):
+            worker = slot.process
+            assert worker is not None
+            self.pool.remove(slot)
+            self.events.add("worker_failed_to_start", node=worker.node, pid=worker.pid, error=f"hung: {limit.origin}")
+            self.log(f"a worker hung while it loaded its models and was killed, {worker} (limit: {limit.origin})")
+            self.policy.load_hung(worker, limit.origin, time.monotonic(), len(self.pool.started))
         now = time.monotonic()
         unanswered = self.pool.polls.unanswered(now)
         self.silent = [slot for slot, t in unanswered if slot.leases and t > _SILENT_SECONDS]
-        silent = {slot: t for slot, t in unanswered if slot.leases and t > silence_limit(slot.pulse, self.stall_limits)}
-        for slot, board in self.pool.read_boards(silent).items():
-            self._kill_hung(slot, find_silence(silent[slot], slot.pulse, board, self.stall_limits))
+        for slot, seconds in unanswered:
+            if slot.leases and (hang := find_silence(seconds, slot.pulse, self.stall_limits)):
+                self._end_hung(slot, hang)
         for slot in self.pool.polls.due(now, self.stall_limits.least):
             self.polled[slot.actor.pulse.options(concurrency_group="control").remote()] = slot
 
@@ -627,9 +596,9 @@ class Driver:
             self.stall_limits.record(slot.pulse.slowest)
             shards = {shard.name for shard in slot.leases.values()}
             if hang := find_hang(slot.pulse, shards, self.stall_limits):
-                self._kill_hung(slot, hang)
+                self._end_hung(slot, hang)
 
-    def _kill_hung(self, slot: Slot, hang: Hang) -> None:
+    def _end_hung(self, slot: Slot, hang: Hang) -> None:
         """Kill a worker in which a shard makes no progress: a thread that hangs cannot be stopped otherwise."""
         self.stall_limits.record_hang(hang)
         self.policy.worker_hung(self._end(slot), hang, time.monotonic())
@@ -644,7 +613,18 @@ class Driver:
         self.metrics_due = now + _METRICS_SECONDS
         snapshot = self.snapshot(now)
         rates = self.progress.rates(snapshot)
-        self._record_metrics(snapshot, Rates(eta=0.0) if last else rates, 0 if last else snapshot.workers)
+        eta = 0.0 if last else rates.eta
+        self.recorder.record(
+            {
+                **totals_values(self.totals, self.events.digest.counts),
+                "reinforce_accelerator_busy_seconds_total": max(snapshot.busy, self.totals.busy),
+                "reinforce_worker_seconds_total": snapshot.alive,
+                "reinforce_workers": 0 if last else snapshot.workers,
+                "reinforce_waiting_shards": len(self.queue),
+                "reinforce_leased_shards": len(self.pool.leases),
+                **({} if eta is None else {"reinforce_eta_seconds": eta}),
+            }
+        )
         if last or now >= self.progress_due:
             least = _PROGRESS_SECONDS_LOCAL if self.store.local else _PROGRESS_SECONDS
             interval = least + len(self.pool.slots) * _SECONDS_PER_WORKER
@@ -653,19 +633,6 @@ class Driver:
             text = self.redact(json.dumps(progress.model_dump(mode="json"), ensure_ascii=False))
             with contextlib.suppress(UserError):  # the run itself does not need it
                 self.store.write_bytes(text.encode("utf-8", "replace"), "runs", progress.run, PROGRESS_FILE)
-
-    def _record_metrics(self, snapshot: Snapshot, rates: Rates, workers: int) -> None:
-        self.recorder.record(
-            {
-                **totals_values(self.totals, self.events.digest.counts),
-                "reinforce_accelerator_busy_seconds_total": max(snapshot.busy, self.totals.busy),
-                "reinforce_worker_seconds_total": snapshot.alive,
-                "reinforce_workers": workers,
-                "reinforce_waiting_shards": len(self.queue),
-                "reinforce_leased_shards": len(self.pool.leases),
-                **({} if rates.eta is None else {"reinforce_eta_seconds": rates.eta}),
-            }
-        )
 
     def _run_progress(self, snapshot: Snapshot, rates: Rates, interval: float) -> RunProgress:
         digest = self.events.digest

@@ -248,8 +248,13 @@ class FailurePolicy:
         for death in self.deaths:
             node_lost = death.worker.id.node not in alive
             if node_lost or now >= death.deadline:
-                if not node_lost:
-                    self._count_death(death)
+                worker = death.worker
+                if node_lost:
+                    pass
+                elif not death.memory:
+                    self.faults.record_death(tuple(shard.name for shard in worker.shards), worker.id, death.error)
+                elif note := self.memory.record_death(worker.id, worker.use, self.recycle):
+                    self.notes.append(note)
                 decisions = tuple(self._judge_shard(shard, death, node_lost) for shard in death.worker.shards)
                 verdicts.append(DeathVerdict(death, node_lost, decisions))
             else:
@@ -315,39 +320,27 @@ class FailurePolicy:
                 "loading is only slow, raise workers.start_timeout."
             )
 
-    def _count_death(self, death: Death) -> None:
-        worker = death.worker
-        if not death.memory:
-            self.faults.record_death(tuple(shard.name for shard in worker.shards), worker.id, death.error)
-        elif note := self.memory.record_death(worker.id, worker.use, self.recycle):
-            self.notes.append(note)
-
     def _judge_shard(self, shard: PendingShard, death: Death, node_lost: bool) -> Decision:
         if node_lost:
             return Requeue(shard)
         if death.memory:
-            return self._judge_memory(shard, death)
+            worker = death.worker
+            if self.memory.is_cause(shard.name, worker.use, worker.alone, worker.neighbours):
+                detail = f"alone, in a worker that had just started, it needs more memory than there is: {death.error}"
+                return self._quarantine(shard, shard.layers[0], Reason.SHARD_CRASHED, detail, 0)
+            return RunAlone(shard) if worker.alone or worker.use.shards == 0 else Requeue(shard)
         if death.cause and shard.name not in death.cause and shard.name not in self._bystanders:
             self._bystanders.add(shard.name)
             return Requeue(shard)
-        return self._judge_suspect(shard, death)
-
-    def _judge_memory(self, shard: PendingShard, death: Death) -> Decision:
-        worker = death.worker
-        if self.memory.is_cause(shard.name, worker.use, worker.alone, worker.neighbours):
-            detail = f"alone, in a worker that had just started, it needs more memory than there is: {death.error}"
-            return self._quarantine(shard, shard.layers[0], Reason.SHARD_CRASHED, detail, 0)
-        return RunAlone(shard) if worker.alone or worker.use.shards == 0 else Requeue(shard)
-
-    def _judge_suspect(self, shard: PendingShard, death: Death) -> Quarantine | RunAlone:
         self._deaths_alone[shard.name] += death.worker.alone
         deaths = self._deaths_alone[shard.name]
         if deaths < self.settings.solo_attempts:
             return RunAlone(shard)
-        if death.hung:
-            return self._quarantine(shard, shard.layers[0], Reason.SHARD_HUNG, death.error, deaths)
-        detail = f"its worker died each time that it ran this shard alone, {deaths} times: {death.error}"
-        return self._quarantine(shard, shard.layers[0], Reason.SHARD_CRASHED, detail, deaths)
+        reason, detail = Reason.SHARD_HUNG, death.error
+        if not death.hung:
+            reason = Reason.SHARD_CRASHED
+            detail = f"its worker died each time that it ran this shard alone, {deaths} times: {death.error}"
+        return self._quarantine(shard, shard.layers[0], reason, detail, deaths)
 
     def _quarantine(self, shard: PendingShard, layer: str, reason: Reason, detail: str, attempt: int) -> Quarantine:
         lost = {layer}
@@ -410,10 +403,6 @@ class Hang:
     reason: str
     shards: frozenset[str] = frozenset()
     stages: frozenset[str] = frozenset()
-
-    @classmethod
-    def of(cls, reason: str, leases: Collection[LeasePulse]) -> Hang:
-        return cls(reason, frozenset(one.shard for one in leases), frozenset(one.stage for one in leases))
 
 
 class StallLimits:
@@ -484,42 +473,34 @@ def find_hang(pulse: Pulse, shards: Collection[str], limits: StallLimits) -> Han
     """The hang of a worker with leases of ``shards``, or None."""
     limited = [lease for lease in pulse.leases if lease.shard in shards and lease.stage not in UNLIMITED_STAGES]
     stuck = [lease for lease in limited if lease.seconds > limits.seconds(lease.stage)]
-    return Hang.of("; ".join(_describe(lease, pulse.key, limits) for lease in stuck), stuck) if stuck else None
+    if not stuck:
+        return None
+    reasons = []
+    for lease in stuck:
+        image = lease.stage == DECODING and pulse.key is not None
+        decoding = f"; longest in a decode process: key {pulse.key!r}" if image else ""
+        reasons.append(
+            f"{lease.shard} has made no progress for {lease.seconds:.0f} s in {_where(lease)}{decoding} "
+            f"(limit: {limits.origin(lease.stage)})"
+        )
+    return Hang("; ".join(reasons), frozenset(one.shard for one in stuck), frozenset(one.stage for one in stuck))
 
 
-def _describe(lease: LeasePulse, key: str | None, limits: StallLimits) -> str:
-    decoding = f"; longest in a decode process: key {key!r}" if lease.stage == DECODING and key is not None else ""
-    return (
-        f"{lease.shard} has made no progress for {lease.seconds:.0f} s in {_where(lease)}{decoding} "
-        f"(limit: {limits.origin(lease.stage)})"
-    )
+def find_silence(seconds: float, pulse: Pulse, limits: StallLimits) -> Hang | None:
+    """The hang of a worker whose last answer was ``pulse`` and that has not answered for ``seconds`` since, or None.
+
+    Its limit is that of the stage with the largest one. Which of its shards hangs is not known.
+    """
+    stages = [lease.stage for lease in pulse.leases if lease.stage not in UNLIMITED_STAGES]
+    slowest = max(stages, key=limits.seconds, default="")
+    if seconds <= limits.seconds(slowest):
+        return None
+    seen = "; ".join(f"{one.shard} in {_where(one)}" for one in pulse.leases)
+    at = f"; at its last answer it was at {seen}" if seen else ""
+    reason = f"the worker has not answered for {seconds:.0f} s, as if something in it holds the interpreter lock{at}"
+    return Hang(f"{reason} (limit: {limits.origin(slowest)})", stages=frozenset([slowest]))
 
 
 def _where(lease: LeasePulse) -> str:
     where = lease.stage if lease.stage in (*UNLIMITED_STAGES, *_STORAGE_STAGES) else f"layer {lease.stage}"
     return f"{where} ({lease.what})" if lease.what else where
-
-
-def silence_limit(pulse: Pulse, limits: StallLimits) -> float:
-    """Seconds for which a worker may leave a request unanswered, by its last answer."""
-    return limits.seconds(_slowest_stage(pulse, limits))
-
-
-def find_silence(seconds: float, pulse: Pulse, board: tuple[LeasePulse, ...], limits: StallLimits) -> Hang:
-    """The hang of a worker that has not answered for ``seconds``. ``board`` has its leases, read by another process; if
-    it is empty, the message names those of the last answer."""
-    leases = board or pulse.leases
-    seen = "; ".join(f"{one.shard} in {_where(one)}" for one in leases)
-    at = f"; {'it is' if board else 'at its last answer it was'} at {seen}" if seen else ""
-    running = [one for one in board if one.stage not in (*UNLIMITED_STAGES, *_STORAGE_STAGES)]
-    return Hang.of(
-        f"the worker has not answered for {seconds:.0f} s, as if something in it holds the interpreter lock{at} "
-        f"(limit: {limits.origin(_slowest_stage(pulse, limits))})",
-        running if len(running) == 1 else (),
-    )
-
-
-def _slowest_stage(pulse: Pulse, limits: StallLimits) -> str:
-    """The stage of a worker's leases with the largest limit."""
-    stages = [lease.stage for lease in pulse.leases if lease.stage not in UNLIMITED_STAGES]
-    return max(stages, key=limits.seconds, default="")

@@ -177,7 +177,20 @@ class MemoryDeaths:
         """Record a death. Return a message after three, and then whenever their number has doubled, else None."""
         self.deaths += 1
         self._in_a_row += 1
-        self.note = _describe(self.deaths, worker, use, recycle)
+        which = f"{plural(self.deaths, 'worker')} killed because the memory of a node ran out, which counts against no "
+        which += f"shard. The last one is {worker}"
+        growth = (use.last - use.first) / max(1, use.shards)
+        if use.shards and growth > _LEAK_SHARE * use.first:
+            lasted = max(1, use.shards // 2)
+            fix = f"restart workers before that by workers.recycle: {min(lasted, recycle - 1) if recycle else lasted}"
+            self.note = (
+                f"{which}: it grew by {_megabytes(growth)} per shard, from {_megabytes(use.first)} with its models "
+                f"loaded to {_megabytes(use.last)} after {use.shards} shards. Its models or their libraries keep "
+                f"memory. Correct them, or {fix}"
+            )
+        else:
+            size = f", with {_megabytes(use.last)} after {use.shards} shards" if use.last else ""
+            self.note = f"{which}{size}. Lower workers.batch, or give each worker more of its node by workers.cpus"
         doublings, rest = divmod(self.deaths, FIRST_NOTE)
         return self.note if rest == 0 and doublings & (doublings - 1) == 0 else None
 
@@ -192,22 +205,6 @@ class MemoryDeaths:
         """Raise the UserError that ends the run if no shard can be finished, where ``workers`` are running."""
         if self._in_a_row >= max(MAX_IN_A_ROW, 2 * workers):
             raise UserError(f"no shard can be finished: {self.note}")
-
-
-def _describe(deaths: int, worker: WorkerId, use: MemoryUse, recycle: int | None) -> str:
-    which = f"{plural(deaths, 'worker')} killed because the memory of a node ran out, which counts against no "
-    which += f"shard. The last one is {worker}"
-    growth = (use.last - use.first) / max(1, use.shards)
-    if use.shards and growth > _LEAK_SHARE * use.first:
-        lasted = max(1, use.shards // 2)
-        fix = f"restart workers before that by workers.recycle: {min(lasted, recycle - 1) if recycle else lasted}"
-        return (
-            f"{which}: it grew by {_megabytes(growth)} per shard, from {_megabytes(use.first)} with its models "
-            f"loaded to {_megabytes(use.last)} after {use.shards} shards. Its models or their libraries keep memory. "
-            f"Correct them, or {fix}"
-        )
-    size = f", with {_megabytes(use.last)} after {use.shards} shards" if use.last else ""
-    return f"{which}{size}. Lower workers.batch, or give each worker more of its node by workers.cpus"
 
 
 def _megabytes(size: float) -> str:
@@ -359,8 +356,7 @@ class Faults:
         self._failed_starts += 1
         if self._failed_starts > MAX_FAILED_STARTS or not any(other.node != worker.node for _, other in self._passes):
             return False
-        seconds = self._avoid(worker.node, AVOID_SECONDS * 2.0 ** (self._failed_starts - 1), now)
-        self._notes.append(_avoidance(worker, seconds, "models cannot be loaded there", error))
+        self._avoid(worker, self._failed_starts - 1, now, "models cannot be loaded there", error)
         return True
 
     def record_death(self, shards: tuple[str, ...], worker: WorkerId, error: str) -> None:
@@ -437,18 +433,14 @@ class Faults:
         self._node_faults[worker.node] = faults
         if len(faults) < NODE_FAULTS:
             return
-        seconds = self._avoid(worker.node, AVOID_SECONDS * 2.0 ** (len(faults) - NODE_FAULTS), now)
         what = f"what failed at {len(faults)} of its workers passed elsewhere"
-        self._notes.append(_avoidance(worker, seconds, what, self._errors.get(worker, "none")))
+        self._avoid(worker, len(faults) - NODE_FAULTS, now, what, self._errors.get(worker, "none"))
 
-    def _avoid(self, node: str, seconds: float, now: float) -> float:
-        seconds = min(_HOUR, seconds)
-        self._avoided[node] = now + seconds
-        return seconds
-
-
-def _avoidance(worker: WorkerId, seconds: float, what: str, error: str) -> str:
-    return (
-        f"node {worker.place} gets no new workers for {seconds / 60:.0f} minutes, because {what}. Check its disks, "
-        f"TMPDIR, mounts and accelerators. The last error: {error}"
-    )
+    def _avoid(self, worker: WorkerId, doublings: int, now: float, what: str, error: str) -> None:
+        """Start no workers on the node of a worker for a time, and say why."""
+        seconds = min(_HOUR, AVOID_SECONDS * 2.0**doublings)
+        self._avoided[worker.node] = now + seconds
+        self._notes.append(
+            f"node {worker.place} gets no new workers for {seconds / 60:.0f} minutes, because {what}. Check its disks, "
+            f"TMPDIR, mounts and accelerators. The last error: {error}"
+        )

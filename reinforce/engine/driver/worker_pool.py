@@ -17,9 +17,9 @@ from reinforce.config import Config, Workers
 from reinforce.dataset.layers import Layer
 from reinforce.engine.driver.faults import Decision, MemoryUse, Quarantine, Requeue, Retry, RunAlone
 from reinforce.engine.messages import PendingShard, WorkerId, WorkerInfo
-from reinforce.engine.pulse import LeasePulse, Pulse, read_board
+from reinforce.engine.pulse import Pulse
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, as_actor
-from reinforce.processes.cluster import call_on_nodes, live_resources
+from reinforce.processes.cluster import live_resources
 from reinforce.processes.cores import Node, capacity, cores_per_process
 from reinforce.terminal import plural
 
@@ -29,7 +29,7 @@ MAX_IN_FLIGHT = 1024
 _SLOW_ANSWER_SECONDS = 30.0  # requests that wait longer do not count for MAX_IN_FLIGHT
 _PAUSE_SECONDS = 30.0  # a driver that did not look for so long was itself stopped
 _CAPACITY_SECONDS = 5.0  # between two counts of the cluster's resources
-_BOARD_SECONDS = 10.0  # for the boards of workers that do not answer
+
 _NODE_LABEL = "ray.io/node-id"
 _MAX_RETRIES = 64  # handed out in one call
 
@@ -234,13 +234,6 @@ class WorkerPool:
         self.samples += pulse.samples - slot.pulse.samples
         self.busy += pulse.busy - slot.pulse.busy
         slot.pulse, slot.pulse_at = pulse, time.monotonic()
-
-    def read_boards(self, slots: Iterable[Slot]) -> dict[Slot, tuple[LeasePulse, ...]]:
-        """The leases of workers that do not answer, read from their boards; empty if they cannot be read."""
-        running = {slot: slot.info for slot in slots if slot.info is not None}
-        calls = [(info.id.node, (info.id.pid, info.board)) for info in running.values()]
-        boards = call_on_nodes(read_board, calls, _BOARD_SECONDS)
-        return {slot: board or () for slot, board in zip(running, boards, strict=True)}
 
     def alive(self, now: float) -> float:
         """Worker-seconds since the models were loaded, of all workers of the run."""

@@ -1,4 +1,6 @@
-"""The layers of a config: precisions and descriptions of its models, and what each kind of layers makes of them.
+"""Planning: the layers of a config, and which of them each source shard still lacks. Starts and writes nothing.
+
+The same subtraction serves a fresh run, a resumed run and an added teacher.
 
 ``precision: auto`` is resolved before fingerprints. What dataset.json records for a model comes first, so that a
 dataset that was made in fp32 stays complete on any machine. A model that it does not list is computed in bf16 where
@@ -58,7 +60,10 @@ def resolve_precisions(
     if not open_:
         return config, []
     found_manifest = manifest() or {}
-    recorded = {model: _recorded_precision(found_manifest, *model) for model in open_}
+    recorded: dict[tuple[str, str], Precision | None] = {}
+    for section, name in open_:
+        precision = mapping_at(found_manifest, *entry_keys(section, name), "model").get("precision")
+        recorded[section, name] = precision if precision in get_args(Precision) else None
     default: tuple[Precision, str] = ("fp32", _CPUS)
     if None in recorded.values():
         gpus = default_gpus(nodes()) if config.workers.gpus is None else config.workers.gpus
@@ -73,12 +78,6 @@ def resolve_precisions(
         for (precision, reason), group in itertools.groupby(rows, key=lambda row: row[:2])
     ]
     return config.model_copy(update=changed), lines
-
-
-def _recorded_precision(manifest: Mapping[str, Any], section: str, name: str) -> Precision | None:
-    """The precision of a model's layers in dataset.json, None if it lists none."""
-    precision = mapping_at(manifest, *entry_keys(section, name), "model").get("precision")
-    return precision if precision in get_args(Precision) else None
 
 
 def describe_models(config: Config) -> dict[tuple[str, str], ModelInfo]:
@@ -109,16 +108,8 @@ def resolve_layers(
     ``nodes`` as in ``resolve_precisions``. Raises UserError.
     """
     config, notes = resolve_precisions(config, lambda: manifest, nodes)
-    layers = build_layers(config, _with_codebooks(config, describe_models(config), store, manifest))
-    return config, layers, notes
-
-
-def _with_codebooks(
-    config: Config, infos: Mapping[tuple[str, str], ModelInfo], store: Store, manifest: Mapping[str, Any] | None
-) -> dict[tuple[str, str], ModelInfo]:
-    """Descriptions with the codebooks that the dataset has, by dataset.json or of a run that has not written it yet,
-    and with those of labels."""
-    found = dict(infos)
+    infos = describe_models(config)
+    found = dict(infos)  # with codebooks, also of a run that has not written dataset.json yet, and of labels
     for name, layer in build_layers(config, infos).items():
         if layer.codebook is None:
             continue
@@ -130,7 +121,7 @@ def _with_codebooks(
         if digest is not None:
             owner = str(layer.kind.section), str(layer.model)
             found[owner] = replace(found[owner], codebooks={**found[owner].codebooks, name: digest})
-    return found
+    return config, build_layers(config, found), notes
 
 
 def check_class_files(config: Config, layers: Iterable[Layer], host: str) -> None:
@@ -173,13 +164,11 @@ def version_notes(models: Iterable[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-# -- Shards whose labels could not all be read: named in the quarantine, and computed again where a run is asked to.
-
-
 @dataclass(frozen=True)
 class UnreadLabels:
     """Shards of the source by the name of the labels that could not all be read for them, and by shard the files that a
-    run replaces when it reads these labels again: each before those that it was computed from."""
+    run replaces when it reads these labels again: each before those that it was computed from. The quarantine names
+    them."""
 
     shards: Mapping[str, Listing] = field(default_factory=dict)
     replaced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -220,24 +209,15 @@ def find_unread(
         others = store.listings([layer for layer in known if layer not in committed])
         listings = {**others, **committed}
         for name, listing in shards.items():
-            for layer in _depending(name, layers, known):
+            # The layers with values of these labels, and all that depend on these or on their crops, in order of
+            # deletion.
+            taken = {layer.name for layer in layers.values() if layer.labels == name}
+            crops = {layer for layer in known if kind_of(layer).crops} if SAMPLES in taken else set()
+            depending = with_dependants((taken | crops) - {SAMPLES}, known)
+            for layer in [*depending, SAMPLES] if SAMPLES in taken else depending:
                 for shard in listing.only(listing.within(listings[layer].names)):
                     replaced.setdefault(shard, {})[layer] = None
     return UnreadLabels(shards, {shard: tuple(of_shard) for shard, of_shard in replaced.items()})
-
-
-def _depending(labels: str, layers: Mapping[str, Layer], known: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """The layers with values of some labels, and all that depend on these or on their crops, in order of deletion."""
-    taken = {layer.name for layer in layers.values() if layer.labels == labels}
-    if SAMPLES not in taken:
-        return with_dependants(taken, known)
-    crops = {layer for layer in known if kind_of(layer).crops}
-    return [*with_dependants((taken | crops) - {SAMPLES}, known), SAMPLES]
-
-
-# -- Planning: which layers each source shard still lacks. Starts and writes nothing.
-#
-# The same subtraction serves a fresh run, a resumed run and an added teacher.
 
 
 @dataclass(frozen=True)
@@ -352,7 +332,7 @@ def make_plan(
             *stored.get(name, ((), None)),
             source.format.name,
             list_url(config, name) if source.format.is_listed else "",
-            source.part(row),
+            source.parts[row] if source.parts else None,
             (
                 *(layer for layer in todo if name in lone[layer]),
                 *unread.quarantined(name, map(layers.__getitem__, todo)),
@@ -510,21 +490,6 @@ def _tail(url: str, parts: int) -> str:
     return "/".join([*folders, name.partition(".")[0]])
 
 
-def _check_files(store: Store, layers: Mapping[str, Layer], committed: Mapping[str, Listing]) -> None:
-    """Raise UserError if the first file of a layer was made by another recipe than the layer's."""
-
-    def check(name: str) -> None:
-        for shard in committed[name].first(1):
-            opened = store.open_layer(name, shard, whole=False)
-            # Damage is reported where a file is read, and files may have been removed since they were listed.
-            with contextlib.suppress(RefusedFile, FileNotFoundError), opened as file:
-                if parse_footer(file.metadata).get("fingerprint") is not None:
-                    check_footer(store.layer_path(name, shard), file.metadata, layers[name].fingerprint)
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(check, layers))
-
-
 def check_fingerprints(
     store: Store, manifest: Mapping[str, Any] | None, layers: Mapping[str, Layer], committed: Mapping[str, Listing]
 ) -> None:
@@ -539,6 +504,17 @@ def check_fingerprints(
             with layer_errors(store, name, shard), store.open_layer(name, shard, whole=False) as file:
                 found[name] = parse_footer(file.metadata).get("fingerprint")
     check_recipes(store, manifest, layers, found)
-    _check_files(store, layers, committed)
+
+    def check(name: str) -> None:
+        """Raise UserError if the first file of a layer was made by another recipe than the layer's."""
+        for shard in committed[name].first(1):
+            opened = store.open_layer(name, shard, whole=False)
+            # Damage is reported where a file is read, and files may have been removed since they were listed.
+            with contextlib.suppress(RefusedFile, FileNotFoundError), opened as file:
+                if parse_footer(file.metadata).get("fingerprint") is not None:
+                    check_footer(store.layer_path(name, shard), file.metadata, layers[name].fingerprint)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(check, layers))
     if recorded and SAMPLES not in recorded:
         raise UserError(f"{store.path(MANIFEST)} lists layers but no samples. Restore the file or start a new output.")

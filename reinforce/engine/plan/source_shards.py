@@ -1,4 +1,12 @@
-"""A dataset is not written where a run reads its source: its files would be taken for those of the source."""
+"""The shards of a source: its format, its files, the names of its shards, and lists that freeze them.
+
+``lists/<shard>.jsonl`` in the dataset has the files of a shard of a folder of images. Where ``input.rows_per_shard``
+is set, ``lists/parts-<number>.jsonl`` has a line for each table with new rows, which are divided into parts. A list
+is written before its shards are computed, and never changes. Files and rows that are added later form new shards, so
+finished shards stay valid.
+
+A dataset is not written where a run reads its source: its files would be taken for those of the source.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +53,13 @@ from reinforce.storage import is_job_folder, is_ray_job
 _SPECIAL = re.compile(r"[*?\[{]")
 _WRITTEN = ("parquet", "json", "jsonl")
 _SAME = "is the same as"
+T = TypeVar("T")
+#: Samples of a shard of a folder.
+BLOCK = 2048
+_LISTS = "lists"
+_PARTS = "parts-"
+_LIST_BYTES = 2**28  # that are read
+_THREADS = 16
 
 
 def check_output(config: Config) -> None:
@@ -64,19 +79,14 @@ def overlaps(config: Config) -> Iterator[tuple[str, str]]:
     """How ``output`` overlaps each entry of the config that it is not apart from, in words, and the entry after its
     key."""
     output = _place(config.output)
-    for key, entry in _named(config):
+    named: list[tuple[str, str]] = []
+    for key, value in (("source", config.source), ("reinforcements", config.reinforcements)):
+        named += [(key, entry.strip()) for entry in ([value] if isinstance(value, str) else value or ())]
+    named += [(f"labels.{name}.url", labels.url) for name, labels in config.labels.items()]
+    for key, entry in named:
         relation = next(filter(None, (_relation(output, url) for url in _urls_of(entry, output))), None)
         if relation is not None:
             yield relation, f"{key} {canonical(entry)}"
-
-
-def _named(config: Config) -> Iterator[tuple[str, str]]:
-    """Each key of a config that names what is read, and an entry of it."""
-    for key, value in (("source", config.source), ("reinforcements", config.reinforcements)):
-        for entry in [value] if isinstance(value, str) else value or ():
-            yield key, entry.strip()
-    for name, labels in config.labels.items():
-        yield f"labels.{name}.url", labels.url
 
 
 def _urls_of(entry: str, output: PurePath) -> Iterator[str]:
@@ -84,7 +94,9 @@ def _urls_of(entry: str, output: PurePath) -> Iterator[str]:
     folder = _SPECIAL.split(entry, maxsplit=1)[0].rpartition("/")[0]
     if entry.partition("?")[0].endswith(".txt"):
         yield from _decisive(expand(entry, None, find_format("csv").recognises), output)
-    elif "{" in entry and (folder.endswith(":/") or _overlap(_place(folder or "."), output)):
+        return
+    above = _place(folder or ".")
+    if "{" in entry and (folder.endswith(":/") or above.is_relative_to(output) or output.is_relative_to(above)):
         yield from _decisive(expand_braces(entry, entry), output)
     else:
         yield entry
@@ -115,10 +127,6 @@ def _relation(output: PurePath, url: str) -> str | None:
     return "contains" if read.is_relative_to(output) else None
 
 
-def _overlap(one: PurePath, other: PurePath) -> bool:
-    return one.is_relative_to(other) or other.is_relative_to(one)
-
-
 def _matches_inside(pattern: Sequence[str], folder: Sequence[str]) -> bool:
     """Whether a pattern can match files of a dataset in a folder; both are the parts of paths."""
     for n, name in enumerate(folder):
@@ -139,22 +147,6 @@ def _place(url: str) -> PurePath:
     return PurePosixPath(f"{protocol}://{path.strip('/')}")
 
 
-# -- The shards of a source: its format, its files, the names of its shards, and lists that freeze them.
-#
-# ``lists/<shard>.jsonl`` in the dataset has the files of a shard of a folder of images. Where ``input.rows_per_shard``
-# is set, ``lists/parts-<number>.jsonl`` has a line for each table with new rows, which are divided into parts. A list
-# is written before its shards are computed, and never changes. Files and rows that are added later form new shards, so
-# finished shards stay valid.
-
-T = TypeVar("T")
-#: Samples of a shard of a folder.
-BLOCK = 2048
-_LISTS = "lists"
-_PARTS = "parts-"
-_LIST_BYTES = 2**28  # that are read
-_THREADS = 16
-
-
 def source_shards(config: Config, listed: dict[str, Info] | None = None) -> SourceShards:
     """Names and URLs of the source's shards; ``listed`` as in ``expand``.
 
@@ -162,14 +154,40 @@ def source_shards(config: Config, listed: dict[str, Info] | None = None) -> Sour
     """
     source, notes = expand_folders(config.source, config.input.format)
     urls = expand(source, listed, find_format("csv").recognises)
-    _check_outlives_job(urls)
+    for url in urls if is_ray_job() else ():
+        path = canonical(url)
+        if path.startswith(os.sep) and (is_job_folder(url) or is_job_folder(path)):
+            raise UserError(  # in the next job the shard would have another name
+                f"source {path} is in the temporary folder of a Ray job. Shards are named after their paths, "
+                "so every job would compute them again. Set `source` to an absolute path that every node reaches, or "
+                "to a URL such as s3://BUCKET/FOLDER."
+            )
     format_ = source_format(urls, config.input.format)
     if not config.embeds_images:
-        _check_references(urls, format_)
+        if not format_.referable:
+            raise UserError(
+                "source: images: reference needs files that hold the images as they are: uncompressed tars, or images; "
+                f"{canonical(urls[0])} is a {format_.noun}; set images: embed"
+            )
+        if format_.has_offsets and (packed := find_compressed(urls)):
+            raise UserError(
+                f"source: images: reference needs uncompressed .tar shards, and {canonical(packed)} is compressed; set "
+                "images: embed"
+            )
+        if private := find_private(urls):
+            raise UserError(
+                f"source: images: reference stores URLs without user, password and query, and {canonical(private)} "
+                "cannot be read without them; give credentials by the environment (AWS_ACCESS_KEY_ID, or fsspec's "
+                "configuration), or set images: embed"
+            )
     urls = format_.shard_urls(urls, config.input, lambda url: _manifest_of_source(url, config), listed)
     if config.input.view is not None:
-        urls, newer = _shards_of_view(urls, config)
-        notes = [*notes, *newer]
+        kept = _view_of_source(config).kept
+        names = [url.rpartition("/")[2].removesuffix(".parquet") for url in urls]
+        if newer := sum(name not in kept for name in names):
+            seen = f"{newer:,} of {len(urls):,} shards are newer than view {config.input.view} and are not read"
+            notes = [*notes, f"source: {seen}"]
+        urls = [url for url, name in zip(urls, names, strict=True) if any(kept.get(name, ()))]
     if config.input.rows_per_shard is not None and format_.is_table:
         found = _table_shards(urls, config, format_, listed or {})
     else:
@@ -208,52 +226,11 @@ def _view_of_source(config: Config) -> View:
     return view
 
 
-def _shards_of_view(urls: list[str], config: Config) -> tuple[list[str], list[str]]:
-    """The samples files of which a view keeps rows, and a note if some are newer than the view."""
-    kept = _view_of_source(config).kept
-    names = [url.rpartition("/")[2].removesuffix(".parquet") for url in urls]
-    newer = sum(name not in kept for name in names)
-    note = f"source: {newer:,} of {len(urls):,} shards are newer than view {config.input.view} and are not read"
-    return [url for url, name in zip(urls, names, strict=True) if any(kept.get(name, ()))], [note] if newer else []
-
-
-def _check_references(urls: Sequence[str], format_: SourceFormat) -> None:
-    """Raise UserError if images cannot be read from the files of a source again by reference."""
-    if not format_.referable:
-        raise UserError(
-            f"source: images: reference needs files that hold the images as they are: uncompressed tars, or images; "
-            f"{canonical(urls[0])} is a {format_.noun}; set images: embed"
-        )
-    if format_.has_offsets and (packed := find_compressed(urls)):
-        raise UserError(
-            f"source: images: reference needs uncompressed .tar shards, and {canonical(packed)} is compressed; set "
-            "images: embed"
-        )
-    if private := find_private(urls):
-        raise UserError(
-            f"source: images: reference stores URLs without user, password and query, and {canonical(private)} cannot "
-            "be read without them; give credentials by the environment (AWS_ACCESS_KEY_ID, or fsspec's "
-            "configuration), or set images: embed"
-        )
-
-
 def _manifest_of_source(url: str, config: Config) -> Mapping[str, Any]:
     """The manifest of a reinforced dataset that is a source. Raises UserError."""
     if canonical(url) == canonical(config.output):
         raise UserError(f"source: {canonical(url)} is the output of this run, too. Set another `output`.")
     return read_manifest(Store(url))
-
-
-def _check_outlives_job(urls: Iterable[str]) -> None:
-    """Raise UserError if Ray deletes a local shard after this job; in the next job it would have another name."""
-    for url in urls if is_ray_job() else ():
-        path = canonical(url)
-        if path.startswith(os.sep) and (is_job_folder(url) or is_job_folder(path)):
-            raise UserError(
-                f"source {path} is in the temporary folder of a Ray job. Shards are named after their paths, "
-                "so every job would compute them again. Set `source` to an absolute path that every node reaches, or "
-                "to a URL such as s3://BUCKET/FOLDER."
-            )
 
 
 @dataclass
@@ -270,10 +247,6 @@ class SourceShards:
     lists: dict[str, bytes] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     names: pa.StringArray = field(default_factory=lambda: pa.array([], pa.string()))
-
-    def part(self, row: int) -> Part | None:
-        """The part of a table that a shard is, None if it is a whole file."""
-        return self.parts[row] if self.parts else None
 
 
 def write_lists(store: Store, lists: Mapping[str, bytes]) -> None:
@@ -363,12 +336,9 @@ def _table_shards(
             known[place] = _Table(table.size, (*known.get(place, _NEW).parts, *table.parts))
     places = [former_url(url, config.moved) for url in urls]
     rows = config.input.rows_per_shard
-
-    def divide(url: str, place: str) -> _Table | None:
-        return _divided(url, format_, rows, known.get(place, _NEW), listed.get(url))
-
     with ThreadPoolExecutor(_THREADS) as pool:
-        divided = [*pool.map(divide, urls, places)]
+        befores, infos = [known.get(place, _NEW) for place in places], map(listed.get, urls)
+        divided = [*pool.map(_divided, urls, itertools.repeat(format_), itertools.repeat(rows), befores, infos)]
     lines = []
     for url, place, found in zip(urls, places, divided, strict=True):
         if found is None:
@@ -379,19 +349,14 @@ def _table_shards(
         if found.parts != (*_at(before, url),):
             new = [part.numbers() for part in found.parts[len(before) :]]
             lines.append(json.dumps({"file": place, "size": found.size, "parts": new}))
-        stem = _stem(place, format_)
+        file = place.rpartition("/")[2]
+        endings = (ending for ending in format_.endings if file.lower().endswith(ending))
+        stem = file[: len(file) - max(map(len, endings), default=0)]
         result.urls += [f"{url}/{stem}-{number:06d}" for number in range(len(found.parts))]
         result.parts += found.parts
     if lines:
         result.lists[f"{_PARTS}{len(names):06d}"] = "".join(f"{line}\n" for line in lines).encode()
     return result
-
-
-def _stem(place: str, format_: SourceFormat) -> str:
-    """The name of a file without its ending."""
-    name = place.rpartition("/")[2]
-    endings = (ending for ending in format_.endings if name.lower().endswith(ending))
-    return name[: len(name) - max(map(len, endings), default=0)]
 
 
 def _divided(url: str, format_: SourceFormat, rows: int, before: _Table, info: Info | None) -> _Table | None:

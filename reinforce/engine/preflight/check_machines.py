@@ -1,4 +1,5 @@
-"""The code that a config would run, and the places that it would reach. Nothing is imported or opened."""
+"""What a run would use: the code of its config and the places that it reaches, of which nothing is imported or opened;
+and whether its machines have what it needs: shared memory, disks, cores for each GPU."""
 
 from __future__ import annotations
 
@@ -22,6 +23,10 @@ from teachers.redact import CONTAINER_SCHEMES
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/\s,'\"]*)")
 _LIST_BYTES = 2**20  # of a text file of URLs
+_SHM = "/dev/shm"  # noqa: S108
+_SHM_BYTES = 2**30  # Ray moves its object store to the disk below some hundred megabytes; Docker's default is 64 MiB
+_FULL = 0.95  # Ray starts no work on a node whose disk is used above that
+_ASKING_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,11 @@ def config_uses(config: Config) -> Uses:
     """List what a run of the config would use, without importing or opening anything but local lists of URLs."""
     values = config.model_dump(mode="json", by_alias=True)
     found = [place for text in _texts(values) for place in _places(text)]
-    found += [place for text in _lists(config) for place in _places(text)]
+    for text in _texts([config.source, config.reinforcements]):
+        path = Path(text).expanduser()
+        if text.endswith(".txt") and path.is_file():
+            with path.open("rb") as file:
+                found += _places(file.read(_LIST_BYTES).decode("utf-8", "replace"))
     found += [host for of in config.models.values() for spec in of.values() for host in spec.hosts()]
     return Uses(tuple(config.classes), tuple(sorted(set(found))))
 
@@ -66,23 +75,6 @@ def _places(text: str) -> Iterator[str]:
         if scheme.lower() not in ("file", "local"):
             host = authority if scheme.lower() in CONTAINER_SCHEMES else authority.rpartition("@")[2]
             yield f"{scheme.lower()}://{host}"
-
-
-def _lists(config: Config) -> Iterator[str]:
-    """The content of text files of URLs in ``source`` and ``reinforcements`` that are local."""
-    for text in _texts([config.source, config.reinforcements]):
-        path = Path(text).expanduser()
-        if text.endswith(".txt") and path.is_file():
-            with path.open("rb") as file:
-                yield file.read(_LIST_BYTES).decode("utf-8", "replace")
-
-
-# -- Whether the machines that a plan would run on have what it needs: shared memory, disks, cores for each GPU.
-
-_SHM = "/dev/shm"  # noqa: S108
-_SHM_BYTES = 2**30  # Ray moves its object store to the disk below some hundred megabytes; Docker's default is 64 MiB
-_FULL = 0.95  # Ray starts no work on a node whose disk is used above that
-_ASKING_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -144,14 +136,35 @@ def count_workers(machines: Sequence[Machine], workers: Workers) -> int:
 
 def machine_warnings(machines: Sequence[Machine], workers: Workers, output: str, written: int | None) -> list[str]:
     """Shortages of the machines, one line each."""
-    warnings = [warning for machine in machines for warning in _warnings_of(machine)]
+    warnings = []
+    for machine in machines:
+        if machine.shm_bytes is not None and machine.shm_bytes < _SHM_BYTES:
+            warnings.append(
+                f"{machine.name}: {_SHM} has {format_bytes(machine.shm_bytes)}; Ray then keeps its objects on the "
+                "disk. Start containers with --shm-size=2g or more."
+            )
+        if machine.disk_used is not None and machine.disk_used > _FULL:
+            warnings.append(
+                f"{machine.name}: the disk of Ray's temporary folder is {machine.disk_used:.0%} full; Ray starts no "
+                f"work above {_FULL:.0%}. Free space, or set RAY_TMPDIR."
+            )
+        if machine.shm_bytes is None and machine.disk_used is None:
+            warnings.append(f"{machine.name} did not answer: its shared memory and disk are not checked")
     held = count_workers(machines, workers)
     if held < workers.min:
         room = f"room for {plural(held, 'worker')} of {workers.describe()} at a time"
         warnings.append(f"{room}, and workers.min is {workers.min:,}")
     if others := [machine.name for machine in machines if machine.reads_heic not in (None, reads_heic())]:
         warnings.append(heic_note(first_names(others)))
-    return warnings + _output_warnings(output, written)
+    # Whether a local output has room; of object stores nothing is known.
+    store: Any = Storage(output)
+    folder = os.path.abspath(store.root)
+    while store.local and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    if store.local and written is not None and written >= (free := shutil.disk_usage(folder).free):
+        room = f"{folder} has {format_bytes(free)} free, and {format_bytes(written)} are to be written"
+        warnings.append(f"{socket.gethostname()}: {room}")
+    return warnings
 
 
 def heic_note(where: str) -> str:
@@ -159,36 +172,3 @@ def heic_note(where: str) -> str:
     if reads_heic():
         return f"{where}: no pillow-heif, which this machine has, so HEIC images are quarantined there. {HEIC_HINT}"
     return f"{where}: pillow-heif, which this machine lacks, so HEIC files in folders are not listed. {HEIC_HINT}"
-
-
-def _warnings_of(machine: Machine) -> list[str]:
-    warnings = []
-    if machine.shm_bytes is not None and machine.shm_bytes < _SHM_BYTES:
-        warnings.append(
-            f"{machine.name}: {_SHM} has {format_bytes(machine.shm_bytes)}; Ray then keeps its objects on the disk. "
-            "Start containers with --shm-size=2g or more."
-        )
-    if machine.disk_used is not None and machine.disk_used > _FULL:
-        warnings.append(
-            f"{machine.name}: the disk of Ray's temporary folder is {machine.disk_used:.0%} full; Ray starts no work "
-            f"above {_FULL:.0%}. Free space, or set RAY_TMPDIR."
-        )
-    if machine.shm_bytes is None and machine.disk_used is None:
-        warnings.append(f"{machine.name} did not answer: its shared memory and disk are not checked")
-    return warnings
-
-
-def _output_warnings(output: str, written: int | None) -> list[str]:
-    """Whether a local output has room; of object stores nothing is known."""
-    store: Any = Storage(output)
-    folder = os.path.abspath(store.root)
-    while store.local and not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    if not store.local or written is None:
-        return []
-    free = shutil.disk_usage(folder).free
-    if written < free:
-        return []
-    return [
-        f"{socket.gethostname()}: {folder} has {format_bytes(free)} free, and {format_bytes(written)} are to be written"
-    ]

@@ -57,25 +57,27 @@ class FirstSample:
     def line(self) -> str:
         image = next(filter(is_image_name, self.raw.members), self.raw.members[0])
         size = "" if self.size is None else f", {self.size[0]} x {self.size[1]}"
-        caption = "no caption" if self.caption is None else f"caption {_quote(self.caption)}"
+        shown = self.caption or ""
+        shown = shown if len(shown) <= _CAPTION_CHARS else f"{shown[:_CAPTION_CHARS]} ..."
+        caption = "no caption" if self.caption is None else f"caption {shown!r}"
         caption += f" and {len(self.captions) - 1} more" if len(self.captions) > 1 else ""
         return f"first sample: {self.raw.key} (.{image}{size}), {caption}"
 
     def notes(self, plan: Plan) -> list[str]:
         """Possible problems of the sample, one line each."""
-        notes = []
+        notes, place = [], f"the first sample of {canonical(self.url)}, {self.raw.key}"
         fields = plan.config.input.caption_fields
         encoded = any(layer.texts == TRUE_CAPTION for layer in plan.layers.values())
         if self.caption is None and fields and encoded:
             why = self.raw.why_no_caption(fields)
-            notes.append(f"{self._place()}: {why}; set input.captions to where captions are, or to none")
+            notes.append(f"{place}: {why}; set input.captions to where captions are, or to none")
         if REPLACED in (self.caption or ""):
-            notes.append(f"{self._place()}: its caption has bytes that are not UTF-8, which become U+FFFD")
+            notes.append(f"{place}: its caption has bytes that are not UTF-8, which become U+FFFD")
         if encoded and self.several and (note := self._several_note(plan.config)):
             notes.append(note)
         if self.key_of_row and _is_new(plan):
             notes.append(
-                f"{self._place()}: rows without a key get one made of the file's URL, and with it other augmentations "
+                f"{place}: rows without a key get one made of the file's URL, and with it other augmentations "
                 "and captions if the files are read from another place; name a column in input.key, or state `moved` "
                 "after a move"
             )
@@ -87,7 +89,7 @@ class FirstSample:
         if len(images) > 1:
             listed = ", ".join(f".{extension}" for extension in images[:5])
             notes.append(
-                f"{self._place()}: {len(images)} images ({listed}), of which one is read; a key ends at the first dot "
+                f"{place}: {len(images)} images ({listed}), of which one is read; a key ends at the first dot "
                 "of the file name"
             )
         return notes
@@ -108,9 +110,6 @@ class FirstSample:
             used = "of which the first is used" if self.caption == first else "which are read as one"
         where = f"{canonical(self.url)}: the first samples have up to {several.most} true captions, {used}"
         return f"{where}; input.captions_per_sample: {several.most} keeps and embeds them"
-
-    def _place(self) -> str:
-        return f"the first sample of {canonical(self.url)}, {self.raw.key}"
 
 
 def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
@@ -135,7 +134,8 @@ def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
     sample, faults, doubts = _first_sample([plan.shard(shard) for shard in readable], plan.config)
     if faults and _is_new(plan) and sample is None and not doubts:
         raise UserError(f"source: no sample can be read. {'; '.join(faults)}.")
-    notes += _format_notes(readable[:1])
+    with contextlib.suppress(Exception):  # each driver has its own exceptions; reading the first sample reports them
+        notes += [note for one in readable[:1] for note in find_format(one.format).notes(one.source.file)]
     notes += [f"source: {fault}" for fault in faults + doubts]
     most = plan.config.input.captions_per_sample or 1
     if teachers := sum(layer.texts == TRUE_CAPTION for layer in plan.layers.values()) if most > 1 else 0:
@@ -171,14 +171,6 @@ def _preview_labels(plan: Plan, shards: Sequence[PendingShard]) -> list[str]:
     count = plan.config.failures.attempts
     attempts = Attempts(count, tuple(map(pause_seconds, range(1, count))))
     return attempts.call(preview, lambda error: isinstance(error, MissingLabels))
-
-
-def _format_notes(shards: Sequence[PendingShard]) -> list[str]:
-    """Possible misreadings of the first readable file."""
-    try:
-        return [note for shard in shards for note in find_format(shard.format).notes(shard.source.file)]
-    except Exception:  # each driver has its own exceptions; reading the first sample reports them
-        return []
 
 
 def _undivided(shards: Sequence[PendingShard]) -> list[str]:
@@ -287,26 +279,18 @@ def _sample_of(shard: Shard, config: Config, budget: ReadBudget) -> FirstSample 
         with contextlib.suppress(Exception):  # each driver has its own; reading the sample did not raise
             several = find_several(shard, config.input, [item])
         own = find_format(shard.format).is_table and item.key.startswith(f"{shard.name}-")
-        first = _first_items(shard, config)
+        first: list[RawSample | Refusal] = []
+        with contextlib.suppress(Exception):  # as above
+            few = ReadBudget(_FIRST_ITEMS * limits.image_bytes)
+            first = [*itertools.islice(read_samples(shard, config.input, few), _FIRST_ITEMS)]
         images = [other.image for other in first if isinstance(other, RawSample)]
         equal = len(images) if len(images) > 1 and len({*images}) == 1 else 0
-        heic = any(map(_is_unread_heic, [*refusals, *first]))
+        heic = any(
+            HEIC_HINT in one.detail if isinstance(one, Refusal) else is_heic(one.image) and not reads_heic()
+            for one in [*refusals, *first]
+        )
         return FirstSample(shard.url, item, size, item.captions(config.input), several, own, equal, heic)
     return _describe(refusals, find_format(shard.format))
-
-
-def _first_items(shard: Shard, config: Config) -> list[RawSample | Refusal]:
-    """The first samples and refusals, none where reading them raises."""
-    with contextlib.suppress(Exception):  # each driver has its own; reading the first sample did not raise
-        budget = ReadBudget(_FIRST_ITEMS * config.input.limits.image_bytes)
-        return [*itertools.islice(read_samples(shard, config.input, budget), _FIRST_ITEMS)]
-    return []
-
-
-def _is_unread_heic(item: RawSample | Refusal) -> bool:
-    if isinstance(item, Refusal):
-        return HEIC_HINT in item.detail
-    return is_heic(item.image) and not reads_heic()
 
 
 def _describe(refusals: Sequence[Refusal], format_: SourceFormat) -> str:
@@ -317,7 +301,3 @@ def _describe(refusals: Sequence[Refusal], format_: SourceFormat) -> str:
         return first.detail
     what = "the only sample cannot" if len(refusals) == 1 else f"none of the first {len(refusals)} samples can"
     return f"{what} be read: {first.key}: {first.reason.value}: {first.detail}"
-
-
-def _quote(caption: str) -> str:
-    return repr(caption if len(caption) <= _CAPTION_CHARS else f"{caption[:_CAPTION_CHARS]} ...")

@@ -301,11 +301,6 @@ def _at(measured: Mapping[int, float], count: int) -> float:
     return first + (count - low) * (last - first) / (high - low)
 
 
-def decoding_rate(plan: Plan, cores: int) -> Rate:
-    """The rate of a worker that needs no model."""
-    return Rate(cores * 1000 / _cpu_of_sample(plan)[0], f"decoding with {cores} cores, as docs/performance.md has it")
-
-
 def measured_rate(plan: Plan, summary: Mapping[str, Any] | None) -> Rate | None:
     """The rate at which a worker of an earlier run computed the layers that are missing; None if it did not."""
     if not summary or not summary.get("samples"):
@@ -365,7 +360,11 @@ class PlanReport:
     def as_json(self, sample: FirstSample | None, warnings: Sequence[str]) -> dict[str, Any]:
         """The report with the first sample of the source, if one was read, and warnings; keys are documented in
         docs/command-line.md."""
-        plan = self.plan
+        plan, first = self.plan, None
+        if sample is not None:
+            size = None if sample.size is None else [*sample.size]
+            texts = {"caption": sample.caption, "captions": [*sample.captions]}
+            first = {"url": canonical(sample.url), "key": sample.raw.key, "size": size, **texts}
         return {
             "output": plan.config.output,
             "shards": plan.shards,
@@ -377,7 +376,7 @@ class PlanReport:
             "codecs": {teacher: dict(sizes) for teacher, sizes in self.codecs.items()},
             "damaged": [f"{file.layer}/{file.shard}" for file in plan.damaged],
             "not_in_source": asdict(plan.not_in_source),
-            "first_sample": None if sample is None else _sample(sample),
+            "first_sample": first,
             "classes": [*self.uses.classes],
             "places": [*self.uses.places],
             "class_files": [code.as_json() for code in plan.codes],
@@ -399,25 +398,16 @@ def make_report(
     models = any(plan.layers[name].loads_model for name in needed)
     workers = plan.config.workers.fitted_to([machine.resources for machine in machines], models)
     share = (workers.gpus or 0.0, workers.cores)
-    rate = _rate(plan, share[1], models)
+    given = plan.config.estimate
+    if given is not None and given.rate is not None:
+        rate: Rate | None = Rate(given.rate, "estimate.rate")
+    elif not models:
+        images = share[1] * 1000 / _cpu_of_sample(plan)[0]
+        rate = Rate(images, f"decoding with {share[1]} cores, as docs/performance.md has it")
+    else:
+        store = Store(plan.config.output)
+        summaries = (read_summary(store, run) for run in list_runs(store)[:3])
+        rate = next(filter(None, (measured_rate(plan, summary) for summary in summaries)), None)
     effort = estimate_effort(plan, statistics, report.bytes, rate, count_workers(machines, workers), share, hours)
     lacking = machine_warnings(machines, workers, plan.config.output, report.bytes)
     return replace(report, effort=replace(effort, warnings=[*effort.warnings, *lacking]), hours=hours)
-
-
-def _rate(plan: Plan, cores: int, models: bool) -> Rate | None:
-    """The rate of a worker: of the config, of decoding where no model is needed, or of the last run."""
-    given = plan.config.estimate
-    if given is not None and given.rate is not None:
-        return Rate(given.rate, "estimate.rate")
-    if not models:
-        return decoding_rate(plan, cores)
-    store = Store(plan.config.output)
-    summaries = (read_summary(store, run) for run in list_runs(store)[:3])
-    return next(filter(None, (measured_rate(plan, summary) for summary in summaries)), None)
-
-
-def _sample(sample: FirstSample) -> dict[str, Any]:
-    size = None if sample.size is None else [*sample.size]
-    texts = {"caption": sample.caption, "captions": [*sample.captions]}
-    return {"url": canonical(sample.url), "key": sample.raw.key, "size": size, **texts}

@@ -107,7 +107,12 @@ class Worker:
         return WorkerId(node, os.getpid(), socket.gethostname())
 
     def _load(self) -> WorkerInfo:
-        self._check_output()
+        if self.store.relative and self.missing_folder is not None:
+            raise UserError(
+                f"output {self.store.url} is relative to {self.missing_folder}, which does not exist on "
+                f"{socket.gethostname()}. Set `output` to an absolute path that every node reaches, or to a URL "
+                "such as s3://BUCKET/FOLDER."
+            )
         torch.set_num_threads(self.config.workers.cores)
         if self.config.workers.gpus:
             sys.setswitchinterval(SWITCH_SECONDS)
@@ -133,7 +138,6 @@ class Worker:
             accelerator=str(self.models.accelerator.device),
             models=describe_loaded(self.models, self.config),
             memory=process_memory(),
-            board=self.watch.board,
             batch=self.config.workers.images,
             notes=self.models.batches.take_notes(),
             device=device_report(self.models.accelerator),

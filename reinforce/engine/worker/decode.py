@@ -8,7 +8,7 @@ new process, and is refused if that happens ``attempts`` times. All others are d
 and its models nor the shard are lost. The images of the oldest lease come first, so that two shards that begin together
 do not end together.
 
-``main`` is the process, and ``ProcessHandle`` what its parent has of it. This module imports neither torch nor Ray, so
+``serve`` is the process, and ``ProcessHandle`` what its parent has of it. This module imports neither torch nor Ray, so
 that the processes start fast and stay small.
 """
 
@@ -19,15 +19,12 @@ import fcntl
 import gc
 import heapq
 import itertools
-import json
 import math
 import mmap
 import os
 import pickle
 import queue
 import select
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -36,8 +33,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
-from socket import socketpair
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -52,8 +47,13 @@ from reinforce.images.backends import Replay, load_backend, sample_augmentation
 from reinforce.images.policy import ImageRefused, decode, image_policy
 from reinforce.images.records import Augmentation, Crop, from_records, to_records
 from reinforce.labels.members import LabelValue, MemberReader, RowLabels, Unreadable
-from reinforce.processes.shared_memory import SharedMemory
-from reinforce.processes.signals import describe_exit, kill_with_parent
+from reinforce.processes.children import (
+    ProcessEnded,
+    SharedMemory,
+    connect_to_parent,
+    describe_exit,
+    start_process,
+)
 from reinforce.source.references import LostImage
 from reinforce.source.samples import RawSample, Refusal, json_error, metadata_of
 from schemas import Reason
@@ -237,11 +237,6 @@ class Row:
         return (0 if isinstance(self.sample.image, LostImage) else len(self.sample.image)) + sum(map(len, sidecars))
 
     @property
-    def source_key(self) -> str:
-        """The key in the source, which a refusal names."""
-        return self.sample.key if isinstance(self.sample, RawSample) else self.key
-
-    @property
     def unreadable(self) -> Refusal | None:
         return self.decoded.unreadable
 
@@ -265,7 +260,23 @@ def decode_row(spec: DecodeSpec, cells: PixelCells, row: Row) -> Outcome:
     try:
         if isinstance(row.sample, RawSample):
             return _decode_new(spec, cells, row, row.sample)
-        return _decode_stored(spec, cells, row, row.sample)
+        # Decode a row of the samples layer again. An image that cannot be used any more gives black pixels.
+        config, values = spec.config, _unpacked(spec, row)
+        if row.sample is None:
+            return Decoded(values)
+        augmentations: Sequence[Augmentation] = from_records(row.sample.records)
+        unreadable = None
+        try:
+            if isinstance(row.sample.image, LostImage):
+                raise ImageRefused(row.sample.image.reason, row.sample.image.detail)
+            image = decode(row.sample.image, config.input.limits, policy=image_policy(config))
+        except ImageRefused as refused:  # only a referenced image can change after it was accepted
+            unreadable = Refusal(row.key, refused.reason, refused.detail)
+            image = new_image("RGB", (config.augmentations.size,) * 2)
+            augmentations = [replace(augmentation, crop=_PLACEHOLDER_CROP) for augmentation in augmentations]
+        assert row.cell is not None
+        cells.write(row.cell, image, augmentations, load_backend(config.augmentations.backend))
+        return Decoded(values, unreadable=unreadable)
     except Exception as error:  # the parent raises it where the row's turn is
         return f"{type(error).__name__}: {error}"
 
@@ -285,7 +296,8 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, row: Row, raw: RawSample) -
         return Refusal(raw.key, refused.reason, refused.detail)
     except Unreadable as error:
         return Refusal(key, Reason.REINFORCEMENT_BROKEN, str(error))
-    _write(cells, row, image, augmentations, policy.backend)
+    assert row.cell is not None
+    cells.write(row.cell, image, augmentations, load_backend(policy.backend))
     fields = config.input.caption_fields
     metadata = metadata_of(raw.all_sidecars, config.input.metadata)
     captions = raw.captions(config.input)
@@ -325,33 +337,9 @@ def _fit_labels(
     return joined, records, unlabelled
 
 
-def _decode_stored(spec: DecodeSpec, cells: PixelCells, row: Row, stored: StoredImage | None) -> Decoded:
-    """Decode a row of the samples layer again. An image that cannot be used any more gives black pixels."""
-    config, values = spec.config, _unpacked(spec, row)
-    if stored is None:
-        return Decoded(values)
-    augmentations: Sequence[Augmentation] = from_records(stored.records)
-    unreadable = None
-    try:
-        if isinstance(stored.image, LostImage):
-            raise ImageRefused(stored.image.reason, stored.image.detail)
-        image = decode(stored.image, config.input.limits, policy=image_policy(config))
-    except ImageRefused as refused:  # only a referenced image can change after it was accepted
-        unreadable = Refusal(row.key, refused.reason, refused.detail)
-        image = new_image("RGB", (config.augmentations.size,) * 2)
-        augmentations = [replace(augmentation, crop=_PLACEHOLDER_CROP) for augmentation in augmentations]
-    _write(cells, row, image, augmentations, config.augmentations.backend)
-    return Decoded(values, unreadable=unreadable)
-
-
 def _unpacked(spec: DecodeSpec, row: Row) -> dict[str, LabelValue]:
     """The values of labels that are read here."""
     return {name: value for one in row.labels for name, value in one.unpacked(spec.reader, row.key).items()}
-
-
-def _write(cells: PixelCells, row: Row, image: Image, augmentations: Sequence[Augmentation], backend: str) -> None:
-    assert row.cell is not None
-    cells.write(row.cell, image, augmentations, load_backend(backend))
 
 
 def _left_out(config: Config, raw: RawSample, metadata: str | None) -> Iterator[Refusal]:
@@ -373,11 +361,7 @@ def _left_out(config: Config, raw: RawSample, metadata: str | None) -> Iterator[
 
 
 _READY = b"ready"
-#: What follows ``python -c``; the module is found where the parent finds it.
-_COMMAND = (
-    "import json, sys; arguments = json.loads(sys.argv[1]); sys.path[:] = arguments.pop('path'); "
-    "from reinforce.engine.worker.decode import main; main(**arguments)"
-)
+
 _KEPT_SPECS = 8
 #: Chunks that a process has at a time: it begins the second without waiting for its parent.
 DEPTH = 2
@@ -412,16 +396,16 @@ class StatusBoard:
         return (int(chunk), int(row), time.monotonic() - began) if chunk else None
 
 
-def main(number: int, parent: int, socket: int, status: int, pixels: int, messages: Sequence[int]) -> None:
+def serve(socket: int, parent: int, number: int, status: int, pixels: int, *messages: int) -> None:
     """Work until the parent is gone. ``number`` is the process's entry on the board; the rest are descriptors."""
-    kill_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    connection = connect_to_parent(socket, parent)
     warnings.filterwarnings("ignore", module="PIL")  # one line per image with odd metadata; refusals are recorded
     image.large_image_lock = _FileLock(pixels)
     board = StatusBoard(SharedMemory(descriptor=status))
     inbox = [SharedMemory(descriptor=descriptor) for descriptor in messages]
-    leases = _CellLeases(SharedMemory(descriptor=pixels))
-    connection = Connection(socket)
+    memory = SharedMemory(descriptor=pixels)
+    cells_of: dict[int, tuple[DecodeSpec, PixelCells]] = {}  # by lease, of the recent ones
+    array = memory.array()
     gc.freeze()  # garbage collections skip all imported modules
     try:
         connection.send_bytes(_READY)
@@ -429,7 +413,14 @@ def main(number: int, parent: int, socket: int, status: int, pixels: int, messag
             slot, length = np.frombuffer(connection.recv_bytes(), np.int64).tolist()
             message: _Message = pickle.loads(inbox[slot].read(length))  # noqa: S301 - from the parent
             chunk, lease, pickled, rows = message
-            spec, cells = leases.get(lease, pickled)
+            if pickled is not None:
+                new: DecodeSpec = pickle.loads(pickled)  # noqa: S301 - from the parent
+                if new.stop > len(array):
+                    array = memory.array()
+                cells_of[lease] = new, new.layout.cells(array[new.start : new.stop])
+                for old in list(cells_of)[:-_KEPT_SPECS]:
+                    del cells_of[old]
+            spec, cells = cells_of[lease]
             outcomes = []
             for row_number, row in enumerate(rows):
                 board.set(number, chunk, row_number)
@@ -438,25 +429,6 @@ def main(number: int, parent: int, socket: int, status: int, pixels: int, messag
             connection.send_bytes(pickle.dumps(outcomes, pickle.HIGHEST_PROTOCOL))
     except (EOFError, OSError):  # the parent is gone
         sys.exit(0)
-
-
-class _CellLeases:
-    """The specs of recent leases, and their cells in the pixel memory."""
-
-    def __init__(self, memory: SharedMemory) -> None:
-        self._memory = memory
-        self._pixels = memory.array()
-        self._known: dict[int, tuple[DecodeSpec, PixelCells]] = {}
-
-    def get(self, lease: int, pickled: bytes | None) -> tuple[DecodeSpec, PixelCells]:
-        if pickled is not None:
-            spec: DecodeSpec = pickle.loads(pickled)  # noqa: S301 - from the parent
-            if spec.stop > len(self._pixels):
-                self._pixels = self._memory.array()
-            self._known[lease] = spec, spec.layout.cells(self._pixels[spec.start : spec.stop])
-            for old in list(self._known)[:-_KEPT_SPECS]:
-                del self._known[old]
-        return self._known[lease]
 
 
 class _FileLock:
@@ -472,46 +444,23 @@ class _FileLock:
         fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1)
 
 
-class ProcessDied(Exception):
-    """The process is gone; the message is how it ended."""
-
-
 class ProcessHandle:
     """A running decode process. ``number`` is its entry on the board in ``status``.
 
-    Raises ProcessDied if it does not start. Threads may share a handle only for ``kill``.
+    Raises ProcessEnded if it does not start. Threads may share a handle only for ``kill``.
     """
 
     def __init__(self, number: int, status: SharedMemory, pixels: SharedMemory) -> None:
         self._messages = [SharedMemory() for _ in range(DEPTH)]
         self._sent = 0
-        ours, theirs = socketpair()
-        descriptors = [theirs.fileno(), status.descriptor, pixels.descriptor]
-        descriptors += [memory.descriptor for memory in self._messages]
-        arguments = {
-            "path": sys.path,
-            "number": number,
-            "parent": os.getpid(),
-            "socket": descriptors[0],
-            "status": descriptors[1],
-            "pixels": descriptors[2],
-            "messages": descriptors[3:],
-        }
-        with theirs:
-            # Isolated mode: the path is the parent's. One process decodes with one thread.
-            self._process = subprocess.Popen(  # noqa: S603 - this project's code
-                [sys.executable, "-I", "-c", _COMMAND, json.dumps(arguments)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=descriptors,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        self._connection = Connection(ours.detach())
+        shared = [memory.descriptor for memory in (status, pixels, *self._messages)]
+        self._process, self._connection = start_process(__name__, os.getpid(), number, *shared, descriptors=shared)
         self._poll = select.poll()
         self._poll.register(self._connection.fileno(), select.POLLIN)
         if not self._poll.poll(_START_SECONDS * 1000):
             self.kill()
         if self._receive() != _READY:
-            raise ProcessDied("it sent something unexpected at its start")
+            raise ProcessEnded("it sent something unexpected at its start")
 
     def send(self, message: _Message) -> None:
         """Send a message; at most ``DEPTH`` may be without outcomes. ``receive`` reports a process that has died."""
@@ -526,7 +475,7 @@ class ProcessHandle:
             self._connection.send_bytes(np.array([slot, len(pickled)], np.int64).tobytes())
 
     def receive(self, seconds: float) -> list[Outcome] | None:
-        """The outcomes of the oldest chunk, or None if there are none after ``seconds``. Raises ProcessDied."""
+        """The outcomes of the oldest chunk, or None if there are none after ``seconds``. Raises ProcessEnded."""
         if not self._poll.poll(seconds * 1000):
             return None
         outcomes: list[Outcome] = pickle.loads(self._receive())  # noqa: S301 - from this project's process
@@ -550,7 +499,7 @@ class ProcessHandle:
             self.kill()
             status = self._process.wait()
             self.close()
-            raise ProcessDied(describe_exit(status)) from None
+            raise ProcessEnded(describe_exit(status)) from None
 
 
 _MAX_LOOK_SECONDS = 1.0  # between two looks at what a busy process works on
@@ -648,7 +597,16 @@ class DecodePool:
     def lease(self, spec: DecodeSpec, cells: int, watch: LeaseWatch | None = None) -> Iterator[CellLease]:
         """Cells for one shard, whose steps ``watch`` receives. No process uses them when the context ends."""
         size = cells * spec.layout.cell_bytes
-        start, region = self._take_region(size)
+        found: tuple[int, Bytes] | None = None
+        while found is None:
+            with self._changing:
+                for number, (_, region) in enumerate(self._regions):
+                    if len(region) >= size:
+                        found = self._regions.pop(number)
+                        break
+            if found is None:
+                self.allocate(size)
+        start, region = found
         memory = region[:size]
         placed = replace(spec, start=start, stop=start + size)
         lease = CellLease(
@@ -680,13 +638,15 @@ class DecodePool:
     def next_chunk(self, wait: bool) -> RowChunk | None:
         """The next chunk. Without ``wait``, None if other processes have nothing to do and can take what there is."""
         while wait or self.chunks.qsize() > self.idle:
-            self._count_idle(+wait)
+            with self._changing:
+                self.idle += wait
             try:
                 _, _, chunk = self.chunks.get(block=wait)
             except queue.Empty:
                 return None
             finally:
-                self._count_idle(-wait)
+                with self._changing:
+                    self.idle -= wait
             if chunk is None or chunk.future.set_running_or_notify_cancel():
                 return chunk
         return None
@@ -698,7 +658,8 @@ class DecodePool:
         for _ in self._servers:
             self.chunks.put((math.inf, 0, None))
         for server in self._servers:
-            server.kill()
+            if (handle := server.handle) is not None:
+                handle.kill()
             server.join()
         with contextlib.suppress(queue.Empty):
             while True:
@@ -710,18 +671,6 @@ class DecodePool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _count_idle(self, change: int) -> None:
-        with self._changing:
-            self.idle += change
-
-    def _take_region(self, size: int) -> tuple[int, Bytes]:
-        with self._changing:
-            for number, (_, region) in enumerate(self._regions):
-                if len(region) >= size:
-                    return self._regions.pop(number)
-        self.allocate(size)
-        return self._take_region(size)
 
 
 class _Server(threading.Thread):
@@ -736,7 +685,7 @@ class _Server(threading.Thread):
         self.board = StatusBoard(pool.status)
         self.ready = threading.Event()
         self.start_error: str | None = None
-        self._handle: ProcessHandle | None = None
+        self.handle: ProcessHandle | None = None
         self._lost_starts = 0
         self._known: set[int] = set()  # leases whose spec the process has
         self._todo: deque[RowChunk] = deque()  # begun in a process that died
@@ -747,17 +696,18 @@ class _Server(threading.Thread):
         self._start()
         self.ready.set()
         while not self.pool.closed:
-            self._send_chunks()
+            # Send chunks until the process has enough of them; wait for one if it has none.
+            while len(self._sent) < DEPTH:
+                chunk = self._todo.popleft() if self._todo else self.pool.next_chunk(wait=not self._sent)
+                if chunk is None:
+                    break
+                self._send(chunk)
             if self._sent:
                 self._receive()
         for chunk in [*self._sent, *self._todo]:
             chunk.fail()
-        if self._handle is not None:
-            self._handle.close()
-
-    def kill(self) -> None:
-        if (handle := self._handle) is not None:
-            handle.kill()
+        if self.handle is not None:
+            self.handle.close()
 
     def working_on(self) -> tuple[str, float] | None:
         """Key of the row in work and the seconds, or None."""
@@ -772,36 +722,32 @@ class _Server(threading.Thread):
         """Start the process; one that dies before it is ready, such as for lack of memory, is started again."""
         for _ in range(_MAX_LOST_STARTS):
             try:
-                self._handle = ProcessHandle(self.number, self.pool.status, self.pool.pixels)
-            except (ProcessDied, OSError) as error:
+                self.handle = ProcessHandle(self.number, self.pool.status, self.pool.pixels)
+            except (ProcessEnded, OSError) as error:
                 self.start_error = f"a decode process does not start: {error}"
             else:
                 self.start_error = None
                 return
 
-    def _send_chunks(self) -> None:
-        """Send chunks until the process has enough of them; wait for one if it has none."""
-        while len(self._sent) < DEPTH:
-            chunk = self._todo.popleft() if self._todo else self.pool.next_chunk(wait=not self._sent)
-            if chunk is None:
-                return
-            if self._handle is None:
-                self._start()
-            if self._handle is None:
-                chunk.fail(self.start_error)
-                continue
-            lease = chunk.lease
-            spec = None if lease.number in self._known else lease.spec
-            self._known.add(lease.number)
-            self._sent.append(chunk)
-            self._handle.send((chunk.number, lease.number, spec, chunk.send()))
+    def _send(self, chunk: RowChunk) -> None:
+        """Send a chunk to the process, which is started if there is none."""
+        if self.handle is None:
+            self._start()
+        if self.handle is None:
+            chunk.fail(self.start_error)
+            return
+        lease = chunk.lease
+        spec = None if lease.number in self._known else lease.spec
+        self._known.add(lease.number)
+        self._sent.append(chunk)
+        self.handle.send((chunk.number, lease.number, spec, chunk.send()))
 
     def _receive(self) -> None:
-        assert self._handle is not None
+        assert self.handle is not None
         limit = self.pool.sample_seconds
         try:
-            outcomes = self._handle.receive(min(_MAX_LOOK_SECONDS, limit / 4))
-        except ProcessDied as error:
+            outcomes = self.handle.receive(min(_MAX_LOOK_SECONDS, limit / 4))
+        except ProcessEnded as error:
             self._handle_death(str(error))
             return
         if outcomes is not None:
@@ -812,7 +758,7 @@ class _Server(threading.Thread):
             self._lost_starts = 0
         elif (at := self.board.get(self.number)) is not None and at[2] > limit and self._hung is None:
             self._hung = at[:2]
-            self._handle.kill()
+            self.handle.kill()
 
     def _handle_death(self, ending: str) -> None:
         """Put what the process had not finished in front of the queue; another process is started for it."""
@@ -820,7 +766,7 @@ class _Server(threading.Thread):
         self.board.clear(self.number)
         self._todo.extendleft(reversed(self._sent))
         guilty = next((chunk for chunk in self._sent if at is not None and chunk.number == at[0]), None)
-        self._handle, self._hung = None, None
+        self.handle, self._hung = None, None
         self._sent.clear()
         self._known.clear()
         self.pool.finished += 1
@@ -833,13 +779,11 @@ class _Server(threading.Thread):
         guilty.deaths[row] += 1
         if guilty.deaths[row] >= self.pool.attempts:
             guilty.sent = [row]
-            if guilty.receive([self._refusal(guilty.rows[row], ending, hung == at[:2])]):
+            reason, detail = Reason.IMAGE_CRASHED, f"the process that decoded it ended with {ending}"
+            if hung == at[:2]:
+                limit = f"failures.sample_seconds = {self.pool.sample_seconds:g}"
+                reason, detail = Reason.IMAGE_HUNG, f"decoding took longer than {limit}"
+            one = guilty.rows[row]
+            key = one.sample.key if isinstance(one.sample, RawSample) else one.key  # the key in the source
+            if guilty.receive([Refusal(key, reason, f"{detail}, {self.pool.attempts} times")]):
                 self._todo.remove(guilty)
-
-    def _refusal(self, row: Row, ending: str, hung: bool) -> Refusal:
-        attempts = self.pool.attempts
-        if hung:
-            limit = f"failures.sample_seconds = {self.pool.sample_seconds:g}"
-            return Refusal(row.source_key, Reason.IMAGE_HUNG, f"decoding took longer than {limit}, {attempts} times")
-        detail = f"the process that decoded it ended with {ending}, {attempts} times"
-        return Refusal(row.source_key, Reason.IMAGE_CRASHED, detail)

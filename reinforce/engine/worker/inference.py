@@ -106,7 +106,15 @@ class StageMeter:
         """Count the stages that the device has finished."""
         with _counting:
             while self._pending and self._accelerator.has_passed(self._pending[0][3]):
-                self._count(*self._pending.popleft())
+                layer, inputs, start, end = self._pending.popleft()
+                seconds = self._accelerator.seconds_between(start, end)
+                for counter in self._counters:
+                    counter.busy += seconds
+                stage: Any = self._stages.setdefault(layer, Counter())
+                stage.update(inputs=inputs, seconds=seconds)
+                if layer in self._costs:
+                    cost = self._costs[layer]
+                    stage.update(flops=inputs * cost.flops, peak_flops=seconds * cost.peak)
 
     def collect(self) -> Stages:
         """The sums so far, after all work is done."""
@@ -114,16 +122,6 @@ class StageMeter:
             self._accelerator.wait_until(end)
         self.update()
         return self._stages
-
-    def _count(self, layer: str, inputs: int, start: TimeMark, end: TimeMark) -> None:
-        seconds = self._accelerator.seconds_between(start, end)
-        for counter in self._counters:
-            counter.busy += seconds
-        stage: Any = self._stages.setdefault(layer, Counter())
-        stage.update(inputs=inputs, seconds=seconds)
-        if layer in self._costs:
-            cost = self._costs[layer]
-            stage.update(flops=inputs * cost.flops, peak_flops=seconds * cost.peak)
 
 
 def device_report(accelerator: Accelerator) -> dict[str, Any]:
@@ -245,11 +243,19 @@ class Inference:
             what = f"{len(part)} rows, keys {part[0].key!r} to {part[-1].key!r}"
             finishes, shared = self._session.attempt(partial(self._encode, part, pixels, what))
             if isinstance(finishes, OutOfMemory):
-                self._session.halve(finishes, self._demand(finishes.layer, len(part)), len(part), shared)
+                found = ((one, layer) for one in self._seeing for layer in one.layers if layer.name == finishes.layer)
+                demand = next((one.demand(layer, len(part)) for one, layer in found), COPYING)
+                self._session.halve(finishes, demand, len(part), shared)
             else:
                 parts.append({name: output for finish in finishes for name, output in finish().items()})
                 rest = rest[len(part) :]
-        return parts[0] if len(parts) == 1 else {name: _join([part[name] for part in parts]) for name in parts[0]}
+        if len(parts) == 1:
+            return parts[0]
+        of_layers = {name: [part[name] for part in parts] for name in parts[0]}
+        return {
+            name: np.concatenate(of_parts) if isinstance(of_parts[0], np.ndarray) else [*itertools.chain(*of_parts)]
+            for name, of_parts in of_layers.items()
+        }
 
     def finish_group(self, rows: Sequence[Row]) -> Outputs:
         """The outputs of the models that see no images, for the rows of a row group."""
@@ -259,10 +265,6 @@ class Inference:
         """Run the largest batches of the models that see no images."""
         for encoder in self._encoders:
             encoder.fill()
-
-    def _demand(self, name: str | None, rows: int) -> Demand:
-        found = ((encoder, layer) for encoder in self._seeing for layer in encoder.layers if layer.name == name)
-        return next((encoder.demand(layer, rows) for encoder, layer in found), COPYING)
 
     def _encode(self, rows: Sequence[Row], pixels: PixelCells, what: str, shared: bool) -> list[Callable[[], Outputs]]:
         """Start the outputs of rows that must fit."""
@@ -297,11 +299,6 @@ class Inference:
             return Batch(rows, what, crops, whole), accelerator.mark()
 
 
-def _join(parts: Sequence[Any]) -> Any:
-    """The outputs of a layer for a batch, from those of its parts."""
-    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else list(itertools.chain(*parts))
-
-
 class Batches:
     """Runs batches of rows of one shard, in threads that end with the context.
 
@@ -326,18 +323,17 @@ class Batches:
         ``at_end`` receives all rows and runs beside the last batch. While the consumer has one batch, at most one
         other is in work.
         """
-        rows, seen = iter(rows), list[Row]()
+        rows, seen, ended = iter(rows), list[Row](), False
         in_work: deque[tuple[list[Row], Future[_T]]] = deque()
-        while batch := list(itertools.islice(rows, self._size())):
-            seen += batch
-            in_work.append((batch, self._threads.submit(run, batch)))
-            if len(in_work) == IN_WORK:
-                yield self._oldest(in_work)
-        in_work.append(([], self._threads.submit(at_end, seen)))
-        while in_work:
-            yield self._oldest(in_work)
-
-    def _oldest(self, in_work: deque[tuple[list[Row], Future[_T]]]) -> tuple[list[Row], _T]:
-        batch, future = in_work.popleft()
-        with self._watch.stage(WAITING):
-            return batch, future.result()
+        while not ended or in_work:
+            if not ended:
+                batch = list(itertools.islice(rows, self._size()))
+                ended = not batch
+                seen += batch
+                future = self._threads.submit(at_end, seen) if ended else self._threads.submit(run, batch)
+                in_work.append((batch, future))
+            if ended or len(in_work) == IN_WORK:
+                batch, future = in_work.popleft()
+                with self._watch.stage(WAITING):
+                    result = future.result()
+                yield batch, result

@@ -103,18 +103,6 @@ def to_numpy(out: torch.Tensor, ignored: npt.NDArray[np.bool_] | None = None) ->
     return values
 
 
-def to_scores(out: object, count: int, names: Sequence[str], what: str) -> Floats:
-    """A copy of the scores [count, names] that a class ``what`` returned, on the CPU. Raises ValueError for others."""
-    values = np.array(out.detach().float().cpu() if isinstance(out, torch.Tensor) else out)
-    if values.dtype.kind not in "fiu" or values.shape not in {(count, len(names)), (count,) * (len(names) == 1)}:
-        found = f"{values.dtype} {values.shape}" if isinstance(out, torch.Tensor | np.ndarray) else type(out).__name__
-        raise ValueError(
-            f"{what}.score() must return numbers of shape {(count, len(names))}, one for each of {count} samples and "
-            f"each of {', '.join(names)}, got {found}"
-        )
-    return values.astype(np.float32).reshape(count, len(names))
-
-
 #: Largest batch of ``workers.batch: auto``. Larger ones take more shared memory for pixels.
 MAX_AUTO_BATCH = 1024
 #: Least texts of a batch on accelerators: with fewer, launching the kernels of a text tower is estimated to take longer
@@ -240,30 +228,21 @@ class BatchSizes:
         with self._changed:
             self.short = True
             if failed > 1:
-                before = self._bounds.get(bound, max(failed, planned[bound]))
-                after = self._bounds[bound] = _halved(before, failed)
+                before = after = self._bounds.get(bound, max(failed, planned[bound]))
+                while after > 1 and after >= failed:
+                    after //= 2
+                self._bounds[bound] = after
                 if after < before:
-                    self._notes.append(_note(shortage, failed, after, bound))
+                    unit = _UNITS[bound]
+                    self._notes.append(
+                        f"{shortage.layer or 'copying images'}: {failed:,} {unit}s at once do not fit in the memory of "
+                        f"the device; from now on {after:,} {unit}{'s' * (after > 1)} at once. Cause: {shortage.text}"
+                    )
         if failed == 1 and not shared:
             raise UserError(
                 f"{demand.one} not fit in the memory of the device. Use {demand.fix}; or a device with more memory, "
                 f"or one that no other program uses. The error was {shortage.text}"
             )
-
-
-def _halved(size: int, failed: int) -> int:
-    """``size`` halved until it is less than the size that failed, at least 1."""
-    while size > 1 and size >= failed:
-        size //= 2
-    return size
-
-
-def _note(shortage: OutOfMemory, failed: int, after: int, bound: Bound) -> str:
-    unit = _UNITS[bound]
-    return (
-        f"{shortage.layer or 'copying images'}: {failed:,} {unit}s at once do not fit in the memory of the device; "
-        f"from now on {after:,} {unit}{'s' * (after > 1)} at once. Cause: {shortage.text}"
-    )
 
 
 @dataclass
@@ -425,8 +404,18 @@ class Models:
         return lambda: copied(splitting.to_texts(tokens)), count_tokens(tokens)
 
     def score(self, scorer: Scorer, inputs: Sequence[Any], count: int, names: Sequence[str]) -> Floats:
-        """Score ``count`` samples on the accelerator -> [count, names]. Raises ValueError for another shape."""
-        return to_scores(scorer.score(*inputs), count, names, type(scorer).__name__)
+        """Score ``count`` samples on the accelerator -> a copy [count, names] on the CPU. Raises ValueError for another
+        shape."""
+        out: object = scorer.score(*inputs)
+        values = np.array(out.detach().float().cpu() if isinstance(out, torch.Tensor) else out)
+        if values.dtype.kind not in "fiu" or values.shape not in {(count, len(names)), (count,) * (len(names) == 1)}:
+            known = isinstance(out, torch.Tensor | np.ndarray)
+            found = f"{values.dtype} {values.shape}" if known else type(out).__name__
+            raise ValueError(
+                f"{type(scorer).__name__}.score() must return numbers of shape {(count, len(names))}, one for each of "
+                f"{count} samples and each of {', '.join(names)}, got {found}"
+            )
+        return values.astype(np.float32).reshape(count, len(names))
 
     def release_memory(self) -> None:
         """Return memory that models keep between batches, and that torch keeps for them, to the device.
@@ -536,11 +525,7 @@ def count_tokens(captions: object) -> int:
 
 def _splits(model: object, whole: str, *parts: str) -> bool:
     """Whether ``parts`` replace the method ``whole``: no class below theirs overrides it."""
-    defined = {name: _definer(type(model), name) for name in (whole, *parts)}
+    kinds = type(model).__mro__
+    defined = {name: next((base for base in kinds if name in vars(base)), None) for name in (whole, *parts)}
     owner = defined.pop(whole)
     return owner is not None and all(part is not None and issubclass(part, owner) for part in defined.values())
-
-
-def _definer(kind: type, method: str) -> type | None:
-    """The class from which ``kind`` has a method, or None."""
-    return next((base for base in kind.__mro__ if method in vars(base)), None)

@@ -291,7 +291,13 @@ def check_encoder(
         tolerance = TOLERANCES[_PRECISIONS.get(out.dtype, precision)]
         together = _embeddings(out)
         if batch is None:
-            _check_repeatable(together, _embeddings(encode(rows)), tolerance)
+            cosine = _least_cosine(together, _embeddings(encode(rows)))
+            if cosine < tolerance.repeat:
+                raise ValueError(
+                    f"the same batch gives other embeddings the second time (cosine {cosine:.5f}, at least "
+                    f"{tolerance.repeat} is required); remove what is random, and call `.eval()` on networks with "
+                    "dropout or batch norm"
+                )
             _check_different(together, kind, tolerance)
             alone = [encode([row]) for row in everything]
         _check_independent(together, np.concatenate([_embeddings(one) for one in alone])[rows], tolerance)
@@ -306,15 +312,6 @@ def _embeddings(out: torch.Tensor) -> Floats:
     if not np.isfinite(values).all():
         raise ValueError("embeddings must be finite, got NaN or infinity; check the weights and the precision")
     return values
-
-
-def _check_repeatable(first: Floats, second: Floats, tolerance: Tolerance) -> None:
-    cosine = _least_cosine(first, second)
-    if cosine < tolerance.repeat:
-        raise ValueError(
-            f"the same batch gives other embeddings the second time (cosine {cosine:.5f}, at least {tolerance.repeat} "
-            "is required); remove what is random, and call `.eval()` on networks with dropout or batch norm"
-        )
 
 
 def _check_different(values: Floats, side: str, tolerance: Tolerance) -> None:

@@ -157,7 +157,14 @@ class ShardProcess:
 
     def _run(self, start: float) -> ShardResult:
         with contextlib.ExitStack() as stack:
-            writers = self._writers(stack)
+            # In the order in which their files are committed.
+            schemas_of = {
+                layer.name: producer.schema(layer) for producer in self.producers for layer in producer.layers
+            }
+            writers = {
+                name: stack.enter_context(self.store.writer(layer, schemas_of[name], self.shard.name, self.source))
+                for name, layer in self.layers.items()
+            }
             samples = None if SAMPLES in self.layers else self._open_input(stack, SAMPLES)
             self.origin = {} if samples is None else parse_footer(samples.metadata)
             inputs = {name: self._open_input(stack, name) for name in self._stored_inputs()}
@@ -169,7 +176,7 @@ class ShardProcess:
                     if short := [name for name, file in inputs.items() if index >= file.num_row_groups]:
                         raise MisalignedLayer(short[0])
                     stored = {name: file.read_row_group(index, columns.get(name)) for name, file in inputs.items()}
-                    self._write(RowGroup(*self._run_models(group, lease), stored), writers)
+                    self._write_group(group, lease, stored, writers)
             stale = self._commit(writers, inputs)
             if not stale.keys().isdisjoint(inputs):
                 return ShardResult(shard=self.shard.name, seconds=time.perf_counter() - start, set_aside=stale)
@@ -269,33 +276,22 @@ class ShardProcess:
                     self.opened.check(now)
                 raise
 
-    def _source_state(self) -> SourceState:
-        """The state of the source file after its samples were read. Raises ChangedSource if it was another before."""
-        if self.opened is None:
-            return SourceState(None, None)
-        if self.refusals.shard_reason is None:
-            state = read_state(self.shard.url)
-        else:  # it is refused, perhaps because something writes to it
-            state = (probe_state(self.shard.url) if self.opened.states else None) or SourceState(None, None)
-        self.opened.check(state)
-        return state
-
     # -- models and tables
 
-    def _run_models(self, rows: Iterator[Row], lease: CellLease) -> tuple[list[Row], list[Outputs]]:
-        """The rows of one row group, and the outputs of their batches."""
-        group: list[Row] = []
+    def _write_group(
+        self, rows: Iterator[Row], lease: CellLease, stored: Mapping[str, pa.Table], writers: Mapping[str, LayerWriter]
+    ) -> None:
+        """Run the models on the rows of one row group, and write its tables."""
+        of_group: list[Row] = []
         outputs: list[Outputs] = []
         run = partial(self.inference.run, pixels=lease.cells)
         for batch, results in self.batches.run(rows, run, self.inference.finish_group):
             outputs.append(results)
             lease.free.release(row.cell for row in batch if row.cell is not None)
-            group += batch
+            of_group += batch
             self.counters.samples += len(batch)
             self.models.counters.samples += len(batch)
-        return group, outputs
-
-    def _write(self, group: RowGroup, writers: Mapping[str, LayerWriter]) -> None:
+        group = RowGroup(of_group, outputs, stored)
         self.keys = self.keys.joined(ShardKeys.of(group.keys))
         for row in group.rows if SAMPLES in self.layers else ():
             if isinstance(row.sample, RawSample) and (row.sample.url is not None or not self.shard.is_file):
@@ -320,14 +316,6 @@ class ShardProcess:
         stored = {*schemas.samples_schema(self.config.images, true_captions=True).names}
         wanted = {column for producer in self.producers for column in producer.sample_columns} & stored
         return ["key", *sorted(wanted)] if wanted else []
-
-    def _writers(self, stack: contextlib.ExitStack) -> dict[str, LayerWriter]:
-        """A writer for each layer, in the order in which their files are committed."""
-        schemas = {layer.name: producer.schema(layer) for producer in self.producers for layer in producer.layers}
-        return {
-            name: stack.enter_context(self.store.writer(layer, schemas[name], self.shard.name, self.source))
-            for name, layer in self.layers.items()
-        }
 
     def _open_input(self, stack: contextlib.ExitStack, layer: str) -> LayerFile:
         """Open a file that other layers are computed from. Raises RefusedFile, also if it does not exist, and
@@ -370,7 +358,13 @@ class ShardProcess:
         among the ``inputs``, no layer is written, because some were computed from it. Raises ChangedSource before
         anything is written.
         """
-        state = self._source_state()
+        state = SourceState(None, None)  # of the source file after its samples were read
+        if self.opened is not None:
+            if self.refusals.shard_reason is None:
+                state = read_state(self.shard.url)
+            elif self.opened.states:  # it is refused, perhaps because something writes to it
+                state = probe_state(self.shard.url) or state
+            self.opened.check(state)
         if self.refusals.shard_reason is None:
             self._refuse_unread()
         with self.watch.stage(WRITING, "quarantine"):
@@ -417,10 +411,14 @@ def rows_from_source(
         yield labels.shard_refusal
         return
     vectors = max(config.augmentations.count, config.input.captions_per_sample or 1)
-    grouping = _Grouping(max_group_rows(vectors, group_rows))
+    limit, group, rows_of_group, bytes_of_group = max_group_rows(vectors, group_rows), 0, 0, 0
     seen: set[str] = set()  # keys of labels: several samples of the source may match one
     samples = _read_samples(config, shard)
-    rows = _labelled_rows(samples, labels) if labels.sets else map(_unlabelled, samples)
+    rows: Iterable[Row | Refusal]
+    if labels.sets:
+        rows = _labelled_rows(samples, labels)
+    else:
+        rows = (one if isinstance(one, Refusal) else Row(one.key, sample=one) for one in samples)
     for row in decode_ahead(lease, rows, window):
         if isinstance(row, Refusal):
             yield row
@@ -435,7 +433,10 @@ def rows_from_source(
             seen.add(row.key)
         for name in row.decoded.unlabelled:
             labels.refuse(next(one for one in row.labels if one.name == name))
-        row.group = grouping.add(len(row.sample.image))
+        size = len(row.sample.image)
+        if rows_of_group and (rows_of_group == limit or bytes_of_group + size > GROUP_BYTES):
+            group, rows_of_group, bytes_of_group = group + 1, 0, 0
+        row.group, rows_of_group, bytes_of_group = group, rows_of_group + 1, bytes_of_group + size
         yield row
     yield from labels.left_over()
 
@@ -499,25 +500,6 @@ def _image_roots(config: Config, shard: Shard) -> ImageRoots:
     return ImageRoots.named([shard.folder, *(config.input.images_from or ())], key, size)
 
 
-class _Grouping:
-    """Numbers the row group of each row: a new one begins at ``limit`` rows or ``GROUP_BYTES``."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._group = self._rows = self._bytes = 0
-
-    def add(self, size: int) -> int:
-        """The row group of the next row, whose encoded image has ``size`` bytes."""
-        if self._rows and (self._rows == self._limit or self._bytes + size > GROUP_BYTES):
-            self._group, self._rows, self._bytes = self._group + 1, 0, 0
-        self._rows, self._bytes = self._rows + 1, self._bytes + size
-        return self._group
-
-
-def _unlabelled(sample: RawSample | Refusal) -> Row | Refusal:
-    return sample if isinstance(sample, Refusal) else Row(sample.key, sample=sample)
-
-
 def _labelled_rows(samples: Iterable[RawSample | Refusal], labels: LabelReader) -> Iterator[Row | Refusal]:
     """The samples of a source, with labels some at a time; those that labels refuse as their refusals."""
     waiting: list[RawSample | Refusal] = []
@@ -529,13 +511,15 @@ def _labelled_rows(samples: Iterable[RawSample | Refusal], labels: LabelReader) 
         if item is None or len(waiting) == labels.at_once or size > GROUP_BYTES:
             raws = [one for one in waiting if isinstance(one, RawSample)]
             found = iter(labels.find([Wanted(one.key, identity_of(one.all_sidecars), one.image) for one in raws]))
-            yield from (one if isinstance(one, Refusal) else _labelled(one, next(found)) for one in waiting)
+            for one in waiting:
+                if isinstance(one, Refusal):
+                    yield one
+                    continue
+                of_row = next(found)
+                refusal = next((label.refusal for label in of_row if label.refusal is not None), None)
+                key = next((label.key for label in of_row if label.key is not None), one.key)
+                yield refusal or Row(key, sample=one, labels=of_row)
             waiting, size = [], 0
-
-
-def _labelled(raw: RawSample, labels: Sequence[RowLabels]) -> Row | Refusal:
-    refusal = next((one.refusal for one in labels if one.refusal is not None), None)
-    return refusal or Row(next((one.key for one in labels if one.key is not None), raw.key), sample=raw, labels=labels)
 
 
 def _stored_rows(config: Config, shard: Shard, file: LayerFile, reader: LabelReader, decoded: bool) -> Iterator[Row]:

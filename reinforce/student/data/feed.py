@@ -42,8 +42,8 @@ from reinforce.dataset.layers import model_of
 from reinforce.errors import UserError
 from reinforce.images.device_records import DEVICE_BACKEND
 from reinforce.processes.attempts import prefetch
+from reinforce.processes.children import exit_with_parent
 from reinforce.processes.imports import without_main_module
-from reinforce.processes.signals import exit_with_parent
 from reinforce.settings import flatten
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import Models, open_datasets

@@ -29,7 +29,7 @@ from reinforce.errors import UserError
 from reinforce.images.backends import load_backend
 from reinforce.images.device_records import CELL, CellRecord, fill_cell
 from reinforce.images.policy import ImageRefused, decode
-from reinforce.processes.shared_memory import SharedMemory
+from reinforce.processes.children import SharedMemory
 from reinforce.source.references import ChangedImages, ImageRoots
 from reinforce.student.data.examples import (
     NO_CAPTION,

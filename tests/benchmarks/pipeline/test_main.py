@@ -21,7 +21,7 @@ from benchmarks.pipeline.__main__ import main
 from benchmarks.pipeline.host import cpu_figures
 from benchmarks.pipeline.memory import pixel_cell_bytes
 from benchmarks.pipeline.stand_ins import FixedTimeTeacher, StandInAccelerator
-from reinforce.processes.shared_memory import SharedMemory
+from reinforce.processes.children import SharedMemory
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ MEGABYTE = 10**6
 _BUSY = "import time; t = time.process_time\nwhile t() < {}: pass\nprint('done', flush=True); input()"
 _TOUCH = """\
 import sys
-from reinforce.processes.shared_memory import SharedMemory
+from reinforce.processes.children import SharedMemory
 memory = SharedMemory(descriptor=int(sys.argv[1])).array()
 memory[:] = 1
 print("done", flush=True); input()

@@ -17,7 +17,6 @@ from reinforce.engine.driver.failures import (
     StallLimits,
     find_hang,
     find_silence,
-    silence_limit,
 )
 from reinforce.engine.driver.worker_pool import MAX_IN_FLIGHT, Polls, poll_interval
 from reinforce.engine.pulse import (
@@ -172,19 +171,17 @@ def test_the_message_names_shard_layer_batch_and_limit_or_the_image_in_work() ->
     )
 
 
-def test_a_worker_that_does_not_answer_has_the_limit_of_what_it_last_did_and_its_board_names_shard_and_batch() -> None:
+def test_a_worker_that_does_not_answer_has_the_limit_of_what_it_last_did() -> None:
     limits = StallLimits(Failures())
-    assert silence_limit(Pulse(), limits) == CEILING, "nothing is known of it"
+    assert find_silence(CEILING, Pulse(), limits) is None, "nothing is known of it"
+    limits.record_hang(find_silence(CEILING + 1, pulse(LAYER, 1.0), limits))
+    assert limits.seconds(LAYER) == STORAGE_FLOOR, "it does not get an hour again"
     limits.record({LAYER: 2.0})
-    assert silence_limit(pulse(LAYER, 1.0, "4 rows"), limits) == 300
-    hang = find_silence(301.0, pulse(LAYER, 1.0, "4 rows"), (), limits)
+    assert find_silence(300.0, pulse(LAYER, 1.0, "4 rows"), limits) is None
+    hang = find_silence(301.0, pulse(LAYER, 1.0, "4 rows"), limits)
     assert hang.shards == frozenset(), "it may be another one by now"
     assert hang.reason == (
         "the worker has not answered for 301 s, as if something in it holds the interpreter lock; at its last answer "
         "it was at a in layer embeddings/red/images (4 rows) (limit: 300 s, because the slowest such step so far took "
         "2 s; failures.stall_seconds sets another limit)"
     )
-    board = (LeasePulse("a", WAITING, 9.0), LeasePulse("b", LAYER, 9.0, "8 rows"))
-    hang = find_silence(7.0, pulse(LAYER, 1.0, "4 rows"), board, SIX)
-    assert (hang.shards, hang.stages) == ({"b"}, {LAYER})
-    assert "; it is at a in waiting for the accelerator; b in layer embeddings/red/images (8 rows)" in hang.reason

@@ -88,7 +88,7 @@ def pool_of(processes: int, seconds: float = 60.0, attempts: int = 2) -> Iterato
 
 
 def pids(pool: DecodePool) -> list[int]:
-    return [server._handle._process.pid for server in pool._servers if server._handle is not None]
+    return [server.handle._process.pid for server in pool._servers if server.handle is not None]
 
 
 @pytest.fixture(scope="module")

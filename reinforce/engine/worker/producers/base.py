@@ -286,10 +286,6 @@ class Refusals:
         """The layers that refuse something."""
         return self._by_layer.keys()
 
-    def count_cleaned(self, captioner: str, counts: Mapping[str, int]) -> None:
-        """Add what ``clean`` has done to the captions of one image."""
-        self.cleaned.setdefault(captioner, Counter()).update(counts)
-
     def counts(self) -> dict[str, int]:
         return dict(Counter(refusal.reason.value for rows in self._by_layer.values() for refusal in rows))
 
@@ -335,7 +331,12 @@ def set_inputs_aside(
     """
     if isinstance(error, MisalignedLayer):
         if SAMPLES in layers:
-            return set_stale_aside(store, shard, layers, *_stored_samples(store, shard), None, new=False)
+            try:
+                with store.open_layer(SAMPLES, shard) as file:
+                    keys, origin = _keys(file), parse_footer(file.metadata)
+            except RefusedFile as refused:
+                raise UserError(f"{store.layer_path(SAMPLES, shard)} cannot be read: {refused}.") from refused
+            return set_stale_aside(store, shard, layers, keys, origin, None, new=False)
         set_aside(store, error.args[0], shard)  # the samples are being computed
         return {error.args[0]: _OTHER_ROWS}
     if error.file is None:
@@ -374,40 +375,23 @@ def set_stale_aside(
     """
     reasons = {}
     for layer in layers:
+        if layer == SAMPLES:
+            continue
         try:
-            if layer != SAMPLES and (reason := _stale_reason(store, layer, shard, groups, origin, recorded)):
-                set_aside(store, layer, shard)
-                reasons[layer] = reason
+            with store.open_layer(layer, shard) as file:
+                reason = other_origin(origin, parse_footer(file.metadata), recorded)
+                if not reason and _keys(file) != [*map(list, groups)]:
+                    reason = _OTHER_ROWS
+        except RefusedFile as error:
+            reason = str(error)
         except FileNotFoundError:
             if new:
                 reasons[layer] = _MISSING
+            continue
+        if reason:
+            set_aside(store, layer, shard)
+            reasons[layer] = reason
     return reasons
-
-
-def _stale_reason(
-    store: Store,
-    layer: str,
-    shard: str,
-    groups: Sequence[Sequence[str]],
-    origin: Mapping[str, str],
-    recorded: SourceState | None,
-) -> str | None:
-    try:
-        with store.open_layer(layer, shard) as file:
-            if reason := other_origin(origin, parse_footer(file.metadata), recorded):
-                return reason
-            return None if _keys(file) == [*map(list, groups)] else _OTHER_ROWS
-    except RefusedFile as error:
-        return str(error)
-
-
-def _stored_samples(store: Store, shard: str) -> tuple[list[list[str]], dict[str, str]]:
-    """The keys of each row group of the stored samples, and their footer. Raises UserError if they cannot be read."""
-    try:
-        with store.open_layer(SAMPLES, shard) as file:
-            return _keys(file), parse_footer(file.metadata)
-    except RefusedFile as error:
-        raise UserError(f"{store.layer_path(SAMPLES, shard)} cannot be read: {error}.") from error
 
 
 def _keys(file: LayerFile) -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -67,7 +68,14 @@ class Captions(Producer):
             if len(own) < len(batch.rows):
                 whole, seeds = whole[own], seeds[own]
             if self.session.models.by_group(captioner):
-                encoded = dict(zip(own, self._encode(layer, batch.what, whole, seeds), strict=True)) if own else {}
+                encoded: dict[int, tuple[torch.Tensor, npt.NDArray[Any]]] = {}  # what ``decode`` needs of each image
+                if own:
+                    with self.session.stage(layer.name, batch.what), self.session.meter.stage(layer.name, 0):
+                        images = copied(captioner.encode(to_pixels(whole, captioner.image)))
+                        if len(images) != len(own):
+                            got = f"encode() must return {len(own)} images, not {len(images)}"
+                            raise ValueError(f"{layer.model}: {got}")
+                        encoded = dict(zip(own, zip(images, seeds, strict=True), strict=True))
                 outputs[layer.name] = partial(list, [encoded.get(place) for place in range(len(batch.rows))])
                 continue
             if not own:
@@ -80,17 +88,6 @@ class Captions(Producer):
             self.session.meter.add_tokens(layer.name, tokens)
             outputs[layer.name] = partial(self._finish, layer, texts, batch.rows, batch.what)
         return lambda: {name: finish() for name, finish in outputs.items()}
-
-    def _encode(
-        self, layer: Layer, what: str, whole: torch.Tensor, seeds: npt.NDArray[Any]
-    ) -> list[tuple[torch.Tensor, npt.NDArray[Any]]]:
-        """What ``decode`` needs of each image: its encoding, and its seeds."""
-        captioner: Any = self.session.models.of(layer)
-        with self.session.stage(layer.name, what), self.session.meter.stage(layer.name, 0):
-            images = copied(captioner.encode(to_pixels(whole, captioner.image)))
-            if len(images) != len(seeds):
-                raise ValueError(f"{layer.model}: encode() must return {len(seeds)} images, not {len(images)}")
-            return [*zip(images, seeds, strict=True)]
 
     def encode_group(self, rows: Sequence[Row]) -> Outputs:
         """Captions that are made of the true captions alone, by layer."""
@@ -178,9 +175,18 @@ class Captions(Producer):
     def table(self, layer: Layer, group: RowGroup) -> pa.Table:
         captions: list[list[str] | None] = [None for _ in group.rows]
         if layer in self.computed:
-            captions = self._captions(layer, group)
-        for place, texts in self.labels(layer, group.rows):
-            captions[place] = [*texts]
+            if layer.sees_images:
+                self.refuse_unreadable(layer, group)
+            found: Iterable[list[str] | NoCaptions | None]
+            if self.session.models.by_group(self.session.models.of(layer)):
+                found = self._decode(layer, group)
+            else:
+                found = itertools.chain.from_iterable(group.outputs(layer.name))
+            for place, (row, texts) in enumerate(zip(group.rows, found, strict=True)):
+                if not (layer.sees_images and row.unreadable) and not self.has_label(layer, row):
+                    captions[place] = self._clean(layer, row.key, texts)
+        for place, label in self.labels(layer, group.rows):
+            captions[place] = [*label]
         group.set_values(layer.name, captions)
         columns = [pa.array(group.keys, pa.string()), pa.array(captions, pa.list_(pa.string()))]
         return pa.table(columns, schema=self.schema(layer))
@@ -205,21 +211,6 @@ class Captions(Producer):
             of_rows = dict(zip(own, found, strict=True))
             return [of_rows.get(place, []) for place in range(len(rows))]
 
-    def _captions(self, layer: Layer, group: RowGroup) -> list[list[str] | None]:
-        """Captions of each row, or None; records why there are none."""
-        if layer.sees_images:
-            self.refuse_unreadable(layer, group)
-        texts: Iterable[list[str] | NoCaptions | None]
-        if self.session.models.by_group(self.session.models.of(layer)):
-            texts = self._decode(layer, group)
-        else:
-            texts = itertools.chain.from_iterable(group.outputs(layer.name))
-        return [self._caption(layer, row, captions) for row, captions in zip(group.rows, texts, strict=True)]
-
-    def _caption(self, layer: Layer, row: Row, captions: list[str] | NoCaptions | None) -> list[str] | None:
-        unreadable = layer.sees_images and row.unreadable
-        return None if unreadable or self.has_label(layer, row) else self._clean(layer, row.key, captions)
-
     def _clean(self, layer: Layer, key: str, texts: list[str] | NoCaptions | None) -> list[str] | None:
         """One image's captions after the config's ``clean``; None if none is left."""
         captioner = str(layer.model)
@@ -234,7 +225,7 @@ class Captions(Producer):
         if rules is None:
             return texts
         kept, counts = clean(texts, rules)
-        self.refusals.count_cleaned(captioner, counts)
+        self.refusals.cleaned.setdefault(captioner, Counter()).update(counts)
         if kept is None:
             detail = f"`clean` dropped all captions, {texts[0]!r} among them"
             self.refusals.add(layer.name, Refusal(key, Reason.NO_TEXT, detail))

@@ -82,18 +82,11 @@ class Scores(Producer):
                 pixels = to_pixels(pixels if given.all() else pixels[torch.from_numpy(given).to(pixels.device)], image)
                 texts = [row.caption for row, usable in zip(batch.rows, given, strict=True) if usable]
                 values = [pixels if one == PIXELS else texts for one in inputs]
-                outputs[layer.name][given] = self._score(layer, values, len(texts))
+                models = self.session.models
+                outputs[layer.name][given] = models.score(models.of(layer), values, len(texts), layer.names)
         return lambda: outputs
 
     # -- classes that see none
-
-    def _score_group(self, layer: Layer, group: RowGroup) -> tuple[Floats, Mask]:
-        """Scores [rows, names], and which rows have all inputs [rows]."""
-        values = [_values(one, group) for one in _inputs(layer)]
-        given = np.all([_given(one) for one in values], axis=0)
-        found = np.full((len(given), len(layer.names)), np.nan, np.float32)
-        found[given] = self._score_batches(layer, values, np.flatnonzero(given))
-        return found, given
 
     def _score_batches(self, layer: Layer, values: Sequence[Any], places: npt.NDArray[np.int64]) -> Floats:
         """Scores [places, names] of the ``places`` in the ``values`` of each input.
@@ -119,10 +112,7 @@ class Scores(Producer):
                 else [one[place] for place in places]
                 for one in values
             ]
-            return self._score(layer, inputs, len(places))
-
-    def _score(self, layer: Layer, inputs: Sequence[Any], count: int) -> Floats:
-        return self.session.models.score(self.session.models.of(layer), inputs, count, layer.names)
+            return self.session.models.score(self.session.models.of(layer), inputs, len(places), layer.names)
 
     def fill(self) -> None:
         rows = self.session.models.batches.fitting("samples", self.session.config.workers.images)
@@ -155,7 +145,10 @@ class Scores(Producer):
             values = np.concatenate(group.outputs(layer.name))
             given = _usable(layer, group.rows)
         else:
-            values, given = self._score_group(layer, group)
+            inputs = [_values(one, group) for one in _inputs(layer)]
+            given = np.all([_given(one) for one in inputs], axis=0)
+            values = np.full((len(given), len(layer.names)), np.nan, np.float32)
+            values[given] = self._score_batches(layer, inputs, np.flatnonzero(given))
         finite = np.isfinite(values)
         for row in np.flatnonzero(given & ~finite.all(axis=1)):
             names = ", ".join(np.array(layer.names)[~finite[row]])
