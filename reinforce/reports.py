@@ -62,7 +62,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_without_control_characters,
+        finalize=lambda value: escape(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
     environment.filters.update(
         count=lambda value: f"{value:,}",
@@ -73,10 +73,6 @@ def _environment() -> Environment:
         fixed=lambda value, digits=3: "-" if value is None else f"{value:.{digits}f}".replace("-", "\u2212"),
     )
     return environment
-
-
-def _without_control_characters(value: Any) -> Any:
-    return escape(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 # -- The common style of all plots, and how they are written.

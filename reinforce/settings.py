@@ -110,7 +110,9 @@ def json_schema(model: type[BaseModel]) -> Schema:
     for section in (schema, *sections.values()):
         section.pop("title", None)
         if "description" in section:
-            section["description"] = _paragraph(section["description"])
+            # The first paragraph of a docstring, as Markdown, which editors show.
+            text, _, _ = section["description"].partition("\n\n")
+            section["description"] = " ".join(text.replace("``", "`").split())
     for section in (schema, *sections.values()):
         for key, value in section.get("properties", {}).items():
             section["properties"][key] = _described(value, sections)
@@ -135,11 +137,6 @@ def _described(value: Schema, sections: dict[str, Schema]) -> Schema:
     if isinstance(shown.get("default"), dict) and shown["default"]:
         del shown["default"]
     return shown
-
-
-def _paragraph(text: str) -> str:
-    """The first paragraph of a docstring, as Markdown, which editors show."""
-    return " ".join(text.partition("\n\n")[0].replace("``", "`").split())
 
 
 def _optional(value: Any) -> Any:
@@ -193,7 +190,14 @@ def load_yaml(text: str) -> Any:
 
 def read(path: str | os.PathLike[str], model: type[BaseModel] | None = None) -> dict[str, Any]:
     """The mapping of a YAML file of a ``model``, which is not validated. Raises UserError."""
-    return _mapping(_read_yaml(path), path, model)
+    try:
+        data = load_yaml(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror or error}. Give the path of a YAML file.") from error
+    except yaml.YAMLError as error:
+        # Not chained: the YAML error quotes the file, which may hold secrets.
+        raise UserError(f"config {path} is not valid YAML: {_describe_yaml(error)}") from None
+    return _mapping(data, path, model)
 
 
 def section_of(path: str | os.PathLike[str], section: str, model: type[BaseModel] | None = None) -> dict[str, Any]:
@@ -209,18 +213,6 @@ def _mapping(data: Any, where: object, model: type[BaseModel] | None = None) -> 
         keys = "" if model is None else f" with keys such as {_example(model)}"
         raise UserError(f"config {where}: must be a mapping{keys}, got {type(data).__name__}")
     return data
-
-
-def _read_yaml(path: str | os.PathLike[str]) -> Any:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"config {path}: {error.strerror or error}. Give the path of a YAML file.") from error
-    try:
-        return load_yaml(text)
-    except yaml.YAMLError as error:
-        # Not chained: the YAML error quotes the file, which may hold secrets.
-        raise UserError(f"config {path} is not valid YAML: {_describe_yaml(error)}") from None
 
 
 def load(model: type[Model], path: str | Path, overrides: list[str] | None = None, section: str | None = None) -> Model:
@@ -331,19 +323,17 @@ def checked_arguments(function: Callable[P, T]) -> Callable[P, T]:
         except TypeError as error:
             raise UserError(f"{function.__name__}: {error}. It takes: {', '.join(checked)}.") from None
         for name in checked:
-            if name in bound.arguments:
-                bound.arguments[name] = _checked_argument(function, name, bound.arguments[name])
+            if name not in bound.arguments:
+                continue
+            value = bound.arguments[name]
+            try:
+                bound.arguments[name] = _adapter(function, name).validate_python(value)
+            except ValidationError as error:
+                messages = dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in error.errors())
+                raise UserError(f"{function.__name__}: {name}: {'; '.join(messages)}, got {value!r:.100}") from None
         return function(*bound.args, **bound.kwargs)
 
     return call
-
-
-def _checked_argument(function: Callable[..., Any], name: str, value: Any) -> Any:
-    try:
-        return _adapter(function, name).validate_python(value)
-    except ValidationError as error:
-        messages = dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in error.errors())
-        raise UserError(f"{function.__name__}: {name}: {'; '.join(messages)}, got {value!r:.100}") from None
 
 
 @functools.cache
@@ -358,7 +348,12 @@ def parse(model: type[Model], data: Mapping[str, Any], where: str = "config") ->
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [f"  {_location(entry['loc'])}: {_explain(model, dict(entry))}" for entry in error.errors()]
+        lines = []
+        for entry in error.errors():
+            # Names that pydantic adds for members of unions, such as ``list[str]``, are left out.
+            type_names = ("[key]", "str", "int", "float", "bool")
+            parts = [str(part) for part in entry["loc"] if part not in type_names and "[" not in str(part)]
+            lines.append(f"  {'.'.join(parts) or '(top level)'}: {_explain(model, dict(entry))}")
         raise UserError(f"{where} has {len(lines)} error{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from None
 
 
@@ -367,13 +362,6 @@ def _example(model: type[BaseModel]) -> str:
     fields = model.model_fields.items()
     required = [(name, field) for name, field in fields if field.is_required()] or [*fields]
     return " and ".join(f"`{field.alias or name}`" for name, field in required[:2])
-
-
-def _location(loc: tuple[int | str, ...]) -> str:
-    """Join keys and indices; names that pydantic adds for members of unions, such as ``list[str]``, are left out."""
-    type_names = ("[key]", "str", "int", "float", "bool")
-    parts = [str(part) for part in loc if part not in type_names and "[" not in str(part)]
-    return ".".join(parts) or "(top level)"
 
 
 def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
@@ -399,8 +387,14 @@ def _name_elsewhere(model: type[BaseModel], loc: tuple[int | str, ...]) -> str |
     """Our key for the unknown one at ``loc``, where another library has it: of several, the nearest one."""
     name = str(loc[-1]).lstrip("-").replace("-", "_").lower()
     found = []
+    # The model may be a section of a config alone, or have other configs as parts.
+    section, parts = ([model.place], model.configs) if issubclass(model, Section) else ([], {})
     for row in (one for one in names_elsewhere() if one["name"] == name):
-        key = _key_in(model, row["key"].split("."))
+        whole = row["key"].split(".")
+        ends = [whole[at:] for at in range(len(whole)) if at < max(1, len(whole) - 1) or whole[:at] == section]
+        keys = [one for one in ends if has_key(model, one)]
+        keys += [[part, *one] for part, inner in parts.items() for one in ends if has_key(inner, one)]
+        key = keys[0] if keys else []
         if key or not row["key"]:
             shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(loc, key, strict=False))
             found.append((len([*shared]), row, f" is `{'.'.join(key)}` here" if key else ""))
@@ -408,15 +402,6 @@ def _name_elsewhere(model: type[BaseModel], loc: tuple[int | str, ...]) -> str |
         return None
     _, row, place = max(found, key=lambda one: one[0])
     return f"{name} of {row['library']}{place}{': ' * bool(row['note'])}{row['note']}"
-
-
-def _key_in(model: type[BaseModel], key: Sequence[str]) -> Sequence[str]:
-    """A key of a whole config where ``model`` has it, which may be a section alone or have such a config as a part."""
-    section, parts = ([model.place], model.configs) if issubclass(model, Section) else ([], {})
-    suffixes = [key[start:] for start in range(len(key)) if start < max(1, len(key) - 1) or key[:start] == section]
-    found = [one for one in suffixes if has_key(model, one)]
-    found += [[name, *one] for name, part in parts.items() for one in suffixes if has_key(part, one)]
-    return found[0] if found else []
 
 
 def has_key(model: type[BaseModel], key: Sequence[str]) -> bool:

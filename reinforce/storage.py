@@ -1,4 +1,11 @@
-"""A lock of a file on a local disk: it ends with the process that has it, also by a kill."""
+"""Files in a local folder or an object store: atomic publishing, locks and claims.
+
+A file is finished elsewhere before it is published: on a local disk by ``os.replace`` of a synced temporary file in the
+same file system, in an object store by one put of the finished file. A lock of a file on a local disk ends with the
+process that has it, also by a kill. A claim is a file that only one of several processes can create, by a conditional
+put, and that names its owner. Some stores ignore the condition, so it is read back; one that was not written for long
+is over.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +43,17 @@ from reinforce.source.urls import (
 from teachers.redact import redact
 from teachers.weights import replacing
 
+T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
+_JSON_BYTES = 16 * 2**20  # of a file that is read as JSON
+_EMPTY = "empty: it has 0 bytes"
+_PUTS_AT_ONCE = 16
+_TEMPORARY_FOLDER = ".tmp"
+_TEMPORARY_PREFIX = "reinforce-"
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the process that `ray job submit` starts
+_UPLOADED_FOLDER = "working_dir_files"  # in Ray's temporary folder, with what --working-dir uploaded
+_DAMAGED = "damaged"  # key of what a file is that is no claim
+
 
 @contextlib.contextmanager
 def lock_file(path: str, busy: str, fix: str) -> Iterator[None]:
@@ -58,22 +76,6 @@ def lock_file(path: str, busy: str, fix: str) -> Iterator[None]:
         file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
-
-
-# -- Atomic publishing of files to a local folder or an object store.
-#
-# A file is finished elsewhere before it is published: on a local disk by ``os.replace`` of a synced temporary file in
-# the same file system, in an object store by one put of the finished file.
-
-T = TypeVar("T")
-_LOG = logging.getLogger(__name__)
-_JSON_BYTES = 16 * 2**20  # of a file that is read as JSON
-_EMPTY = "empty: it has 0 bytes"
-_PUTS_AT_ONCE = 16
-_TEMPORARY_FOLDER = ".tmp"
-_TEMPORARY_PREFIX = "reinforce-"
-JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the process that `ray job submit` starts
-_UPLOADED_FOLDER = "working_dir_files"  # in Ray's temporary folder, with what --working-dir uploaded
 
 
 def is_ray_job() -> bool:
@@ -288,7 +290,11 @@ class Storage:
     def check_writable(self) -> None:
         """Raise UserError if nothing can be written here, in an object store after some attempts, or if Ray deletes it
         after the job."""
-        self._check_outlives_job()
+        if self.local and is_ray_job() and is_job_folder(self.url):
+            raise UserError(
+                f"output {self.url} is in the temporary folder of a Ray job, {os.getcwd()}, and would be lost. Set "
+                "`output` to an absolute path that every node reaches, or to a URL such as s3://BUCKET/FOLDER."
+            )
 
         def write() -> None:
             probe = (_TEMPORARY_FOLDER, f"write-test-{uuid.uuid4().hex}")
@@ -312,14 +318,6 @@ class Storage:
             self.refresh()
 
         FIRST_WRITE.call(write, passes, wait)
-
-    def _check_outlives_job(self) -> None:
-        """Raise UserError in a job of `ray job submit` if this is a folder of the code that was uploaded with it."""
-        if self.local and is_ray_job() and is_job_folder(self.url):
-            raise UserError(
-                f"output {self.url} is in the temporary folder of a Ray job, {os.getcwd()}, and would be lost. Set "
-                "`output` to an absolute path that every node reaches, or to a URL such as s3://BUCKET/FOLDER."
-            )
 
     @contextlib.contextmanager
     def storage_errors(self, what: str, *parts: str) -> Iterator[None]:
@@ -438,13 +436,6 @@ def as_seen_by_workers(url: str) -> str:
     """A URL, or the absolute path of a local folder, because workers have other working folders."""
     storage = Storage(url)
     return storage.root if storage.local else url
-
-
-# -- A claim: a file that only one of several processes can create, by a conditional put, and that names its owner.
-#
-# Some stores ignore the condition, so the file is read back. A claim that was not written for long is over.
-
-_DAMAGED = "damaged"  # key of what a file is that is no claim
 
 
 @dataclass(frozen=True)

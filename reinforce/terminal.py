@@ -107,7 +107,11 @@ class _NotebookLine:
     def update(self, line: str, done: float, total: float) -> None:
         if self._handle is None or time.monotonic() - self._updated >= _NOTEBOOK_SECONDS:
             self._updated = time.monotonic()
-            self._show(_as_text(_bar_and_line(escape(line), done, total)))
+            out = io.StringIO()
+            plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False, "no_color": True}
+            # Without colours, rich leaves the rest of a bar blank.
+            Console(file=out, width=_NOTEBOOK_COLUMNS, **plain).print(_bar_and_line(escape(line), done, total))
+            self._show(out.getvalue().rstrip("\n"))
 
     def clear(self) -> None:
         """Empty the output; the next update starts a new one."""
@@ -150,13 +154,6 @@ def _bar_and_line(line: str, done: float, total: float) -> Table:
     bar = ProgressBar(total=total, completed=done, width=_BAR_COLUMNS)
     row.add_row(bar, Text(line, no_wrap=True, overflow="ellipsis"))
     return row
-
-
-def _as_text(row: Table) -> str:
-    """Render a row as plain text; without colours, rich leaves the rest of a bar blank."""
-    out = io.StringIO()
-    Console(file=out, width=_NOTEBOOK_COLUMNS, force_jupyter=False, force_terminal=False, no_color=True).print(row)
-    return out.getvalue().rstrip("\n")
 
 
 def plural(count: int, noun: str) -> str:

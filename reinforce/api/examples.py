@@ -30,7 +30,7 @@ from reinforce.images.device_records import DEVICE_BACKEND
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.examples import Example
-from reinforce.student.data.stream import PartMaker, StreamedDataset, StreamReader, make_orders
+from reinforce.student.data.stream import PartMaker, StreamReader, make_orders
 from reinforce.terminal import plural
 from reinforce.training import gather
 from reinforce.training.order import GroupChunk, share
@@ -94,10 +94,18 @@ class Examples(Dataset[dict[str, Any]]):
         if self.data.backend == DEVICE_BACKEND:
             raise UserError(f"backend {DEVICE_BACKEND} is for `reinforce train`; choose another, or none.")
         self.seed, self.epoch = _checked_whole("seed", seed), None if self.data.pick == "random" else 0
-        self.datasets = _restricted(open_datasets(self.data, seed, {**_models(self.data), **others}), datasets)
+        self.datasets = open_datasets(self.data, seed, {**_models(self.data), **others})
+        if isinstance(datasets, ReinforcedDataset):  # only the shards that this one has
+            [dataset] = self.datasets
+            kept = np.isin(np.array(dataset.shards)[dataset.groups[:, 0]], datasets.shards)
+            if not kept.any():
+                raise UserError(f"{dataset.url}: none of these shards has samples. Choose others.")
+            self.datasets = [replace(dataset, groups=dataset.groups[kept])]
         self._image, self._tokens = image_transform(image), text_transform(tokenizer, context)
         recorded = max(dataset.size for dataset in self.datasets)
-        self.size = _checked_size(replay_size(image) or recorded if size is None else size)
+        self.size = replay_size(image) or recorded if size is None else size
+        if not isinstance(self.size, int) or self.size < 1:
+            raise UserError(f"size: want the side of an image in pixels, got {self.size!r:.100}")
         first = self.datasets[0]
         self.kinds, self.targets = first.spec.kinds, first.targets
         for section, names in others.items():
@@ -164,13 +172,12 @@ class Examples(Dataset[dict[str, Any]]):
             found: dict[str, dict[str, torch.Tensor]] = {}
             for target, values in zip(self.targets, part.buffers.targets, strict=True):
                 found.setdefault(target.model, {})[target.name] = values[row]
-            items.append(self._flat(item, found) if self._columns else {**item, "targets": found})
+            if self._columns:
+                flat = {**item, **{f"{model}/{name}": v for model, of in found.items() for name, v in of.items()}}
+                items.append({name: flat[of] for name, of in self._columns.items()})
+            else:
+                items.append({**item, "targets": found})
         return items
-
-    def _flat(self, item: Mapping[str, Any], targets: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, Any]:
-        values = {**item, **{f"{model}/{name}": v for model, of in targets.items() for name, v in of.items()}}
-        assert self._columns is not None
-        return {name: values[of] for name, of in self._columns.items()}
 
     @functools.cached_property
     def _stored(self) -> Ints:
@@ -321,23 +328,6 @@ def _names(section: str, given: Any) -> list[str]:
     if not isinstance(names, list):
         raise UserError(f"{section}: want names of {owner_of(section)}, got {given!r:.100}")
     return names
-
-
-def _restricted(found: list[StreamedDataset], datasets: Any) -> list[StreamedDataset]:
-    """The datasets that were opened; of one that the user has opened, only the shards that this one has."""
-    if not isinstance(datasets, ReinforcedDataset):
-        return found
-    [dataset] = found
-    kept = np.isin(np.array(dataset.shards)[dataset.groups[:, 0]], datasets.shards)
-    if not kept.any():
-        raise UserError(f"{dataset.url}: none of these shards has samples. Choose others.")
-    return [replace(dataset, groups=dataset.groups[kept])]
-
-
-def _checked_size(size: Any) -> int:
-    if not isinstance(size, int) or size < 1:
-        raise UserError(f"size: want the side of an image in pixels, got {size!r:.100}")
-    return size
 
 
 def _checked_whole(name: str, value: Any, least: int = 0) -> int:

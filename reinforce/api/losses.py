@@ -151,7 +151,11 @@ class StudentLoss(torch.nn.Module):
         scalars |= self.terms.scalars(self.scales)
         own = {name: dict(of) for name, of in targets.items()}
         try:
-            losses = self.terms.losses_of_rows(of_rows, own, self.heads) | self._losses_of_weights()
+            losses = self.terms.losses_of_rows(of_rows, own, self.heads)
+            if self._start:
+                weights = dict(self._model(str(self.terms.start_key)).named_parameters())
+                self._start = {name: value.to(weights[name]) for name, value in self._start.items()}
+                losses |= self.terms.losses_of_weights(weights, self._start)
             rows = {**features, **self.terms.projections(features, self.heads)}
             return {**losses, **self.terms.losses(Rows(rows, scalars, own, heads=self.heads))}
         except KeyError as error:
@@ -184,13 +188,6 @@ class StudentLoss(torch.nn.Module):
             raise UserError(
                 f"features have {rows:,} rows, and {other[0]} has {counts[other[0]]:,}: want those of one batch."
             )
-
-    def _losses_of_weights(self) -> dict[str, torch.Tensor]:
-        if not self._start:
-            return {}
-        weights = dict(self._model(str(self.terms.start_key)).named_parameters())
-        self._start = {name: value.to(weights[name]) for name, value in self._start.items()}
-        return self.terms.losses_of_weights(weights, self._start)
 
     def _model(self, what: str) -> Any:
         """The model that is trained. Raises UserError if it was not given, or is none of open_clip."""

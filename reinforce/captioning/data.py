@@ -70,6 +70,9 @@ _ROWS = 1024  # of a part of a table or a folder, at least
 _READERS = 16
 _MOST_CAPTIONS = 64  # of a sample of a dataset
 _MOST_SAMPLES = 10_000_000  # of a shard by sizes.json
+HELD_OUT_FILE = "held-out.parquet"
+_EVALUATED = 5000  # held-out images of a share, unless `evaluate.images` is set
+_GROUP_ROWS = 64  # of a row group of held-out images
 
 _log = logging.getLogger(__name__)
 
@@ -284,18 +287,6 @@ def _state(shard: Shard) -> tuple[str, str]:
             raise UserError(f"{canonical(url)} does not exist. Check the URL of the shards.") from error
 
 
-# -- The held-out images of a training run, with their captions: a file in the output, which evaluations read again and
-# again.
-#
-# Of a share these are the first ones of the groups in a seeded order, of a source of their own a seeded sample or all.
-
-HELD_OUT_FILE = "held-out.parquet"
-_EVALUATED = 5000  # held-out images of a share, unless `evaluate.images` is set
-_GROUP_ROWS = 64  # of a row group
-
-_log_held_out = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class HeldOut:
     """Held-out images in the order in which they are evaluated, with their ``captions``.
@@ -340,6 +331,9 @@ class _Kept(NamedTuple):
 def load_held_out(config: CaptionerConfig, source: PairSource, shards: Sequence[Shard]) -> HeldOut:
     """Load the held-out images from the output, or collect them from ``held_out.source`` or else ``shards``.
 
+    Of a share these are the first ones of the groups in a seeded order, of a source of their own a seeded sample or
+    all. Evaluations read the file in the output again and again.
+
     Raises UserError for fewer than two, and for shards that cannot be read completely.
     """
     own, most = config.held_out, config.evaluate.images
@@ -351,11 +345,15 @@ def load_held_out(config: CaptionerConfig, source: PairSource, shards: Sequence[
     store, fingerprint = Store(config.output), source.fingerprint(shards, str(most))
     table = read_table(store, HELD_OUT_FILE, fingerprint, ["key", "captions"])
     if table is None:
-        _log_held_out.info("collecting the held-out images, which is done once")
+        _log.info("collecting the held-out images, which is done once")
         with tempfile.TemporaryFile() as images:
             kept: list[_Kept] = []  # a heap, the last one of the order first
             refused = Counter[str]()
-            for number, (item, captions) in enumerate(_pairs(source, shards, most, refused)):
+            # The pairs of a source of held-out images, or the first ones that are held out of a share.
+            share = source.share is not None
+            order = permutation(len(shards), source.seed, "held out", 0).tolist() if share else range(len(shards))
+            pairs = (pair for shard in order for pair in source.pairs(shards[shard], refused, held_out=share))
+            for number, (item, captions) in enumerate(itertools.islice(pairs, most if share else None)):
                 assert isinstance(item, RawSample)
                 place = -seed_for(source.seed, item.key, "sample"), -number
                 if len(kept) == most and place < kept[0].place:
@@ -375,14 +373,6 @@ def load_held_out(config: CaptionerConfig, source: PairSource, shards: Sequence[
     return HeldOut(config.output, fingerprint, table["key"].to_pylist(), table["captions"].to_pylist())
 
 
-def _pairs(source: PairSource, shards: Sequence[Shard], most: int | None, refused: Counter[str]) -> Iterator[Pair]:
-    """The pairs of a source of held-out images, or the first ``most`` that are held out of a share."""
-    share = source.share is not None
-    order = permutation(len(shards), source.seed, "held out", 0).tolist() if share else range(len(shards))
-    found = (pair for number in order for pair in source.pairs(shards[number], refused, held_out=share))
-    return itertools.islice(found, most) if share else found
-
-
 def _write(store: Store, kept: Sequence[_Kept], images: IO[bytes], fingerprint: str) -> None:
     schema = schemas.HELD_OUT.with_metadata({FINGERPRINT: fingerprint})
     options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
@@ -393,19 +383,6 @@ def _write(store: Store, kept: Sequence[_Kept], images: IO[bytes], fingerprint: 
                 images.seek(one.start)
                 rows.append({"key": one.key, "captions": one.captions, "image": images.read(one.length)})
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-
-
-# -- Batches of images with captions: the pairs of a source in the streams and the order of students.
-#
-# Memory holds, of each stream, the encoded images of a window and of a group: a row group of Parquet, 1,024 rows of
-# another table, or a tar. ``reinforce.training.order`` describes the order. A batch of B samples of a rank is a
-# mapping:
-#
-# ===========  ===========================  ================================================================= ``key``
-# list[str]                    sample keys ``image``    uint8 [B, size, size, 3]     RandomResizedCrop of the image, RGB
-# ``caption``  int64 [B, context]           start, words, end, padding ``length``   list[int]                    number
-# of predicted tokens of ``caption``: the words and the end ===========  ===========================
-# =================================================================
 
 
 @dataclass(frozen=True)
@@ -480,6 +457,14 @@ class StreamedPairs:
 
 class CaptionStreams(StreamFeed):
     """The feed of a training run whose source is streamed; ``data`` and the order depend on the counts of the groups.
+
+    Memory holds, of each stream, the encoded images of a window and of a group: a row group of Parquet, 1,024 rows of
+    another table, or a tar. ``reinforce.training.order`` describes the order. A batch of B samples of a rank has
+
+    - ``key``: list[str],
+    - ``image``: uint8 [B, size, size, 3], RandomResizedCrop of the image, RGB,
+    - ``caption``: int64 [B, context], start, words, end, padding,
+    - ``length``: list[int], the predicted tokens of ``caption``: the words and the end.
 
     ``tokenize`` maps B texts to int64 [B, context], ``end`` is the token after the last word. With ``pin``, batches are
     in pinned memory. An image that cannot be decoded is replaced by one of a later batch.

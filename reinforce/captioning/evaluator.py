@@ -64,21 +64,17 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float
     scores = []
     for grams, texts in zip(candidates, reference_sets, strict=True):
         vector = tf_idf(grams)
-        words = _word_count(grams)
-        scores.append(np.mean([_similarity(vector, tf_idf(text), words - _word_count(text)) for text in texts]))
+        similarities = []  # to each reference: mean over n of the clipped cosine, with a penalty for excess words
+        for text in texts:
+            cosines = []
+            for a, b in zip(vector, tf_idf(text), strict=True):
+                norms = math.sqrt(sum(v * v for v in a.values()) * sum(v * v for v in b.values()))
+                dot = sum(min(value, b[gram]) * b[gram] for gram, value in a.items() if gram in b)
+                cosines.append(dot / norms if norms else 0.0)
+            excess = sum(grams[0].values()) - sum(text[0].values())
+            similarities.append(float(np.mean(cosines)) * math.exp(-(excess**2) / (2 * _SIGMA**2)))
+        scores.append(np.mean(similarities))
     return 10 * float(np.mean(scores))
-
-
-def _similarity(
-    candidate: list[dict[tuple[str, ...], float]], reference: list[dict[tuple[str, ...], float]], excess: int
-) -> float:
-    """Mean over n of the clipped cosine, with a penalty for ``excess`` words."""
-    cosines = []
-    for a, b in zip(candidate, reference, strict=True):
-        norms = math.sqrt(sum(v * v for v in a.values()) * sum(v * v for v in b.values()))
-        dot = sum(min(value, b[gram]) * b[gram] for gram, value in a.items() if gram in b)
-        cosines.append(dot / norms if norms else 0.0)
-    return float(np.mean(cosines)) * math.exp(-(excess**2) / (2 * _SIGMA**2))
 
 
 def _ngrams(text: str) -> NGrams:
@@ -87,12 +83,6 @@ def _ngrams(text: str) -> NGrams:
     words = [word for word in Tokenizer13a()(text.lower()).split() if any(c.isalnum() for c in word)]
     return [Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)) for n in range(1, _MAX_N + 1)]
 
-
-def _word_count(grams: NGrams) -> int:
-    return sum(grams[0].values())
-
-
-# -- Evaluation of a captioner on held-out images.
 
 #: Bytes of decoded held-out images that are kept between evaluations.
 _CACHE_BYTES = 2 * 2**30
@@ -159,12 +149,25 @@ class CaptionerEvaluator:
             "token_accuracy": totals.hits / totals.tokens if known else math.nan,
             "contrastive_loss": sum(loss for loss, _ in full) / len(full),
         }
-        metrics |= {f"retrieval/{name}": value for name, value in _recalls(totals, accelerator).items()}
+        pairs = np.array([totals.text_owners, np.arange(len(totals.text_owners))], np.int64)
+        recalls = compute_recalls(torch.cat(totals.images), torch.cat(totals.texts), pairs, accelerator)
+        fault = totals.finite.describe(_MODEL)
+        if fault:
+            _log.warning("held out: retrieval has no metrics: %s. %s", fault, NOT_FINITE_FIX)
+        metrics |= {f"retrieval/{name}": math.nan if fault else value for name, value in recalls.items()}
         if not known:
             _log.warning("held out: the losses of captions are not finite. %s", NOT_FINITE_FIX)
         if self._config.captioned != 0:
-            scores = self._score_captions(model, accelerator) if known else {}
-            metrics |= {name: scores.get(name, math.nan) for name in ("cider", "bleu")}
+            metrics |= {"cider": math.nan, "bleu": math.nan}
+            captions = self.generate_captions(model, accelerator) if known else {}
+            if missing := [self._held_out.keys[row] for row, text in captions.items() if text is None]:
+                _log.warning("held out: the logits of %s are not finite. %s", first_names(missing), NOT_FINITE_FIX)
+            elif captions:
+                for row, text in list(captions.items())[:_LOGGED_CAPTIONS]:
+                    _log.info("held out: %s: %s", self._held_out.keys[row], text)
+                texts = [text or "" for text in captions.values()]
+                references = [self._held_out.captions[row] for row in captions]
+                metrics |= {"cider": cider(texts, references), "bleu": bleu(texts, references)}
         return metrics
 
     def _add_batch(self, model: CaptionerModel, images: torch.Tensor, rows: Sequence[int], totals: _Totals) -> None:
@@ -186,7 +189,11 @@ class CaptionerEvaluator:
             totals.tokens += sum(lengths)
         image_features, text_features = normalize(vectors.float(), dim=-1), torch.cat(features)
         firsts = np.cumsum([0, *(len(texts) for texts in captions)])[:-1].tolist()
-        loss = _contrastive_loss(image_features, text_features[firsts], model.coca.logit_scale.exp())
+        # CLIP's loss of one batch on this rank; the task's loss would wait for the other ranks.
+        with torch.autocast(images.device.type, enabled=False):
+            logits = model.coca.logit_scale.exp() * image_features @ text_features[firsts].T
+        labels = torch.arange(len(rows), device=images.device)
+        loss = float(cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
         totals.contrastive.append((loss, len(rows)))
         totals.finite.add(_MODEL, "image", image_features)
         totals.finite.add(_MODEL, "text", text_features)
@@ -194,18 +201,6 @@ class CaptionerEvaluator:
         totals.texts.append(text_features.cpu())
         totals.text_owners += [totals.count + owner for owner in owners]
         totals.count += len(rows)
-
-    def _score_captions(self, model: CaptionerModel, accelerator: Accelerator) -> dict[str, float]:
-        """Metrics of generated captions; none where the model gives an image no caption."""
-        captions = self.generate_captions(model, accelerator)
-        if missing := [self._held_out.keys[row] for row, text in captions.items() if text is None]:
-            _log.warning("held out: the logits of %s are not finite. %s", first_names(missing), NOT_FINITE_FIX)
-            return {}
-        for row, text in list(captions.items())[:_LOGGED_CAPTIONS]:
-            _log.info("held out: %s: %s", self._held_out.keys[row], text)
-        texts = [text or "" for text in captions.values()]
-        references = [self._held_out.captions[row] for row in captions]
-        return {"cider": cider(texts, references), "bleu": bleu(texts, references)}
 
     def generate_captions(self, model: CaptionerModel, accelerator: Accelerator) -> dict[int, str | None]:
         """Return one caption per held-out image by row, generated by a run's captioner from exported weights.
@@ -239,20 +234,3 @@ class CaptionerEvaluator:
         images = zip(self._held_out.keys, self._held_out.images(), strict=True)
         for row, (key, image) in enumerate(images):
             yield LabelledImage(key, partial(bytes, image), row)
-
-
-def _recalls(totals: _Totals, accelerator: Accelerator) -> dict[str, float]:
-    pairs = np.array([totals.text_owners, np.arange(len(totals.text_owners))], np.int64)
-    recalls = compute_recalls(torch.cat(totals.images), torch.cat(totals.texts), pairs, accelerator)
-    if fault := totals.finite.describe(_MODEL):
-        _log.warning("held out: retrieval has no metrics: %s. %s", fault, NOT_FINITE_FIX)
-        return dict.fromkeys(recalls, math.nan)
-    return recalls
-
-
-def _contrastive_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> float:
-    """CLIP's loss of one batch on this rank; the task's loss would wait for the other ranks."""
-    with torch.autocast(images.device.type, enabled=False):
-        logits = scale * images @ texts.T
-    labels = torch.arange(len(images), device=images.device)
-    return float(cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2

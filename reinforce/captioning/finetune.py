@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import open_clip
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from reinforce import settings
@@ -25,13 +23,11 @@ from reinforce.captioning.config import CaptionerConfig, Loss
 from reinforce.captioning.data import HELD_OUT_FILE, CaptionStreams, HeldOut, StreamedPairs, load_streams
 from reinforce.captioning.evaluator import CaptionerEvaluator
 from reinforce.captioning.model import CaptionerModel, build_captioner, check_captioner, describe_parameters
-from reinforce.errors import UserError
 from reinforce.processes.imports import require
 from reinforce.storage import Storage
 from reinforce.student.loss import Objective, contrastive_losses
 from reinforce.terminal import plural
 from reinforce.training import gather
-from reinforce.training.checkpoints import FOLDER as CHECKPOINTS
 from reinforce.training.config import make_job
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.log import check_trackers, read_rows
@@ -83,13 +79,11 @@ class CaptioningTask(Task):
         write_open_clip(model.coca, model.config, open_clip.get_tokenizer(model.name), folder)
 
 
-# -- Fine-tuning of a captioner: builds its pairs, feed and task from a config and runs the training loop.
-
 #: Keys that may change when a fine-tuning resumes: how fast it reads.
 _READING = ("data.threads", "data.workers", "data.prefetch", "data.images_from")
 #: Folder of the output with the final weights.
 EXPORT = "captioner"
-_PAIRS_FILE = "pairs.parquet"  # of earlier versions
+
 _TEXTS_AT_ONCE = 1024
 #: What is trained on, and the held-out images.
 _Data: TypeAlias = "tuple[StreamedPairs, HeldOut]"
@@ -105,7 +99,7 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
     config = settings.as_config(CaptionerConfig, config)
     Storage(config.output).check_writable()
     check_captioner(config)
-    _check_order(Storage(config.output))
+
     check_trackers(config.log)
     if config.evaluate.captioned != 0:
         require("train", "evaluate.captioned (BLEU and CIDEr)", "sacrebleu")
@@ -114,20 +108,6 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
     if runs_on_ray(job, address):  # faults are reported before Ray starts
         data = load_streams(config, build_captioner(config).image.height)
     return launch(partial(build, config, data=data), job, address)
-
-
-def _check_order(output: Storage) -> None:
-    """Raise UserError for checkpoints of an earlier version that read images in random order."""
-    path = output.path(_PAIRS_FILE)
-    if not output.names(CHECKPOINTS) or not output.fs.exists(path):
-        return
-    with output.fs.open(path, "rb") as file:  # with the order of streams it had held-out images alone
-        held_out = pq.read_table(file, columns=["held_out"])["held_out"]
-    if not pc.all(held_out).as_py():
-        raise UserError(
-            f"{output.url} has a training of an earlier version that read images in random order (`data.order: "
-            "table`), which cannot be continued. Write to another `output`."
-        )
 
 
 def build(

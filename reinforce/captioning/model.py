@@ -22,7 +22,6 @@ from teachers.open_clip.teacher import image_spec, load_model, model_name, rando
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import upload
-from teachers.spec import CaptionerSpec
 
 #: CoCa modules by their names in configs.
 _MODULES: Mapping[Tower, str] = {"image": "visual", "text": "text", "decoder": "text_decoder"}
@@ -172,7 +171,7 @@ class CaptionerModel(torch.nn.Module):
 
 def check_captioner(config: CaptionerConfig) -> None:
     """Raise UserError if the names of the model and its weights show that it cannot caption. Loads nothing."""
-    spec = _captioner_spec(config)
+    spec = config.evaluate.generate.captioner(config.captioner.model, config.captioner.pretrained)
     try:
         check_coca(str(spec.model))
         if not config.captioner.random:
@@ -185,9 +184,18 @@ def check_captioner(config: CaptionerConfig) -> None:
 def build_captioner(config: CaptionerConfig) -> CaptionerModel:
     """Build the CoCa of a config with its weights, float32 on the CPU. Raises UserError where it cannot be loaded."""
     check_captioner(config)
-    spec = _captioner_spec(config)
+    spec = config.evaluate.generate.captioner(config.captioner.model, config.captioner.pretrained)
+    name, wanted = model_name(spec), config.captioner
     try:
-        coca, model_cfg = _load(spec, config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            coca: Any = random_model(name) if wanted.random else load_model(spec)
+            check_model(spec, coca)
+            if wanted.random:  # open_clip leaves it uninitialised, and its `init_parameters` for it is never called
+                torch.nn.init.normal_(coca.text_decoder.text_projection, std=coca.text_decoder.width**-0.5)
+            model_cfg: Mapping[str, Any] = open_clip.get_model_config(name)
+            if wanted.context is not None:
+                model_cfg = set_context(coca, model_cfg, wanted.context, bool(wanted.random))
         image = image_spec(open_clip.get_model_preprocess_cfg(coca))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(f"captioner: {error}") from error
@@ -200,29 +208,10 @@ def build_captioner(config: CaptionerConfig) -> CaptionerModel:
             f"captioner: images of {image.height} x {image.width} are not square, but training crops are: use another "
             "model."
         )
-    model = CaptionerModel(model_name(spec), coca, model_cfg, image, config.loss, config.captioner.freeze)
+    model = CaptionerModel(name, coca, model_cfg, image, config.loss, wanted.freeze)
     if config.train.compute.gradient_checkpointing:
         coca.set_grad_checkpointing()
     return model
-
-
-def _load(spec: CaptionerSpec, config: CaptionerConfig) -> tuple[Any, Mapping[str, Any]]:
-    """The model with its weights, or random ones seeded by the config, and its ``model_cfg``."""
-    name, wanted = model_name(spec), config.captioner
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        coca: Any = random_model(name) if wanted.random else load_model(spec)
-        check_model(spec, coca)
-        if wanted.random:  # open_clip leaves it uninitialised, and its `init_parameters` for it is never called
-            torch.nn.init.normal_(coca.text_decoder.text_projection, std=coca.text_decoder.width**-0.5)
-        model_cfg: Mapping[str, Any] = open_clip.get_model_config(name)
-        if wanted.context is not None:
-            model_cfg = set_context(coca, model_cfg, wanted.context, bool(wanted.random))
-    return coca, model_cfg
-
-
-def _captioner_spec(config: CaptionerConfig) -> CaptionerSpec:
-    return config.evaluate.generate.captioner(config.captioner.model, config.captioner.pretrained)
 
 
 def describe_parameters(model: CaptionerModel) -> str:

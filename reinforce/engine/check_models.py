@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,6 @@ from reinforce.dataset.store import Store
 from reinforce.engine.messages import user_frames
 from reinforce.engine.plan.plan import resolve_precisions, version_notes
 from reinforce.engine.worker.models import MAX_AUTO_BATCH, Floats, Models, memory_hint, size_note
-from reinforce.engine.worker.producers.base import Side
 from reinforce.engine.worker.producers.registry import PRODUCERS
 from reinforce.errors import UserError
 from reinforce.processes.cores import available_cores, describe_share
@@ -100,7 +98,13 @@ def check_target(
         raise UserError(f"{target} is neither a YAML file nor a class such as our_teachers:Tiny")
     if set_:
         raise UserError("--set belongs to a config; use --options for the keyword arguments of a class")
-    return check_class(target, _parse_options(options), kind)
+    try:
+        parsed = json.loads(options or "{}")
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise UserError("""--options must be a JSON object, such as '{"width": 32}'""")
+    return check_class(target, parsed, kind)
 
 
 def check_config(config: Config) -> Report:
@@ -114,7 +118,9 @@ def check_config(config: Config) -> Report:
     set_flags(device, workers.deterministic)
     use_accelerator(config.accelerator)
     Screen().log(f"{workers.describe()}, batches of {largest:,}, device {device}")
-    with _threads(workers.cores):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(workers.cores)
+    try:
         for name, spec in (one for of in config.models.values() for one in of.items()):
             if spec.published:
                 report.notes.append(f"{name} is read from what others have published: no model is loaded")
@@ -122,6 +128,8 @@ def check_config(config: Config) -> Report:
                 image = _check_model(report, redact, name, spec, device, largest)
                 if spec.section == "teachers" and (note := size_note(name, image, config.augmentations.size)):
                     report.notes.append(note)
+    finally:
+        torch.set_num_threads(threads)
     report.notes += map(redact, problem_lines(snapshot()))
     return report
 
@@ -155,8 +163,12 @@ def _check_model(
         found = len(report.rows)
         for kind in (kind for kind in KINDS.values() if kind.section == spec.section and kind.asks(spec)):
             side = PRODUCERS[kind.name].side(models, name, info, spec.resolved_precision)
-            if side is not None:
-                report.rows.append(_measure_side(models, name, kind.unit, batch, side))
+            if side is not None:  # checked once more in the batch that was found
+                norms = side.check(None)
+                rate, size = _measure(models, side.prepare, batch, f"{name} ({kind.unit})")
+                side.check(size)
+                dim = getattr(model, "dim", None)
+                report.rows.append(Measurement(name, kind.unit, dim, norms, rate * side.outputs, size))
         if len(report.rows) == found:
             label = spec.label.format(name)
             report.notes.append(f"{label} sees more than pixels and captions: it is loaded, and not tested")
@@ -168,15 +180,6 @@ def _check_model(
     except Exception as error:  # a model may raise anything
         report.errors.append(redact.cut(f"{error}{user_frames(error)}"))
     return image
-
-
-def _measure_side(models: Models, name: str, unit: str, largest: int, side: Side) -> Measurement:
-    """Check one side of a model, measure it, and check it once more in the batch that was found."""
-    norms = side.check(None)
-    rate, size = _measure(models, side.prepare, largest, f"{name} ({unit})")
-    side.check(size)
-    [model] = (model for of in models.loaded.values() for model in of.values())
-    return Measurement(name, unit, getattr(model, "dim", None), norms, rate * side.outputs, size)
 
 
 def _measure(models: Models, prepare: Callable[[int], Callable[[], Any]], largest: int, what: str) -> tuple[float, int]:
@@ -218,24 +221,3 @@ def _section_of(cls: type) -> str:
         has = f"none of {', '.join(every)}" if not found else f"methods of {' and '.join(found)}"
         raise ValueError(f"class {cls.__name__} has {has}: add a method, or set --kind teacher or --kind captioner")
     return found[0]
-
-
-def _parse_options(options: str | None) -> dict[str, Any]:
-    try:
-        parsed = json.loads(options or "{}")
-    except ValueError:
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise UserError("""--options must be a JSON object, such as '{"width": 32}'""")
-    return parsed
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Use so many threads of torch, as a worker does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,4 +1,5 @@
-"""Text of errors, with the place in the user's code at which they were raised."""
+"""What the driver and its workers send each other: a shard to compute, its result, and the errors that a worker raises,
+with the place in the user's code at which they were raised."""
 
 from __future__ import annotations
 
@@ -66,7 +67,12 @@ def shorten(text: str, characters: int) -> str:
 
 
 def _user_frames(error: BaseException) -> Iterator[str]:
-    frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if not _is_ours(frame)]
+    frames = []
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        standard = file.startswith(_STANDARD) and not any(folder in Path(file).parts for folder in _INSTALLED)
+        if not standard and not file.startswith(("<", *_OURS)):  # nor of no file
+            frames.append((frame, line))
     package = _package(frames[0][0]) if frames else ""
     for frame, line in frames:
         file = frame.f_code.co_filename
@@ -77,18 +83,8 @@ def _user_frames(error: BaseException) -> Iterator[str]:
             yield f"{file.removeprefix(os.getcwd() + os.sep)}:{line} in {frame.f_code.co_name}{shown}"
 
 
-def _is_ours(frame: FrameType) -> bool:
-    """Whether a frame is of this project, of the standard library, or of no file."""
-    file = frame.f_code.co_filename
-    standard = file.startswith(_STANDARD) and not any(folder in Path(file).parts for folder in _INSTALLED)
-    return file.startswith(("<", *_OURS)) or standard
-
-
 def _package(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
-
-
-# -- A source shard to compute, as the driver sends it to a worker.
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +117,6 @@ class PendingShard:
     def is_file(self) -> bool:
         """Whether its URL is that of a file, which it has all samples of."""
         return self.part is None and not find_format(self.format).is_listed
-
-
-# -- What a worker returns to the driver, and the errors that it raises there.
 
 
 class WorkerId(NamedTuple):

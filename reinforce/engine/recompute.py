@@ -88,7 +88,13 @@ def check_labels(config: Config, rows: int = 64, pool: DecodePool | None = None)
             now = _values(store, layer, shard.name)
             both = np.isfinite(before[name]).all((1, 2)) & np.isfinite(now).all((1, 2))
             cosines = vectors.cosines(before[name][both], now[both]).ravel()
-            lines.append(_line(name, len(now), cosines))
+            if not len(cosines):
+                lines.append(f"{name}: none of the first {len(now):,} samples has labels")
+                continue
+            far = int((cosines < MIN_COSINE).sum())
+            text = f"{name}: {len(cosines):,} vectors, cosine of stored and computed ones: least {np.min(cosines):.4f}"
+            text += f", median {np.median(cosines):.4f}"
+            lines.append(f"{text}; {far:,} below {MIN_COSINE}" if far else text)
         return lines
 
 
@@ -96,16 +102,6 @@ def _values(store: Store, layer: Layer, shard: str) -> np.ndarray:
     """The vectors of a layer [rows, count, dim], NaN where one is null."""
     with store.open_layer(layer.name, shard) as file:
         return vectors.decode(file.read())
-
-
-def _line(layer: str, rows: int, cosines: np.ndarray) -> str:
-    """The cosines of the stored and the computed vectors of a layer, in so many rows, for people."""
-    if not len(cosines):
-        return f"{layer}: none of the first {rows:,} samples has labels"
-    far = int((cosines < MIN_COSINE).sum())
-    text = f"{layer}: {len(cosines):,} vectors, cosine of stored and computed ones: least {np.min(cosines):.4f}, "
-    text += f"median {np.median(cosines):.4f}"
-    return f"{text}; {far:,} below {MIN_COSINE}" if far else text
 
 
 @dataclass
@@ -149,7 +145,13 @@ def recompute(config: Config, url: str, rows: int, seed: int = 0, pool: DecodePo
     config = on_this_machine(config).model_copy(update={"output": store.url})
     config = _describable(resolve_precisions(with_labels(with_view(config)), lambda: manifest, nodes_of_run)[0], found)
     config, layers, _ = resolve_layers(config, store, manifest, nodes_of_run)
-    chosen = _known(layers, manifest, found)
+    chosen: dict[str, Layer] = {}  # those that the dataset has by the same recipe
+    for name, layer in layers.items():
+        stored = manifest["layers"].get(name, {}).get("fingerprint")
+        if stored == layer.fingerprint:
+            chosen[name] = replace(layer, dim=layer.dim or manifest["layers"][name].get("dim"))
+        elif stored is not None:
+            found.left_out.append(f"{name}: not computed again: the config has another recipe than the dataset")
     if SAMPLES not in chosen:
         return found
     set_flags("cuda" if config.workers.gpus else "cpu", config.workers.deterministic)
@@ -180,18 +182,6 @@ def _describable(config: Config, found: Recomputed) -> Config:
             except UserError as error:
                 found.left_out.append(f"{section[:-1]} {name}: not computed again: {error}")
     return config.with_models(usable)
-
-
-def _known(layers: Mapping[str, Layer], manifest: Mapping[str, Any], found: Recomputed) -> dict[str, Layer]:
-    """The layers that the dataset has by the same recipe."""
-    known = {}
-    for name, layer in layers.items():
-        stored = manifest["layers"].get(name, {}).get("fingerprint")
-        if stored == layer.fingerprint:
-            known[name] = replace(layer, dim=layer.dim or manifest["layers"][name].get("dim"))
-        elif stored is not None:
-            found.left_out.append(f"{name}: not computed again: the config has another recipe than the dataset")
-    return known
 
 
 def _pick(
@@ -234,7 +224,12 @@ def _compare_model(
         inputs = {name for layer in of_model.values() for name in layer.needs} - of_model.keys()
         for rows in picked:
             for name in inputs & rows.tables.keys():
-                _write(store, layers[name], config, rows, rows.tables[name])
+                table, layer = rows.tables[name], layers[name]
+                columns = [column for column in layer.schema(config.images) if column.name in table.column_names]
+                schema = pa.schema(columns)
+                with store.writer(layer, schema, rows.shard, rows.footer.get("source", "")) as writer:
+                    writer.write(table.select(schema.names).cast(schema))
+                    writer.commit(origin_entries(rows.footer))
             ShardProcess(
                 PendingShard(rows.shard, rows.source, tuple(of_model)), here, layers, store, models, pool
             ).run()
@@ -242,11 +237,3 @@ def _compare_model(
                 with store.open_layer(name, rows.shard) as file:
                     found[name].add(layer.kind.compare(rows.tables[name], file.read()))
     return found
-
-
-def _write(store: Store, layer: Layer, config: Config, rows: _PickedRows, table: pa.Table) -> None:
-    schema = layer.schema(config.images)
-    schema = pa.schema([column for column in schema if column.name in table.column_names])
-    with store.writer(layer, schema, rows.shard, rows.footer.get("source", "")) as writer:
-        writer.write(table.select(schema.names).cast(schema))
-        writer.commit(origin_entries(rows.footer))

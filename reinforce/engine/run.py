@@ -140,7 +140,14 @@ def fit_codebooks(plan: Plan, compute: Callable[[Config, int], None]) -> None:
     """Fit the codebooks that a plan lacks. ``compute`` computes the first shards of a config. Raises UserError."""
     layers, seed, output = plan.unfitted, plan.config.seed, plan.config.output.rstrip("/")
     name = compute_fingerprint({"codebooks": [layer.fingerprint for layer in layers]})
-    config = _finer(plan.config, layers, f"{output}/{FOLDER}/{name}")
+    # The run that computes vectors to fit codebooks to has the models alone that need them.
+    owners = {layer.owner for layer in layers}
+    models = {
+        section: {model: spec.finer() for model, spec in of.items() if (section, model) in owners}
+        for section, of in plan.config.models.items()
+    }
+    config = plan.config.with_models({**models, "captioners": plan.config.captioners})
+    config = config.model_copy(update={"output": f"{output}/{FOLDER}/{name}"})
     _LOG.info("fitting the codebooks of %s to vectors of the first shards", plural(len(layers), "layer"))
     store, finer, shards = Store(output), Store(config.output), convert.SHARES
 
@@ -173,16 +180,6 @@ def check_codebooks(plan: Plan) -> None:
         if labels is not None and codebooks.stored_digest(Store(place.url), name) is None:
             codebooks.copy(Store(labels.url), Store(place.url), name, place.digest)
         codebooks.load(place).codec.require_encoder()
-
-
-def _finer(config: Config, layers: Sequence[Layer], output: str) -> Config:
-    """The config of the run that computes vectors to fit codebooks to: only with the models that need them."""
-    owners = {layer.owner for layer in layers}
-    models = {
-        section: {name: spec.finer() for name, spec in of.items() if (section, name) in owners}
-        for section, of in config.models.items()
-    }
-    return config.with_models({**models, "captioners": config.captioners}).model_copy(update={"output": output})
 
 
 def _complete_manifest(plan: Plan, store: Store, manifest: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -1,4 +1,5 @@
-"""JPEGs: common ones decoded by simplejpeg where it is installed, and those with missing scan data detected.
+"""JPEGs: common ones decoded by simplejpeg where it is installed, and those with missing scan data detected; PNGs whose
+pixel data ends early or is damaged.
 
 simplejpeg gives the pixels of Pillow for less CPU: both use libjpeg-turbo with its default transform and upsampling.
 Everything else than an RGB JPEG without warnings that is decoded at its size is left to Pillow.
@@ -6,6 +7,9 @@ Everything else than an RGB JPEG without warnings that is decoded at its size is
 libjpeg fills in missing scan data with grey and only warns, and Pillow hides the warning. simplejpeg's strict mode
 refuses such JPEGs, and also images that datasets contain: those with stray bytes before a marker, with damaged codes
 after which decoding continues, and progressive ones whose later scans are missing.
+
+Of PNGs, Pillow leaves missing rows at zero, and checks no checksum. Their chunks are those of the PNG specification
+(W3C), sections 5.3 and 11.
 """
 
 from __future__ import annotations
@@ -55,19 +59,15 @@ def _load_decoder() -> Any:
         import simplejpeg
     except ImportError:
         return None
-    return simplejpeg if _equals_pillow(simplejpeg) else None
-
-
-def _equals_pillow(decoder: Any) -> bool:
     values = np.arange(3 * 45 * 35, dtype=np.uint32) ** 2 * np.uint32(2654435761) >> np.uint32(24)
     image = Image.fromarray(values.astype(np.uint8).reshape(35, 45, 3))
     for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", subsampling=subsampling, quality=90)
-        pixels = _decode(decoder, buffer.getvalue(), image.size)
+        pixels = _decode(simplejpeg, buffer.getvalue(), image.size)
         if pixels is None or pixels.tobytes() != Image.open(buffer).tobytes():
-            return False
-    return True
+            return None
+    return simplejpeg
 
 
 def _decode(decoder: Any, data: bytes, size: tuple[int, int]) -> Image.Image | None:
@@ -170,10 +170,6 @@ def _segments(data: bytes) -> Iterator[tuple[int, int]]:
         yield marker, end
         position = end
 
-
-# -- Detect PNGs whose pixel data ends early or is damaged: Pillow leaves missing rows at zero, and checks no checksum.
-#
-# The chunks are those of the PNG specification (W3C), sections 5.3 and 11.
 
 _SIGNATURE_BYTES = 8
 _INFLATE_BYTES = 2**16

@@ -17,7 +17,6 @@ from pydantic import Field
 
 from reinforce.errors import UserError
 from reinforce.images import jpeg
-from reinforce.images import jpeg as png
 from reinforce.processes.imports import HEIC_HINT, reads_heic
 from reinforce.settings import Section
 from reinforce.source.config import Limits
@@ -134,7 +133,8 @@ def decode(data: bytes, limits: Limits, strict: bool = False, policy: str = IMAG
         _check_size(image.size, limits)
         if strict and _is_jpeg(image) and (scans := data.count(_JPEG_START_OF_SCAN)) > limits.scans:
             raise ImageRefused(Reason.IMAGE_SCANS, f"{scans} scans, above limits.scans of {limits.scans}")
-        _reduce(image, policy)
+        if _is_jpeg(image) and (reduced := _REDUCED_POLICY.fullmatch(policy)):
+            image.draft(None, (int(reduced[1]),) * 2)  # chooses the scale at which it is decoded
         with large_image_lock if image.width * image.height > _LARGE_PIXELS else contextlib.nullcontext():
             if not jpeg.load(image, data):
                 image.load()
@@ -143,7 +143,7 @@ def decode(data: bytes, limits: Limits, strict: bool = False, policy: str = IMAG
             if policy == PUBLISHED_POLICY:
                 image = image.convert("RGBA") if image.mode == "P" else image  # same colours, no warning
                 return _plain(image if image.mode == "RGB" else image.convert("RGB"))
-            depth = png.header(data).depth if image.format == "PNG" else 8
+            depth = jpeg.header(data).depth if image.format == "PNG" else 8
             return _plain(_apply_orientation(_to_rgb(image, depth), image))
     except ImageRefused:
         raise
@@ -223,13 +223,6 @@ def _load(data: bytes) -> Image.Image:
     return image
 
 
-def _reduce(image: Image.Image, policy: str) -> None:
-    """Let a JPEG that is opened be decoded at the size that the policy asks for."""
-    if _is_jpeg(image) and (reduced := _REDUCED_POLICY.fullmatch(policy)):
-        side = int(reduced[1])
-        image.draft(None, (side, side))  # chooses the scale
-
-
 @functools.cache
 def _formats() -> list[str]:
     Image.init()
@@ -293,9 +286,9 @@ def _is_jpeg(image: Image.Image) -> bool:
 def _check_complete(image: Image.Image, data: bytes, strict: bool) -> None:
     """Refuse a loaded image whose missing pixels Pillow has filled in without an error."""
     if image.format == "PNG":
-        if missing := png.missing_bytes(image, data):
+        if missing := jpeg.missing_bytes(image, data):
             raise ImageRefused(Reason.IMAGE_BROKEN, f"the PNG lacks {missing} bytes of pixel data")
-        if strict and (fault := png.damage(data)):
+        if strict and (fault := jpeg.damage(data)):
             raise ImageRefused(Reason.IMAGE_BROKEN, fault)
     elif strict and image.format == _HEIF and data.endswith(_ZEROS):
         raise ImageRefused(Reason.IMAGE_BROKEN, f"the HEIC ends in {len(_ZEROS):,} zeros or more")

@@ -82,19 +82,15 @@ def color(image: Image.Image, magnitude: float) -> Image.Image:
 
 
 def sharpness(image: Image.Image, magnitude: float) -> Image.Image:
-    """``ImageEnhance.Sharpness``."""
-    return Image.blend(_smooth(image), image, 1.0 + magnitude)
+    """``ImageEnhance.Sharpness``: a blend with ``image.filter(ImageFilter.SMOOTH)``.
 
-
-def _smooth(image: Image.Image) -> Image.Image:
-    """``image.filter(ImageFilter.SMOOTH)``: rounded weighted means of 3 x 3 pixels; the outermost pixels stay.
-
-    The sum is odd, so no mean is half-way between two integers, and Pillow's floating-point arithmetic rounds the same.
+    That has rounded weighted means of 3 x 3 pixels; the outermost pixels stay. The sum of the weights is odd, so no
+    mean is half-way between two integers, and Pillow's floating-point arithmetic rounds the same.
     """
     pixels = np.array(image)
     height, width = pixels.shape[:2]
     if height < 3 or width < 3:
-        return image
+        return Image.blend(image, image, 1.0 + magnitude)
     values = pixels.reshape(height, 3 * width).astype(np.uint16)  # a horizontal neighbour is 3 values away
     rows = values[:-2] + values[1:-1]
     rows += values[2:]
@@ -104,7 +100,7 @@ def _smooth(image: Image.Image) -> Image.Image:
     means += _SMOOTH_SUM // 2
     means //= _SMOOTH_SUM
     pixels.reshape(height, 3 * width)[1:-1, 3:-3] = means
-    return Image.fromarray(pixels)
+    return Image.blend(Image.fromarray(pixels), image, 1.0 + magnitude)
 
 
 #: Every operation by torchvision's name.

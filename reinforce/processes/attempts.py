@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 _MAX_PAUSE_SECONDS = 60.0
 
 
@@ -69,13 +70,9 @@ MAPPED_ITEMS = Attempts(3)
 BOTOCORE_REQUESTS, S3FS_REQUESTS = Attempts(4), Attempts(3)
 
 
-# -- An ordered map over threads or processes that runs ahead of its consumer within bounds.
-
-R = TypeVar("R")
-
-
 def prefetch(pool: Executor, function: Callable[[T], R], items: Iterable[T], window: int) -> Generator[R, None, None]:
-    """Yield ``function(item)`` in order, computed ahead of the consumer; at most ``window`` are pending."""
+    """Yield ``function(item)`` in order, computed in threads or processes ahead of the consumer; at most ``window`` are
+    pending."""
     futures: deque[Future[R]] = deque()
     try:
         for item in items:

@@ -5,8 +5,9 @@ A node is a mapping with its numbers of ``CPU`` and ``GPU``, as Ray reports them
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 Node = Mapping[str, float]
@@ -46,21 +47,15 @@ def cpu_quotas(groups: Path, mount: Path) -> list[float]:
         # In a container the path may be the host's; its own group is then the mounted folder itself.
         below = PurePosixPath(group.lstrip("/"))
         for folder in (mount / controllers / parent for parent in (below, *below.parents)):
-            quotas += list(_quota(folder))
+            with contextlib.suppress(OSError, ValueError):
+                if (folder / "cpu.max").exists():
+                    quota, period = (folder / "cpu.max").read_text().split()
+                else:
+                    files = (folder / f"cpu.cfs_{name}_us" for name in ("quota", "period"))
+                    quota, period = (file.read_text().strip() for file in files)
+                if quota not in ("max", "-1"):
+                    quotas.append(int(quota) / int(period))
     return quotas
-
-
-def _quota(folder: Path) -> Iterator[float]:
-    """The quota of one control group in cores, if it has one."""
-    try:
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text().split()
-        else:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-        if quota not in ("max", "-1"):
-            yield int(quota) / int(period)
-    except (OSError, ValueError):
-        return
 
 
 def capacity(nodes: Sequence[Node], cpus: float, gpus: float) -> int:

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import open_clip
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -21,7 +19,6 @@ from reinforce import settings
 from reinforce.captioning.config import CaptionerConfig, Evaluation
 from reinforce.captioning.finetune import build, finetune, format_comparison
 from reinforce.cli import main
-from reinforce.errors import UserError
 from reinforce.training.results import Results
 from teachers.coca.captioner import CocaCaptioner
 from teachers.registry import captioner_spec
@@ -117,18 +114,6 @@ def test_the_command_prints_metrics_before_and_after_and_refuses_another_config(
     with pytest.raises(SystemExit):
         main(["finetune-captioner", str(path), "--set", "loss.contrastive=0.0"])
     assert "loss.contrastive: 1.0 before, 0.0 now" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_checkpoints_of_an_earlier_version_go_on_if_it_read_in_streams(trained: tuple[Path, Results]) -> None:
-    folder, results = trained
-    earlier = Path(shutil.copytree(folder / "out", folder / "earlier"))
-    config = make_config(folder, output="earlier")
-    pq.write_table(pa.table({"held_out": [True, True]}), earlier / "pairs.parquet")
-    assert finetune(config).metrics == results.metrics
-    pq.write_table(pa.table({"held_out": [True, False]}), earlier / "pairs.parquet")
-    with pytest.raises(UserError, match="has a training of an earlier version that read images in random order"):
-        finetune(config)
 
 
 def test_the_best_evaluated_captioner_is_exported_where_the_config_asks(trained: tuple[Path, Results]) -> None:

@@ -13,6 +13,7 @@ Each turn of its loop
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -63,7 +64,7 @@ from reinforce.engine.driver.faults import (
     Retry,
     RunAlone,
 )
-from reinforce.engine.driver.worker_pool import ShardQueue, Slot, WorkerPool
+from reinforce.engine.driver.worker_pool import ShardQueue, Slot, WorkerPool, describe_workers
 from reinforce.engine.messages import PendingShard, ShardResult, StorageFailure, WorkerId, WorkerInfo, shorten
 from reinforce.engine.plan.plan import Plan
 from reinforce.engine.preflight.check_machines import heic_note
@@ -155,7 +156,9 @@ class Driver:
         """Run the plan. Raises UserError, also after it has recorded how the run ended."""
         start = time.monotonic()
         self.events.add("start", shards=len(self.plan.pending), layers=sorted(self.needed), ray=ray.__version__)
-        for line in (self.pool.describe(len(self.plan.pending)), *self.plan.notes):
+        pending = len(self.plan.pending)
+        workers = describe_workers(self.config.workers, pending, self.pool.limit(), live_resources())
+        for line in (workers, *self.plan.notes):
             self.log(line)
         ending = Ending()
         try:
@@ -299,7 +302,10 @@ class Driver:
             self.wait_logged = True
             self.log(self.pool.resource_error() or "waiting for workers to load their models ...")
         if waited > self.config.workers.start_timeout:
-            cause = self.pool.resource_error() or self.pool.describe_loads() or "see the workers' logs"
+            cause = "see the workers' logs"
+            if slot := next(iter(self.pool.loads), None):  # the one that has loaded its models for the longest time
+                cause = f"{slot.process} has loaded its models for {time.monotonic() - slot.load_began:.0f} s"
+            cause = self.pool.resource_error() or cause
             raise UserError(
                 f"{len(self.pool.started)} of {plural(self.least, 'worker')} (workers.min) started in {waited:.0f} s "
                 f"(workers.start_timeout): {cause}"
@@ -569,7 +575,8 @@ class Driver:
         Raises UserError if no worker could start.
         """
         limit = self.load_limit
-        for slot in self.pool.loads_over(limit.seconds):
+        since = time.monotonic() - limit.seconds
+        for slot in [*itertools.takewhile(lambda slot: slot.load_began < since, self.pool.loads)]:
             worker = slot.process
             assert worker is not None
             self.pool.remove(slot)

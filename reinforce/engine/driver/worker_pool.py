@@ -114,7 +114,7 @@ class WorkerPool:
         self.slots: list[Slot] = []
         self.polls: Polls[Slot] = Polls()
         self.loading: dict[Any, Slot] = {}  # workers that have not started
-        self._loads: dict[Slot, None] = {}  # those of them whose process runs, in the order of `load_began`
+        self.loads: dict[Slot, None] = {}  # those of them whose process runs, in the order of `load_began`
         self.leases: dict[Any, Slot] = {}
         self._indexes: list[int] = []  # a heap of free indexes
         self._to_avoid: frozenset[str] = frozenset()
@@ -135,7 +135,7 @@ class WorkerPool:
         actor = self._class
         if self._avoided:
             actor = actor.options(label_selector={_NODE_LABEL: f"!in({','.join(sorted(self._avoided))})"})
-        for _ in range(min(size, self._limit()) - len(self.slots) + len(self.leaving)):
+        for _ in range(min(size, self.limit()) - len(self.slots) + len(self.leaving)):
             index = heapq.heappop(self._indexes) if self._indexes else len(self.slots)
             slot = Slot(actor.remote(*self._arguments, index), avoids=self._avoided, index=index)
             self.slots.append(slot)
@@ -144,13 +144,8 @@ class WorkerPool:
     def begin_load(self, slot: Slot, process: WorkerId) -> None:
         """Let a worker whose process runs load its models."""
         slot.process, slot.load_began = process, time.monotonic()
-        self._loads[slot] = None
+        self.loads[slot] = None
         self.loading[slot.actor.load.remote()] = slot
-
-    def loads_over(self, seconds: float) -> list[Slot]:
-        """The workers that have loaded their models for longer than so many seconds."""
-        since = time.monotonic() - seconds
-        return list(itertools.takewhile(lambda slot: slot.load_began < since, self._loads))
 
     def avoid(self, nodes: frozenset[str]) -> None:
         """Place no new workers on ``nodes``, unless no other can hold one. Replaces workers that have not started.
@@ -182,9 +177,6 @@ class WorkerPool:
             self.leaving[slot] = None
             self.free.pop(slot, None)
 
-    def describe(self, size: int) -> str:
-        return describe_workers(self._config.workers, size, self._limit(), live_resources())
-
     def shrink(self, size: int, failures: Mapping[WorkerId, int]) -> None:
         """Remove workers without leases until ``size`` are left: first those that have not started, then those with
         the most ``failures``."""
@@ -215,7 +207,7 @@ class WorkerPool:
     def discard(self, slot: Slot) -> None:
         """Remove a worker whose process has ended before it started."""
         self.slots.remove(slot)
-        self._loads.pop(slot, None)
+        self.loads.pop(slot, None)
         heapq.heappush(self._indexes, slot.index)
 
     def close(self) -> None:
@@ -224,7 +216,7 @@ class WorkerPool:
 
     def record_start(self, slot: Slot, info: WorkerInfo) -> None:
         slot.info, slot.started_at = info, time.monotonic()
-        self._loads.pop(slot, None)
+        self.loads.pop(slot, None)
         self._started_sum += slot.started_at
         self.started[slot] = self.free[slot] = None
         self._mark_leaving(slot)
@@ -260,7 +252,8 @@ class WorkerPool:
         slot.leased_at.pop(shard.name, None)
         return shard
 
-    def _limit(self) -> int:
+    def limit(self) -> int:
+        """The most workers at a time."""
         workers = self._config.workers
         return max(workers.min, self.cluster_capacity()) if workers.max is None else workers.max
 
@@ -274,13 +267,6 @@ class WorkerPool:
     def _count_places(self, avoided: frozenset[str]) -> int:
         workers = self._config.workers
         return capacity(live_resources(avoided | self._drained), workers.cores, workers.gpus or 0)
-
-    def describe_loads(self) -> str | None:
-        """A message about the worker that has loaded its models for the longest time, or None if none loads any."""
-        slot = next(iter(self._loads), None)
-        if slot is None:
-            return None
-        return f"{slot.process} has loaded its models for {time.monotonic() - slot.load_began:.0f} s"
 
     def resource_error(self) -> str | None:
         """A message if no node of the cluster can hold a worker, else None."""

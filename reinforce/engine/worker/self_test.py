@@ -23,6 +23,7 @@ vectors is not known.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,6 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from reinforce.config import Config
@@ -39,7 +39,7 @@ from reinforce.engine.worker.models import Floats, Models, memory_hint, to_numpy
 from reinforce.errors import UserError
 from teachers.custom import CAPTION, PIXELS
 from teachers.pixels import to_pixels
-from teachers.protocols import Captioner, ImageSpec, NoCaptions
+from teachers.protocols import ImageSpec, NoCaptions
 from teachers.spec import Precision
 
 #: The first two have the same numbers of words and letters; the third is longer.
@@ -155,7 +155,15 @@ def check_captioner(models: Models, name: str, count: int, batch: int | None = N
     everything = list(range(_CAPTIONED_IMAGES))
 
     def caption(rows: list[int]) -> list[list[str]]:
-        return _caption(models, captioner, rows, seeds[rows])
+        with models.use_accelerator():
+            pixels = captioner.image and probe_images(models, captioner.image, rows)  # translators see none
+            captions, _ = models.captions(captioner, pixels, seeds[rows], [TEXTS[row] for row in rows])
+        texts = captions()
+        lengths = [count if isinstance(row, NoCaptions) else row is not None and len(row) for row in texts]
+        if lengths != [count] * len(rows):
+            wanted = f"a list of {count} texts for each of {len(rows)} images"
+            raise ValueError(f"caption() must return {wanted}, got {texts!r}")
+        return [[] if row is None or isinstance(row, NoCaptions) else [*row] for row in texts]
 
     try:
         if batch is not None:
@@ -163,7 +171,8 @@ def check_captioner(models: Models, name: str, count: int, batch: int | None = N
                 start = time.process_time()
                 single = [caption([row])[0] for row in range(_IMAGES)]
                 batch = _affordable(models, batch, start)
-                _check_captions_of_batch(caption, _shuffled(batch), single)
+                rows = _shuffled(batch)
+                _check_captions_of_batch(caption(rows), rows, single)
             return
         together = caption(everything)
         if not getattr(captioner, "repeatable", True):
@@ -216,11 +225,8 @@ def check_numbers(models: Models, name: str, what: str, model: Any, start: Start
         raise _failed(name, what, model, error, batch) from error
 
 
-def _check_captions_of_batch(
-    caption: Callable[[list[int]], list[list[str]]], rows: list[int], alone: list[list[str]]
-) -> None:
+def _check_captions_of_batch(together: list[list[str]], rows: list[int], alone: list[list[str]]) -> None:
     """Compare the captions of a full batch of ``rows`` with those of each image alone. Raises ValueError."""
-    together = caption(rows)
     own = [_any_begins_alike([texts], [alone[row]]) for texts, row in zip(together, rows, strict=True)]
     mixed = [
         (texts, alone[row])
@@ -250,20 +256,6 @@ def _shuffled(size: int) -> list[int]:
     Whatever the size is from 4, at least 44 % of the rows differ if they are reversed or rotated, or halves exchanged.
     """
     return np.random.default_rng(171).integers(0, _IMAGES, size).tolist()
-
-
-def _caption(
-    models: Models, captioner: Captioner, rows: Sequence[int], seeds: npt.NDArray[np.uint64]
-) -> list[list[str]]:
-    with models.use_accelerator():
-        pixels = captioner.image and probe_images(models, captioner.image, rows)  # translators see none
-        captions, _ = models.captions(captioner, pixels, seeds, [TEXTS[row] for row in rows])
-    texts = captions()
-    count = seeds.shape[1]
-    lengths = [count if isinstance(row, NoCaptions) else row is not None and len(row) for row in texts]
-    if lengths != [count] * len(rows):
-        raise ValueError(f"caption() must return a list of {count} texts for each of {len(rows)} images, got {texts!r}")
-    return [[] if row is None or isinstance(row, NoCaptions) else [*row] for row in texts]
 
 
 def _any_begins_alike(a: list[list[str]], b: list[list[str]]) -> bool:
@@ -298,9 +290,22 @@ def check_encoder(
                     f"{tolerance.repeat} is required); remove what is random, and call `.eval()` on networks with "
                     "dropout or batch norm"
                 )
-            _check_different(together, kind, tolerance)
+            for one, other in itertools.combinations(range(_IMAGES), 2):
+                difference = float(np.abs(together[other] - together[one]).max())
+                if difference <= tolerance.equal:
+                    pair, cause = "two different images", f"encoder of {kind} and `image`"
+                    if kind == "texts":
+                        pair, cause = f"{TEXTS[one]!r} and {TEXTS[other]!r}", "tokenizer and the text encoder"
+                    raise ValueError(
+                        f"{pair} get the same embedding (largest difference {difference:.1g}); check the {cause}"
+                    )
             alone = [encode([row]) for row in everything]
-        _check_independent(together, np.concatenate([_embeddings(one) for one in alone])[rows], tolerance)
+        cosine = _least_cosine(together, np.concatenate([_embeddings(one) for one in alone])[rows])
+        if cosine < tolerance.batch:
+            raise ValueError(
+                f"inputs get other embeddings in a batch than alone (cosine {cosine:.5f}, at least {tolerance.batch} "
+                "is required); keep the order of the rows, mask padding, and call `.eval()` on networks with batch norm"
+            )
     except (Exception, SystemExit) as error:
         raise _failed(name, kind, models.teachers[name], error, batch) from error
     norms: Floats = np.linalg.norm(together, axis=1)
@@ -312,28 +317,6 @@ def _embeddings(out: torch.Tensor) -> Floats:
     if not np.isfinite(values).all():
         raise ValueError("embeddings must be finite, got NaN or infinity; check the weights and the precision")
     return values
-
-
-def _check_different(values: Floats, side: str, tolerance: Tolerance) -> None:
-    for one in range(len(values)):
-        for other in range(one):
-            difference = float(np.abs(values[one] - values[other]).max())
-            if difference <= tolerance.equal:
-                pair, cause = "two different images", f"encoder of {side} and `image`"
-                if side == "texts":
-                    pair, cause = f"{TEXTS[other]!r} and {TEXTS[one]!r}", "tokenizer and the text encoder"
-                raise ValueError(
-                    f"{pair} get the same embedding (largest difference {difference:.1g}); check the {cause}"
-                )
-
-
-def _check_independent(together: Floats, alone: Floats, tolerance: Tolerance) -> None:
-    cosine = _least_cosine(together, alone)
-    if cosine < tolerance.batch:
-        raise ValueError(
-            f"inputs get other embeddings in a batch than alone (cosine {cosine:.5f}, at least {tolerance.batch} is "
-            "required); keep the order of the rows, mask padding, and call `.eval()` on networks with batch norm"
-        )
 
 
 def _least_cosine(a: Floats, b: Floats) -> float:
@@ -354,22 +337,18 @@ def probe_images(models: Models, spec: ImageSpec | None, rows: Sequence[int]) ->
 def _failed(name: str, kind: str, model: Any, error: BaseException, batch: int | None) -> UserError:
     frames = user_frames(error)
     text = str(error) if isinstance(error, ValueError) and not frames else f"{type(error).__name__}: {error}{frames}"
-    training = _networks_in_training(model)
+    # Attributes that are networks with dropout or batch norm in training mode.
+    networks = {name: value for name, value in vars(model).items() if isinstance(value, torch.nn.Module)}
+    if isinstance(model, torch.nn.Module):
+        networks |= dict(model.named_children())
+    stochastic = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._NormBase)
+    training = [
+        name
+        for name, network in networks.items()
+        if any(part.training and isinstance(part, stochastic) for part in network.modules())
+    ]
     hint = (
         f". Call `.eval()` on `{'`, `'.join(training)}`, which is in training mode." if training else memory_hint(error)
     )
     where = kind if batch is None else f"{kind}, a batch of {batch:,}"
     return UserError(f"{name} fails its self-test ({where}): {text}{hint}")
-
-
-def _networks_in_training(model: Any) -> list[str]:
-    """Attributes of a model that are networks with dropout or batch norm in training mode."""
-    networks = {name: value for name, value in vars(model).items() if isinstance(value, torch.nn.Module)}
-    if isinstance(model, torch.nn.Module):
-        networks |= dict(model.named_children())
-    stochastic = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._NormBase)
-    return [
-        name
-        for name, network in networks.items()
-        if any(part.training and isinstance(part, stochastic) for part in network.modules())
-    ]
