@@ -60,6 +60,10 @@ _FIRST_SAMPLES = 16
 _TEXTS, _TEXTS_BYTES = 64, 64 * 2**20
 #: The name of a text that is a caption by default.
 _DEFAULT = ""
+_UNMADE = "none"  # folder of an output in which there is no dataset
+#: Names of files with captions of images elsewhere, in a folder of images.
+_CAPTION_SECTION = ("captions.txt", "captions.csv", "captions*.json", "*/captions.txt", "*/captions*.json")
+_PLAIN = re.compile(r"[A-Za-z0-9_./-][A-Za-z0-9_./*-]*(://[A-Za-z0-9_./*-]+)?")
 _SCHEME_CHARS = 16
 _EXAMPLE_CHARS = 60
 
@@ -293,12 +297,6 @@ def _is_place(value: Any) -> bool:
     return isinstance(value, str) and ("://" in value or is_image_name(value))
 
 
-_UNMADE = "none"  # folder of an output in which there is no dataset
-#: Names of files with captions of images elsewhere, in a folder of images.
-_CAPTION_SECTION = ("captions.txt", "captions.csv", "captions*.json", "*/captions.txt", "*/captions*.json")
-_PLAIN = re.compile(r"[A-Za-z0-9_./-][A-Za-z0-9_./*-]*(://[A-Za-z0-9_./*-]+)?")
-
-
 def make_starter(data: str, config_path: Path) -> tuple[str, list[str]]:
     """Look at ``data`` -> the text of the config that will be written to ``config_path``, and lines about the data.
 
@@ -308,9 +306,8 @@ def make_starter(data: str, config_path: Path) -> tuple[str, list[str]]:
     look = look_at(data, output)
     gpu = bool(default_gpus(nodes_of_run()))
     # Where the schema of the config is, relative to the config if both are in one checkout.
-    schema = Path(schemas.__file__).parent / "json" / "run.json"
-    folder = config_path.absolute().parent
-    schema = os.path.relpath(schema, folder) if folder.is_relative_to(schema.parents[2]) else str(schema)
+    file, folder = Path(schemas.__file__).parent / "json" / "run.json", config_path.absolute().parent
+    schema = os.path.relpath(file, folder) if folder.is_relative_to(file.parents[2]) else str(file)
     for _ in Path.cwd().parents:  # the nearest folder above this one where the dataset is not in its source
         if not any(overlaps(Config(source=look.source, output=output))):
             break

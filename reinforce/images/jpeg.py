@@ -48,7 +48,7 @@ def load(image: Image.Image, data: bytes) -> bool:
     if pixels is None:
         return False
     image.im = pixels.im
-    image.tile = []  # type: ignore[attr-defined]
+    image.tile = []
     return True
 
 

@@ -314,9 +314,9 @@ def _to_rgb(image: Image.Image, depth: int) -> Image.Image:
         else:
             maximum = max(float(pixels.max(where=np.isfinite(pixels), initial=0)) for _, pixels in _pixels(image))
             ceilings = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-            white = next((ceiling for ceiling in ceilings if maximum <= ceiling), maximum)
+            level = next((ceiling for ceiling in ceilings if maximum <= ceiling), maximum)  # of white
             for top, pixels in _pixels(image):
-                scaled = np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=white, neginf=0.0) * (255 / white)
+                scaled = np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=level, neginf=0.0) * (255 / level)
                 grey.paste(Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8)), (0, top))
         return grey.convert("RGB")
     transparency = image.info.get("transparency")

@@ -358,10 +358,20 @@ class Driver:
         slot = self.pool.leases[ref]
         try:
             result: ShardResult = ray.get(ref)
-        except RayTaskError as error:
-            self._handle_error(slot, self.pool.end_lease(ref), cause_of(error))
-        except RayError as error:
-            self.record_death(slot, error)
+        except RayTaskError as raised:
+            shard, error = self.pool.end_lease(ref), cause_of(raised)
+            if isinstance(error, StorageFailure):
+                self.store.refresh()
+            if not isinstance(error, UserError):
+                self.record_failure(slot, shard, error)
+            decision = self.policy.lease_raised(shard, error, time.monotonic())
+            text = self.redact.cut(error_text(error))
+            self.events.add("shard_raised", shard=shard.name, attempt=decision.attempt, error=shorten(text, 2000))
+            of = "" if isinstance(error, StorageFailure) else f" of {self.config.failures.attempts}"
+            self.log(f"{shard.name}: attempt {decision.attempt}{of} raised {shorten(text, 1000)}")
+            self._carry_out(decision)
+        except RayError as lost:
+            self.record_death(slot, lost)
         else:
             shard, reason, retry = self.pool.end_lease(ref), result.quarantine_reason, None
             if reason is not None:  # a shard that could not be read is tried on another node
@@ -403,19 +413,6 @@ class Driver:
             detail = result.examples.get(result.quarantine_reason, "")
             self.log(f"{result.shard} is quarantined: {result.quarantine_reason}: {detail}")
             self.policy.shard_quarantined(result.shard, f"{result.quarantine_reason}: {detail}")
-
-    def _handle_error(self, slot: Slot, shard: PendingShard, error: Exception) -> None:
-        if isinstance(error, StorageFailure):
-            self.store.refresh()
-        if not isinstance(error, UserError):
-            self.record_failure(slot, shard, error)
-        decision = self.policy.lease_raised(shard, error, time.monotonic())
-        text = self.redact.cut(error_text(error))
-        self.events.add("shard_raised", shard=shard.name, attempt=decision.attempt, error=shorten(text, 2000))
-        shown = shorten(text, 1000)
-        of = "" if isinstance(error, StorageFailure) else f" of {self.config.failures.attempts}"
-        self.log(f"{shard.name}: attempt {decision.attempt}{of} raised {shown}")
-        self._carry_out(decision)
 
     def record_success(self, slot: Slot, result: ShardResult) -> None:
         """Record that a lease returned, and replace the workers that this proves to be at fault."""
@@ -551,8 +548,7 @@ class Driver:
 
     def follow_drains(self, deadlines: Mapping[str, int]) -> None:
         """Give no leases to workers on nodes that Ray drains, and end those that have finished theirs."""
-        drains = self.policy.drains
-        for node, seconds in drains.update(deadlines, time.time()).items():
+        for node, seconds in self.policy.record_drains(deadlines, time.time()).items():
             slots = [slot for slot in self.pool.started if slot.id.node == node]
             shards = [shard.name for slot in slots for shard in slot.leases.values()]
             self.events.add("node_drained", node=node, seconds=seconds, workers=len(slots), shards=shards)
@@ -560,7 +556,7 @@ class Driver:
             busy = f"{plural(len(slots), 'worker')}, {plural(len(shards), 'shard')} in flight"
             place = slots[0].id.place if slots else node[:12]
             self.log(f"node {place} is drained{when} ({busy}): its workers finish these and get no others")
-        self.pool.drain(drains.nodes)
+        self.pool.drain(self.policy.drained)
         for slot in [slot for slot in self.pool.leaving if not slot.leases]:
             node, pid, _ = self._end(slot).id
             self.events.add("worker_drained", node=node, pid=pid, shards=slot.finished)

@@ -123,7 +123,8 @@ class FailurePolicy:
         self._charged_failures: Counter[WorkerId] = Counter()  # those of them that the worker may be the cause of
         self._failed_models: dict[str, set[WorkerId]] = {}  # by layer: where its model raised, since it last passed
         self.notes: list[str] = []  # messages about workers and nodes, for the log and the summary
-        self.faults, self.drains = Faults(self.notes), Drains()
+        self.faults = Faults(self.notes)
+        self.drained: frozenset[str] = frozenset()  # nodes that are or were drained; a drain is never cancelled
         self.memory = MemoryDeaths(settings.solo_attempts)
         self.outages = Outages(settings, self.notes.append)
         self._failed_starts = 0
@@ -159,7 +160,9 @@ class FailurePolicy:
         self._attempts[shard.name] += 1
         attempt = self._attempts[shard.name]
         if attempt < self.settings.attempts:
-            if self._is_last(shard.name, attempt) and _may_be_worker(error):
+            if (attempt == self.settings.attempts - 1 and self.faults.is_doubtful(shard.name)) and _may_be_worker(
+                error
+            ):
                 return RunAlone(shard, attempt)
             return Retry(shard, now + pause_seconds(attempt), attempt)
         layer = error.layer if isinstance(error, LayerFailure) else shard.layers[0]
@@ -199,7 +202,9 @@ class FailurePolicy:
                 self.faults.record_place(shard, worker)
                 return None
         self._charged_failures[worker] += _may_be_worker(error)
-        if self._is_last(shard, self._attempts[shard]) and _may_be_worker(error):
+        if (self._attempts[shard] == self.settings.attempts - 1 and self.faults.is_doubtful(shard)) and _may_be_worker(
+            error
+        ):
             return ReplaceWorker(worker, f"{shard} failed there for the last time and may have broken it: {text}")
         if replacement := self.faults.record_failure(shard, worker, text, now, workers):
             return replacement
@@ -244,7 +249,8 @@ class FailurePolicy:
         """
         if not self.deaths:
             return []
-        alive, verdicts, undecided = self.drains.remaining(live_nodes()), [], []
+        # What dies on a drained node dies with the node.
+        alive, verdicts, undecided = frozenset(live_nodes()) - self.drained, [], []
         for death in self.deaths:
             node_lost = death.worker.id.node not in alive
             if node_lost or now >= death.deadline:
@@ -261,6 +267,15 @@ class FailurePolicy:
                 undecided.append(death)
         self.deaths = undecided
         return verdicts
+
+    def record_drains(self, deadlines: Mapping[str, int], now: float) -> dict[str, float | None]:
+        """Record the nodes that Ray drains, with deadlines in ms since 1970, or 0.
+
+        Returns those that are new, with the seconds until Ray expects them to end, None without a deadline.
+        """
+        new = {node: at for node, at in sorted(deadlines.items()) if node not in self.drained}
+        self.drained |= new.keys()
+        return {node: max(0.0, at / 1000 - now) if at else None for node, at in new.items()}
 
     def shard_quarantined(self, name: str, cause: str) -> None:
         """Count a quarantined shard. Raises TooManyQuarantined if too many are: they probably share a cause
@@ -351,30 +366,6 @@ class FailurePolicy:
         self._attempts[shard.name] = self._deaths_alone[shard.name] = 0
         self.faults.forget_shard(shard.name)
         return Quarantine(shard, layer, reason, detail, replace(shard, layers=rest) if rest else None, attempt)
-
-    def _is_last(self, shard: str, attempt: int) -> bool:
-        """Whether the attempt after this one is the last of a shard that another one may have made fail."""
-        return attempt == self.settings.attempts - 1 and self.faults.is_doubtful(shard)
-
-
-class Drains:
-    """The nodes that are or were drained. A drain is never cancelled."""
-
-    def __init__(self) -> None:
-        self.nodes: frozenset[str] = frozenset()
-
-    def update(self, deadlines: Mapping[str, int], now: float) -> dict[str, float | None]:
-        """Record the nodes that Ray drains, with deadlines in ms since 1970, or 0.
-
-        Returns those that are new, with the seconds until Ray expects them to end, None without a deadline.
-        """
-        new = {node: at for node, at in sorted(deadlines.items()) if node not in self.nodes}
-        self.nodes |= new.keys()
-        return {node: max(0.0, at / 1000 - now) if at else None for node, at in new.items()}
-
-    def remaining(self, alive: Collection[str]) -> frozenset[str]:
-        """The nodes of ``alive`` that are not drained. What dies on a drained node dies with the node."""
-        return frozenset(alive) - self.nodes
 
 
 def _may_be_worker(error: Exception) -> bool:

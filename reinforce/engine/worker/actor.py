@@ -156,15 +156,6 @@ class Worker:
             self.counted = now
         return grown
 
-    def _check_output(self) -> None:
-        """Raise UserError if ``output`` is relative to a folder of the driver that this node does not have."""
-        if self.store.relative and self.missing_folder is not None:
-            raise UserError(
-                f"output {self.store.url} is relative to {self.missing_folder}, which does not exist on "
-                f"{socket.gethostname()}. Set `output` to an absolute path that every node reaches, or to a URL "
-                "such as s3://BUCKET/FOLDER."
-            )
-
     def process(self, shard: PendingShard) -> ShardResult:
         """Compute and commit the missing layers of one shard. Raises UserError, LayerFailure or ShardFailure."""
         assert self.models is not None

@@ -92,11 +92,6 @@ class PixelCells:
         for spec, whole in self.whole.items():
             whole[cell] = fit(image, spec)
 
-    def blacken(self, cell: int) -> None:
-        for array in (self.crops, *self.whole.values()):
-            if array is not None:
-                array[cell] = 0
-
 
 @dataclass(frozen=True)
 class PixelLayout:
@@ -632,8 +627,14 @@ class DecodePool:
 
     def longest(self) -> str | None:
         """Key of the row that a process has worked on for the longest time, or None if none is in work."""
-        working = [at for server in self._servers if (at := server.working_on()) is not None]
-        return max(working, key=lambda at: at[1])[0] if working else None
+        working: list[tuple[float, str]] = []
+        for server in self._servers:
+            if (at := server.board.get(server.number)) is not None:
+                number, row, seconds = at
+                chunk = next((chunk for chunk in list(server.sent) if chunk.number == number), None)
+                if chunk is not None and row < len(chunk.sent):  # it may have been sent again since
+                    working.append((seconds, chunk.rows[chunk.sent[row]].key))
+        return max(working, key=lambda one: one[0])[1] if working else None
 
     def next_chunk(self, wait: bool) -> RowChunk | None:
         """The next chunk. Without ``wait``, None if other processes have nothing to do and can take what there is."""
@@ -689,7 +690,7 @@ class _Server(threading.Thread):
         self._lost_starts = 0
         self._known: set[int] = set()  # leases whose spec the process has
         self._todo: deque[RowChunk] = deque()  # begun in a process that died
-        self._sent: deque[RowChunk] = deque()
+        self.sent: deque[RowChunk] = deque()
         self._hung: tuple[int, int] | None = None  # chunk and row at which the process was killed
 
     def run(self) -> None:
@@ -697,26 +698,17 @@ class _Server(threading.Thread):
         self.ready.set()
         while not self.pool.closed:
             # Send chunks until the process has enough of them; wait for one if it has none.
-            while len(self._sent) < DEPTH:
-                chunk = self._todo.popleft() if self._todo else self.pool.next_chunk(wait=not self._sent)
+            while len(self.sent) < DEPTH:
+                chunk = self._todo.popleft() if self._todo else self.pool.next_chunk(wait=not self.sent)
                 if chunk is None:
                     break
                 self._send(chunk)
-            if self._sent:
+            if self.sent:
                 self._receive()
-        for chunk in [*self._sent, *self._todo]:
+        for chunk in [*self.sent, *self._todo]:
             chunk.fail()
         if self.handle is not None:
             self.handle.close()
-
-    def working_on(self) -> tuple[str, float] | None:
-        """Key of the row in work and the seconds, or None."""
-        if (at := self.board.get(self.number)) is None:
-            return None
-        number, row, seconds = at
-        chunk = next((chunk for chunk in list(self._sent) if chunk.number == number), None)
-        sent = () if chunk is None else chunk.sent  # it may have been sent again since
-        return (chunk.rows[sent[row]].key, seconds) if chunk is not None and row < len(sent) else None
 
     def _start(self) -> None:
         """Start the process; one that dies before it is ready, such as for lack of memory, is started again."""
@@ -739,7 +731,7 @@ class _Server(threading.Thread):
         lease = chunk.lease
         spec = None if lease.number in self._known else lease.spec
         self._known.add(lease.number)
-        self._sent.append(chunk)
+        self.sent.append(chunk)
         self.handle.send((chunk.number, lease.number, spec, chunk.send()))
 
     def _receive(self) -> None:
@@ -751,7 +743,7 @@ class _Server(threading.Thread):
             self._handle_death(str(error))
             return
         if outcomes is not None:
-            chunk = self._sent.popleft()
+            chunk = self.sent.popleft()
             if not chunk.receive(outcomes):
                 self._todo.appendleft(chunk)
             self.pool.finished += len(outcomes)
@@ -764,10 +756,10 @@ class _Server(threading.Thread):
         """Put what the process had not finished in front of the queue; another process is started for it."""
         at, hung = self.board.get(self.number), self._hung
         self.board.clear(self.number)
-        self._todo.extendleft(reversed(self._sent))
-        guilty = next((chunk for chunk in self._sent if at is not None and chunk.number == at[0]), None)
+        self._todo.extendleft(reversed(self.sent))
+        guilty = next((chunk for chunk in self.sent if at is not None and chunk.number == at[0]), None)
         self.handle, self._hung = None, None
-        self._sent.clear()
+        self.sent.clear()
         self._known.clear()
         self.pool.finished += 1
         if at is None or guilty is None:

@@ -49,7 +49,7 @@ class Session:
         self.config, self.models = config, models
         self.watch = watch or LeaseWatch()
         self.meter = StageMeter(models.accelerator, models.costs, models.counters, counters or Counters())
-        self._order = models.lock.next_order()
+        self._order = next(models.lock.orders)
 
     @contextlib.contextmanager
     def stage(self, layer: str, what: str, inputs: int = 0) -> Iterator[None]:

@@ -292,12 +292,8 @@ class PriorityLock:
         self._changed = threading.Condition()
         self._waiting: list[tuple[int, int]] = []  # a heap of (order, ticket)
         self._tickets = itertools.count()
-        self._numbers = itertools.count(1)
+        self.orders = itertools.count(1)  # of shards that begin, each above those of all older ones
         self._taken = False
-
-    def next_order(self) -> int:
-        """Return the number of a shard that begins, which is above those of all older shards."""
-        return next(self._numbers)
 
     @property
     def waiting(self) -> int:

@@ -37,7 +37,7 @@ from reinforce.config import Config
 from reinforce.engine.messages import user_frames
 from reinforce.engine.worker.models import Floats, Models, memory_hint, to_numpy
 from reinforce.errors import UserError
-from teachers.custom import CAPTION, PIXELS
+from teachers.custom import PIXELS
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec, NoCaptions
 from teachers.spec import Precision
@@ -191,11 +191,6 @@ def check_captioner(models: Models, name: str, count: int, batch: int | None = N
             )
     except (Exception, SystemExit) as error:
         raise _failed(name, "captions", captioner, error, batch) from error
-
-
-def can_be_tested(inputs: Sequence[str]) -> bool:
-    """Whether a scorer takes only inputs that a test can generate."""
-    return {*inputs} <= {PIXELS, CAPTION}
 
 
 def score_probes(models: Models, name: str, inputs: Sequence[str], names: Sequence[str], rows: Sequence[int]) -> Floats:

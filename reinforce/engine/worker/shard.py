@@ -167,16 +167,21 @@ class ShardProcess:
             }
             samples = None if SAMPLES in self.layers else self._open_input(stack, SAMPLES)
             self.origin = {} if samples is None else parse_footer(samples.metadata)
-            inputs = {name: self._open_input(stack, name) for name in self._stored_inputs()}
-            columns = {SAMPLES: self._sample_columns()}
+            # What else is read of layers that are committed already: of samples the columns that producers need.
+            stored = {*schemas.samples_schema(self.config.images, true_captions=True).names}
+            wanted = sorted({column for producer in self.producers for column in producer.sample_columns} & stored)
+            columns = {SAMPLES: ["key", *wanted]}
+            needed = dict.fromkeys(name for layer in self.layers.values() for name in layer.needs)
+            names = [name for name in needed if name not in self.layers and (wanted or name != SAMPLES)]
+            inputs = {name: self._open_input(stack, name) for name in names}
             lease = self._lease(stack)
             self.batches = stack.enter_context(Batches(lambda: self.inference.rows_per_batch, self.watch))
             with self._recording(), contextlib.closing(self._rows(samples, lease)) as rows:
                 for index, group in itertools.groupby(rows, key=lambda row: row.group):
                     if short := [name for name, file in inputs.items() if index >= file.num_row_groups]:
                         raise MisalignedLayer(short[0])
-                    stored = {name: file.read_row_group(index, columns.get(name)) for name, file in inputs.items()}
-                    self._write_group(group, lease, stored, writers)
+                    tables = {name: file.read_row_group(index, columns.get(name)) for name, file in inputs.items()}
+                    self._write_group(group, lease, tables, writers)
             stale = self._commit(writers, inputs)
             if not stale.keys().isdisjoint(inputs):
                 return ShardResult(shard=self.shard.name, seconds=time.perf_counter() - start, set_aside=stale)
@@ -304,18 +309,6 @@ class ShardProcess:
                 writers[name].write(table)
 
     # -- files
-
-    def _stored_inputs(self) -> list[str]:
-        """Layers that are committed already, and that others are computed from; samples for their columns."""
-        needed = {name: None for layer in self.layers.values() for name in layer.needs}
-        unused = {SAMPLES} if not self._sample_columns() else set()
-        return [name for name in needed if name not in self.layers and name not in unused]
-
-    def _sample_columns(self) -> list[str]:
-        """Columns of stored samples that producers need; without any, samples are only read as rows."""
-        stored = {*schemas.samples_schema(self.config.images, true_captions=True).names}
-        wanted = {column for producer in self.producers for column in producer.sample_columns} & stored
-        return ["key", *sorted(wanted)] if wanted else []
 
     def _open_input(self, stack: contextlib.ExitStack, layer: str) -> LayerFile:
         """Open a file that other layers are computed from. Raises RefusedFile, also if it does not exist, and
@@ -644,7 +637,10 @@ class _Ahead:
             if isinstance(row.sample, RawSample):
                 self._lease.free.release([row.cell])
                 return outcome
-            self._lease.cells.blacken(row.cell)  # an image that was accepted before crashes its decode process now
+            # An image that was accepted before crashes its decode process now. Its pixels are black.
+            for array in (self._lease.cells.crops, *self._lease.cells.whole.values()):
+                if array is not None:
+                    array[row.cell] = 0
             outcome = Decoded(unreadable=outcome)
         row.finish(outcome)
         return row

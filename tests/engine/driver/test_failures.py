@@ -8,7 +8,7 @@ import pytest
 
 from reinforce.config import Failures
 from reinforce.dataset.layers import Layer
-from reinforce.engine.driver.failures import NODE_VERDICT_SECONDS, Drains, FailurePolicy, Hang, LoadLimit, error_text
+from reinforce.engine.driver.failures import NODE_VERDICT_SECONDS, FailurePolicy, Hang, LoadLimit, error_text
 from reinforce.engine.driver.faults import (
     Death,
     Decision,
@@ -197,7 +197,7 @@ def test_the_nodes_are_asked_for_once_however_many_workers_died_and_not_at_all_w
 def test_a_lost_or_drained_node_counts_against_no_shard(drained: bool) -> None:
     failures = policy(solo_attempts=1)
     if drained:
-        failures.drains.update({"node": 0}, 0.0)
+        failures.record_drains({"node": 0}, 0.0)
     for number in range(20):
         failures.worker_died(EndedWorker(WORKER, (A,), alone=True), "unreachable", 0.0, True, memory=number % 2 == 0)
         [verdict] = failures.judge_deaths(0.0, lambda: {"node"} if drained else set())
@@ -354,10 +354,10 @@ def test_ten_quarantined_shards_are_tolerated_and_more_than_the_allowed_share_st
 
 
 def test_each_drain_is_found_once_with_the_seconds_that_are_left_and_stays() -> None:
-    drains = Drains()
-    assert drains.update({}, 100.0) == {}
-    assert drains.update({"b": 130_000, "a": 0}, 100.0) == {"a": None, "b": 30.0}
-    assert drains.update({"b": 130_000, "a": 0}, 110.0) == {}
-    assert drains.update({"c": 90_000}, 110.0) == {"c": 0.0}
-    drains.update({}, 200.0)  # the nodes have ended
-    assert drains.remaining({"a", "b", "d"}) == {"d"}
+    failures = policy()
+    assert failures.record_drains({}, 100.0) == {}
+    assert failures.record_drains({"b": 130_000, "a": 0}, 100.0) == {"a": None, "b": 30.0}
+    assert failures.record_drains({"b": 130_000, "a": 0}, 110.0) == {}
+    assert failures.record_drains({"c": 90_000}, 110.0) == {"c": 0.0}
+    failures.record_drains({}, 200.0)  # the nodes have ended
+    assert failures.drained == {"a", "b", "c"}

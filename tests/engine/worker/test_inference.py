@@ -282,7 +282,7 @@ def test_an_error_arrives_once_no_batch_is_in_work() -> None:
 
 def test_the_oldest_waiting_shard_gets_the_lock_first_also_after_an_error() -> None:
     lock, order = PriorityLock(), []
-    assert [lock.next_order() for _ in range(3)] == [1, 2, 3]
+    assert [next(lock.orders) for _ in range(3)] == [1, 2, 3]
     with contextlib.suppress(ZeroDivisionError), lock.take(9):
         raise ZeroDivisionError
 

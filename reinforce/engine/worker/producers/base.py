@@ -57,7 +57,7 @@ class RowGroup:
         self.rows, self.keys = rows, [row.key for row in rows]
         self.tables = dict(stored)
         self._outputs = outputs
-        self._values: dict[str, Any] = {}
+        self.known: dict[str, Any] = {}  # values of layers, whose tables need not be decoded
         for name, table in stored.items():
             if table["key"].to_pylist() != self.keys:
                 raise MisalignedLayer(name)
@@ -68,17 +68,9 @@ class RowGroup:
 
     def values(self, layer: str) -> Any:
         """The value of each row in a layer that was committed or computed before, as its kind decodes it."""
-        if layer not in self._values:
-            self._values[layer] = kind_of(layer).decode(self.tables[layer])
-        return self._values[layer]
-
-    def samples(self) -> pa.Table:
-        """The samples, at least with the columns that a producer names."""
-        return self.tables[SAMPLES]
-
-    def set_values(self, layer: str, values: Any) -> None:
-        """Keep the values of a layer, so that its table is not decoded."""
-        self._values[layer] = values
+        if layer not in self.known:
+            self.known[layer] = kind_of(layer).decode(self.tables[layer])
+        return self.known[layer]
 
 
 @dataclass(frozen=True)
@@ -139,12 +131,8 @@ class Producer(Encoder):
     def demand(self, layer: Layer, rows: int) -> Demand:
         one = "one augmented image" if layer.sees == CROPS else "one image"
         bound: Bound = CROPS if layer.sees == CROPS and rows == 1 else "rows"
-        return Demand(bound, f"{layer.name}: {one} does", self.smaller_model(layer))
-
-    @staticmethod
-    def smaller_model(layer: Layer) -> str:
-        """The config keys to change if one input does not fit."""
-        return f"{layer.kind.section}.{layer.model}: a smaller model, or `precision: bf16`"
+        fix = f"{layer.kind.section}.{layer.model}: a smaller model, or `precision: bf16`"
+        return Demand(bound, f"{layer.name}: {one} does", fix)
 
     # -- tables
 

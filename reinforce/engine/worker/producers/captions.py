@@ -187,7 +187,7 @@ class Captions(Producer):
                     captions[place] = self._clean(layer, row.key, texts)
         for place, label in self.labels(layer, group.rows):
             captions[place] = [*label]
-        group.set_values(layer.name, captions)
+        group.known[layer.name] = captions
         columns = [pa.array(group.keys, pa.string()), pa.array(captions, pa.list_(pa.string()))]
         return pa.table(columns, schema=self.schema(layer))
 

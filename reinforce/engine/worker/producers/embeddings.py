@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -172,7 +173,7 @@ class TextEmbeddings(Embeddings):
             self.encode_texts(layer, [[f"{i} {n} {LONG_TEXT}" for n in range(layer.count)] for i in range(rows)])
 
     def demand(self, layer: Layer, rows: int) -> Demand:
-        return Demand("texts", f"{layer.name}: one text does", self.smaller_model(layer))
+        return replace(super().demand(layer, rows), bound="texts", one=f"{layer.name}: one text does")
 
     def vectors(self, layer: Layer, group: RowGroup) -> tuple[Floats, Mask]:
         if layer.texts == TRUE_CAPTION:

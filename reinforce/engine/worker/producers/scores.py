@@ -14,13 +14,13 @@ import torch
 
 from reinforce.config import Config
 from reinforce.dataset.kinds.scores import make_scorer
-from reinforce.dataset.layers import Layer, model_of
+from reinforce.dataset.layers import SAMPLES, Layer, model_of
 from reinforce.engine.messages import raising_layer_failure
 from reinforce.engine.worker.decode import Row
 from reinforce.engine.worker.inference import Batch, Outputs
 from reinforce.engine.worker.models import Demand, Floats, Models, OutOfMemory
 from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
-from reinforce.engine.worker.self_test import LONG_TEXT, can_be_tested, check_numbers, score_probes
+from reinforce.engine.worker.self_test import LONG_TEXT, check_numbers, score_probes
 from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.custom import CAPTION, METADATA, PIXELS
@@ -45,7 +45,7 @@ class Scores(Producer):
 
     @staticmethod
     def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side | None:
-        if not can_be_tested(info.identity["inputs"]):
+        if not {*info.identity["inputs"]} <= {PIXELS, CAPTION}:  # others cannot be made for a test
             return None
         score = partial(score_probes, models, name, info.identity["inputs"], info.identity["names"])
 
@@ -174,7 +174,7 @@ def _values(name: str, group: RowGroup) -> Any:
     if name == CAPTION:
         return [row.caption or None for row in group.rows]
     if name == METADATA:
-        return [None if text is None else json.loads(text) for text in group.samples()[METADATA].to_pylist()]
+        return [None if text is None else json.loads(text) for text in group.tables[SAMPLES][METADATA].to_pylist()]
     return group.values(name)
 
 
