@@ -52,10 +52,23 @@ def user_frames(error: BaseException) -> str:
     """
     cause: BaseException | None = error
     while cause is not None:
-        frames = [*_user_frames(cause)]
+        others = []  # frames that are neither of this project nor of the standard library nor of no file
+        for frame, line in traceback.walk_tb(cause.__traceback__):
+            file = frame.f_code.co_filename
+            standard = file.startswith(_STANDARD) and not any(folder in Path(file).parts for folder in _INSTALLED)
+            if not standard and not file.startswith(("<", *_OURS)):
+                others.append((frame, line))
+        package, frames = _package(others[0][0]) if others else "", []
+        for frame, line in others:
+            file = frame.f_code.co_filename
+            installed = any(folder in Path(file).parts for folder in _INSTALLED)
+            if not installed or (_package(frame) == package and package not in _LIBRARIES):
+                source = linecache.getline(file, line, frame.f_globals).strip()
+                shown = f": `{source}`" if 0 < len(source) <= _MAX_SOURCE else ""
+                frames.append(f"{file.removeprefix(os.getcwd() + os.sep)}:{line} in {frame.f_code.co_name}{shown}")
         if frames:
-            shown = frames if len(frames) <= _MAX_FRAMES else [frames[0], "...", *frames[1 - _MAX_FRAMES :]]
-            return f" ({' -> '.join(shown)})"
+            named = frames if len(frames) <= _MAX_FRAMES else [frames[0], "...", *frames[1 - _MAX_FRAMES :]]
+            return f" ({' -> '.join(named)})"
         cause = cause.__cause__
     return ""
 
@@ -64,23 +77,6 @@ def shorten(text: str, characters: int) -> str:
     """Cut a text in its middle, since its end names the place of the error. Redact it before: half a secret stays."""
     half = (characters - 5) // 2
     return text if len(text) <= characters else f"{text[:half]} ... {text[-half:]}"
-
-
-def _user_frames(error: BaseException) -> Iterator[str]:
-    frames = []
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        file = frame.f_code.co_filename
-        standard = file.startswith(_STANDARD) and not any(folder in Path(file).parts for folder in _INSTALLED)
-        if not standard and not file.startswith(("<", *_OURS)):  # nor of no file
-            frames.append((frame, line))
-    package = _package(frames[0][0]) if frames else ""
-    for frame, line in frames:
-        file = frame.f_code.co_filename
-        installed = any(folder in Path(file).parts for folder in _INSTALLED)
-        if not installed or (_package(frame) == package and package not in _LIBRARIES):
-            source = linecache.getline(file, line, frame.f_globals).strip()
-            shown = f": `{source}`" if 0 < len(source) <= _MAX_SOURCE else ""
-            yield f"{file.removeprefix(os.getcwd() + os.sep)}:{line} in {frame.f_code.co_name}{shown}"
 
 
 def _package(frame: FrameType) -> str:

@@ -25,8 +25,7 @@ from reinforce.terminal import plural
 
 POLL_SECONDS = 5.0  # between two requests to one worker, at least
 POLLS_PER_SECOND = 100.0  # of all workers, unless the limit needs more
-MAX_IN_FLIGHT = 1024
-_SLOW_ANSWER_SECONDS = 30.0  # requests that wait longer do not count for MAX_IN_FLIGHT
+
 _PAUSE_SECONDS = 30.0  # a driver that did not look for so long was itself stopped
 _CAPACITY_SECONDS = 5.0  # between two counts of the cluster's resources
 
@@ -408,8 +407,7 @@ def poll_interval(workers: int, least: float) -> float:
 class Polls(Generic[_Worker]):
     """Requests to workers for their pulse.
 
-    The driver calls ``due`` once a tick and asks the workers that it returns. At most ``MAX_IN_FLIGHT`` requests are
-    under way, not counting slow ones.
+    The driver calls ``due`` once a tick and asks the workers that it returns.
     """
 
     def __init__(self) -> None:
@@ -427,19 +425,12 @@ class Polls(Generic[_Worker]):
     def due(self, now: float, least: float) -> list[_Worker]:
         """The workers to ask now; ``least`` is the smallest limit of a step."""
         interval = poll_interval(len(self._turns), least)
-        free = MAX_IN_FLIGHT - sum(now - asked <= _SLOW_ANSWER_SECONDS for asked in self._asked.values())
-        turns: list[_Worker] = []
-        due: list[_Worker] = []
-        for worker, at in self._turns.items():
-            if at > now or len(due) >= free:
-                break
-            turns.append(worker)
-            if worker not in self._asked:
-                self._asked[worker] = now
-                due.append(worker)
+        turns = [*itertools.takewhile(lambda worker: self._turns[worker] <= now, self._turns)]
         for worker in turns:
             del self._turns[worker]  # its next turn is after those of the others
             self._turns[worker] = now + interval
+        due = [worker for worker in turns if worker not in self._asked]
+        self._asked |= dict.fromkeys(due, now)
         return due
 
     def answered(self, worker: _Worker) -> None:

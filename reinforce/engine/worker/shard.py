@@ -245,10 +245,11 @@ class ShardProcess:
     def _stored_rows(self, file: LayerFile, lease: CellLease, window: int) -> Iterator[Row]:
         """The rows of the samples layer. Raises LayerFailure where the source of referenced images was replaced."""
         replaced = False
+        of_images = next((name for name, layer in self.layers.items() if layer.sees_images), "")
         if lease.cells.needed and not self.config.embeds_images:
             self.source_note, replaced = referenced_source_change(self.shard, parse_footer(file.metadata))
             if replaced and IMAGE_DIGEST not in file.footer[1]:  # else the digests decide
-                raise LayerFailure(self._first_image_layer(), describe_replaced(self.shard, self.source_note))
+                raise LayerFailure(of_images, describe_replaced(self.shard, self.source_note))
         try:
             yield from rows_from_samples(self.config, self.shard.source, file, self.labels, lease, window)
         except (ChangedImages, FileNotFoundError) as error:
@@ -258,10 +259,7 @@ class ShardProcess:
                 reason = error.describe(drop_shard_command(self.store.url, [SAMPLES], self.shard.name))
             else:
                 raise
-            raise LayerFailure(self._first_image_layer(), reason) from error
-
-    def _first_image_layer(self) -> str:
-        return next(name for name, layer in self.layers.items() if layer.sees_images)
+            raise LayerFailure(of_images, reason) from error
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from reinforce.engine.driver.failures import (
     find_hang,
     find_silence,
 )
-from reinforce.engine.driver.worker_pool import MAX_IN_FLIGHT, Polls, poll_interval
+from reinforce.engine.driver.worker_pool import Polls, poll_interval
 from reinforce.engine.pulse import (
     DECODING,
     READING,
@@ -33,15 +33,6 @@ from reinforce.engine.pulse import (
 def test_few_workers_are_asked_every_five_seconds_and_many_in_turns_within_a_quarter_of_the_limit() -> None:
     asked = [(1, 300.0), (2_000, 300.0), (10_000, 300.0), (10_000, 30.0)]
     assert [poll_interval(workers, least) for workers, least in asked] == [5.0, 20.0, 75.0, 7.5]
-
-
-def test_no_more_requests_are_under_way_than_allowed_and_slow_ones_keep_nobody_from_being_asked() -> None:
-    polls: Polls[int] = Polls()
-    for worker in range(5_000):
-        polls.add(worker, 100.0)
-    assert len(polls.due(105.0, 300.0)) == MAX_IN_FLIGHT
-    assert polls.due(105.5, 300.0) == []
-    assert len(polls.due(136.0, 300.0)) == MAX_IN_FLIGHT, "none of the first has answered, and others are asked"
 
 
 def test_a_worker_is_asked_again_only_after_its_answer_and_time_in_which_the_driver_was_stopped_is_no_silence() -> None:
