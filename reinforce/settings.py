@@ -115,7 +115,13 @@ def json_schema(model: type[BaseModel]) -> Schema:
             section["description"] = " ".join(text.replace("``", "`").split())
     for section in (schema, *sections.values()):
         for key, value in section.get("properties", {}).items():
-            section["properties"][key] = _described(value, sections)
+            # Without a title; a section as value has no default and, as description, its own.
+            shown = section["properties"][key] = {name: part for name, part in value.items() if name != "title"}
+            if "$ref" in value:
+                shown.pop("default", None)
+                shown.setdefault("description", sections[value["$ref"].rpartition("/")[2]].get("description", ""))
+            if isinstance(shown.get("default"), dict) and shown["default"]:
+                del shown["default"]
     return {"$schema": _DIALECT, **schema}
 
 
@@ -126,17 +132,6 @@ def partial(schema: Schema) -> Schema:
     """
     found: Schema = _optional({name: value for name, value in schema.items() if name != "$schema"})
     return found
-
-
-def _described(value: Schema, sections: dict[str, Schema]) -> Schema:
-    """A key of a section: without a title; a section as value has no default and, as description, its own."""
-    shown = {name: part for name, part in value.items() if name != "title"}
-    if "$ref" in value:
-        shown.pop("default", None)
-        shown.setdefault("description", sections[value["$ref"].rpartition("/")[2]].get("description", ""))
-    if isinstance(shown.get("default"), dict) and shown["default"]:
-        del shown["default"]
-    return shown
 
 
 def _optional(value: Any) -> Any:

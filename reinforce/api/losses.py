@@ -103,7 +103,12 @@ class StudentLoss(torch.nn.Module):
         self.terms = make_terms(loss, read_stored(config, {url: read_manifest(Store(url)) for url in urls}))
         self.notes = [*self.terms.notes]
         self.heads = torch.nn.ModuleDict(_heads(self.terms, width))
-        _check_targets(examples, self.terms)
+        own = {target.model for target in examples.targets if target.name not in (IMAGE, CAPTION, SYNTHETIC)}
+        for section, names in self.terms.models.items():
+            if section != "teachers" and (missing := [name for name in names if name not in own]):
+                raise UserError(
+                    f"the loss reads {section} that these examples lack: set {section}={missing} of Examples."
+                )
         self._models = (model,)  # in a tuple, so that its parameters are not those of this module
         self.heads.update(self.terms.map_heads(self._map_width))
         self._start: dict[str, torch.Tensor] = {}
@@ -206,14 +211,6 @@ class StudentLoss(torch.nn.Module):
             return map_width(model, image_spec(open_clip.get_model_preprocess_cfg(model)), stage)
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{type(model).__name__} has no map that is known here: {error}") from error
-
-
-def _check_targets(examples: Examples, terms: Terms) -> None:
-    """Raise UserError if examples lack the targets of a model, of classes or patches, that terms learn."""
-    own = {target.model for target in examples.targets if target.name not in (IMAGE, CAPTION, SYNTHETIC)}
-    for section, names in terms.models.items():
-        if section != "teachers" and (missing := [name for name in names if name not in own]):
-            raise UserError(f"the loss reads {section} that these examples lack: set {section}={missing} of Examples.")
 
 
 def _heads(terms: Terms, width: int | None) -> dict[str, torch.nn.Module]:

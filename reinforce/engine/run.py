@@ -98,11 +98,8 @@ def _run(
 
         plan = make_plan(config, retry_quarantined, nodes)
         if plan.unfitted:
-
-            def compute(finer: Config, shards: int) -> None:
-                _run(finer, address, retry_quarantined, accept_changed_classes, shards)
-
-            fit_codebooks(plan, compute)
+            given = address, retry_quarantined, accept_changed_classes
+            fit_codebooks(plan, lambda finer, shards: _run(finer, *given, shards))
             plan = make_plan(config, retry_quarantined, nodes)
         plan = plan if first is None else plan.first(first)
         config = plan.config
@@ -136,7 +133,7 @@ def _run(
             return _compute(plan, store, claims, recorded, address, retry_quarantined)
 
 
-def fit_codebooks(plan: Plan, compute: Callable[[Config, int], None]) -> None:
+def fit_codebooks(plan: Plan, compute: Callable[[Config, int], object]) -> None:
     """Fit the codebooks that a plan lacks. ``compute`` computes the first shards of a config. Raises UserError."""
     layers, seed, output = plan.unfitted, plan.config.seed, plan.config.output.rstrip("/")
     name = compute_fingerprint({"codebooks": [layer.fingerprint for layer in layers]})
@@ -154,11 +151,10 @@ def fit_codebooks(plan: Plan, compute: Callable[[Config, int], None]) -> None:
     def sample(layer: Layer) -> Floats:
         return convert.sample_vectors(layer, finer, None, sorted(finer.shards(layer.name)), seed)
 
-    def lacks(layer: Layer) -> bool:
-        return len(finer.shards(layer.name)) < convert.SHARES or len(sample(layer)) < layer.sample
-
     compute(config, shards)
-    while shards < plan.shards and any(map(lacks, layers)):
+    while shards < plan.shards and any(
+        len(finer.shards(layer.name)) < convert.SHARES or len(sample(layer)) < layer.sample for layer in layers
+    ):
         shards *= 2
         compute(config, shards)
     try:

@@ -136,14 +136,6 @@ class _Watch:
             except OSError:
                 pass
             self.close()
-        return self._connect()
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    def _connect(self) -> bool:
         connection = socket.socket(self._family)
         connection.settimeout(5.0)
         try:
@@ -154,6 +146,11 @@ class _Watch:
         connection.setblocking(False)
         self._connection = connection
         return True
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
 
 class RayletWatch(_Watch):

@@ -177,7 +177,7 @@ class Driver:
             seconds, alive = time.monotonic() - start, self.pool.alive(time.monotonic())
             quarantined = self.policy.quarantined_shards
             summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, ending)
-            summary = replace(summary, notes=self._notes())
+            summary = replace(summary, notes=[*self.policy.notes, *problem_lines(self.totals.fast_paths)])
             self._report(last=True)
             self.pool.close()
             for worker in self.processes:
@@ -187,7 +187,12 @@ class Driver:
             with contextlib.suppress(StorageError):  # a cache
                 self.index.flush()
             with contextlib.suppress(StorageError, FileNotFoundError):  # the run itself does not need the records
-                summary = replace(summary, **self._compare_keys())
+                # Compare the keys of this run's shards with those of earlier runs.
+                self.records.flush()
+                shards = {*self.plan.committed, *self.records.shards}
+                found = read_records(self.store).keys.repeated(shards)
+                lines = [*set_aside_notes(self.totals.set_aside), *found.lines(len(shards), self.store.url)]
+                summary = replace(summary, repeated_keys=found.keys, notes=[*summary.notes, *lines])
             with contextlib.nullcontext() if ending == Ending() else contextlib.suppress(UserError):
                 self.events.finish(asdict(summary))
         return summary
@@ -216,18 +221,6 @@ class Driver:
             silent=silent,
             starting=len(self.pool.loading),
         )
-
-    def _compare_keys(self) -> dict[str, Any]:
-        """Write the records, and compare the keys of this run's shards with those of earlier runs."""
-        self.records.flush()
-        shards = {*self.plan.committed, *self.records.shards}
-        found = read_records(self.store).keys.repeated(shards)
-        notes = [*self._notes(), *set_aside_notes(self.totals.set_aside), *found.lines(len(shards), self.store.url)]
-        return {"repeated_keys": found.keys, "notes": notes}
-
-    def _notes(self) -> list[str]:
-        """The policy's notes, and fast paths that did not run as expected."""
-        return [*self.policy.notes, *problem_lines(self.totals.fast_paths)]
 
     # the loop
 

@@ -178,10 +178,6 @@ class UnreadLabels:
         names = dict.fromkeys(layer.labels for layer in layers if layer.labels)
         return tuple(quarantine_of(name) for name in names if shard in self.shards[name])
 
-    def count(self, computed: Iterable[str]) -> int:
-        """Number of shards, without those that are computed."""
-        return len({shard for listing in self.shards.values() for shard in listing}.difference(computed))
-
     def without_replaced(self, committed: Mapping[str, Listing]) -> dict[str, Listing]:
         """Listings by layer without the files that are replaced."""
         names: dict[str, list[str]] = {}
@@ -364,7 +360,7 @@ def make_plan(
         notes=notes,
         source_notes=source.notes,
         lists=source.lists,
-        unread_labels=unread.count(shard.name for shard in pending),
+        unread_labels=len({*itertools.chain(*unread.shards.values())} - {shard.name for shard in pending}),
     )
 
 

@@ -62,7 +62,7 @@ class PatchFeatures(Producer):
         return layer.schema(self.session.config.images, entry["dim"])
 
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
-        """The stored patches of rows, [rows] of ``_cells``, by layer."""
+        """The stored patches of rows, cells [rows] as ``_stored`` makes them, by layer."""
         assert batch.crops is not None
         models, count = self.session.models, self.session.config.augmentations.count
         size = models.batches.fitting("crops", len(batch.crops))
@@ -82,7 +82,9 @@ class PatchFeatures(Producer):
     def _stored(self, layer: Layer, patches: npt.NDArray[np.float32], keys: Sequence[str]) -> npt.NDArray[Any]:
         """The cells of patches [rows, K, N, D]."""
         field = self.schema(layer).field("patches").type
-        cells = np.zeros(len(keys), _cells(field))
+        # The cells of a row: the numbers that are stored, and whether all are finite.
+        stored = ("patches", field.value_type.to_pandas_dtype(), tuple(field.shape))
+        cells = np.zeros(len(keys), [stored, ("finite", np.bool_)])
         place = layer.codebook_at(self.session.config.output)
         if place is None:
             patches = np.stack(
@@ -111,11 +113,6 @@ class PatchFeatures(Producer):
             )
         valid = self.refuse_not_finite(layer, group, readable, cells["finite"], "patches with NaN or infinity")
         return self.tensor_table(layer, group, {"patches": cells["patches"]}, valid)
-
-
-def _cells(type_: pa.FixedShapeTensorType) -> npt.DTypeLike:
-    """The cells of a row: the numbers that are stored, and whether all are finite."""
-    return [("patches", type_.value_type.to_pandas_dtype(), tuple(type_.shape)), ("finite", np.bool_)]
 
 
 def _pick(seed: int, layer: Layer, key: str, patches: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

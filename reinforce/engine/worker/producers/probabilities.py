@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -48,7 +47,7 @@ class ClassProbabilities(Producer):
     # -- batches
 
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
-        """The cells of rows, [rows] of ``_cells``, by layer."""
+        """The cells of rows [rows] by layer: numbers by column."""
         size = self.session.models.batches.fitting(CROPS, len(batch.rows) * self.session.config.augmentations.count)
         found: dict[str, list[list[torch.Tensor]]] = {}
         for layer in self.layers:
@@ -61,7 +60,10 @@ class ClassProbabilities(Producer):
         outputs: Outputs = {}
         for layer in self.layers:  # copied to the CPU only when all work is queued
             with self.session.stage(layer.name, batch.what):
-                cells = outputs[layer.name] = np.zeros(len(batch.rows), _cells(layer))
+                # The cells of a row: classes and their probabilities [K, k], and the rest [K].
+                shape = (layer.count, layer.recipe["top"])
+                types = zip(_COLUMNS, (np.int32, np.float32, np.float32), (shape, shape, shape[:1]), strict=True)
+                cells = outputs[layer.name] = np.zeros(len(batch.rows), [*types])
                 for place, name in enumerate(_COLUMNS):
                     values = torch.cat([part[place] for part in found[layer.name]])
                     cells[name] = values.cpu().numpy().reshape(cells[name].shape)
@@ -75,12 +77,6 @@ class ClassProbabilities(Producer):
         finite = np.isfinite(cells["probabilities"]).all(axis=(1, 2))
         valid = self.refuse_not_finite(layer, group, readable, finite)
         return self.tensor_table(layer, group, {name: cells[name] for name in _COLUMNS}, valid)
-
-
-def _cells(layer: Layer) -> npt.DTypeLike:
-    """The cells of a row: classes and their probabilities [K, k], and the rest [K]."""
-    shape = (layer.count, layer.recipe["top"])
-    return [*zip(_COLUMNS, (np.int32, np.float32, np.float32), (shape, shape, shape[:1]), strict=True)]
 
 
 def _probabilities(classifier: Any, pixels: torch.Tensor, temperature: float) -> torch.Tensor:

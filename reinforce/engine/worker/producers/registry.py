@@ -14,7 +14,7 @@ import torch
 
 from reinforce.config import Config
 from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.layers import Layer, LayerKind
+from reinforce.dataset.layers import Layer
 from reinforce.engine.rates import Cost
 from reinforce.engine.worker.inference import Session
 from reinforce.engine.worker.models import Counters, Models
@@ -22,15 +22,11 @@ from reinforce.engine.worker.producers.base import Producer, Refusals
 from teachers.runtime.flops import count_flops, peak_flops
 from teachers.spec import ModelInfo, Precision
 
-
-def _producer(kind: LayerKind) -> type[Producer]:
-    module, _, name = kind.producer.partition(":")
-    found: type[Producer] = getattr(importlib.import_module(f"{__package__}.{module}"), name)
-    return found
-
-
 #: Producers by the name of their kind.
-PRODUCERS: dict[str, type[Producer]] = {name: _producer(kind) for name, kind in KINDS.items()}
+PRODUCERS: dict[str, type[Producer]] = {}
+for _name, _kind in KINDS.items():
+    _module, _, _class = _kind.producer.partition(":")
+    PRODUCERS[_name] = getattr(importlib.import_module(f"{__package__}.{_module}"), _class)
 
 
 def make_producers(

@@ -145,8 +145,21 @@ class Scores(Producer):
             values = np.concatenate(group.outputs(layer.name))
             given = _usable(layer, group.rows)
         else:
-            inputs = [_values(one, group) for one in _inputs(layer)]
-            given = np.all([_given(one) for one in inputs], axis=0)
+            inputs, given = [], np.ones(len(group.rows), bool)
+            for name in _inputs(layer):
+                found: Any  # of each row: an array whose first axis is that of the rows, or a list with None
+                if name == CAPTION:
+                    found = [row.caption or None for row in group.rows]
+                elif name == METADATA:
+                    texts = group.tables[SAMPLES][METADATA].to_pylist()
+                    found = [None if text is None else json.loads(text) for text in texts]
+                else:
+                    found = group.values(name)
+                if isinstance(found, np.ndarray):
+                    given &= np.isfinite(found).reshape(len(found), -1).all(axis=1)
+                else:
+                    given &= np.array([one is not None for one in found], bool)
+                inputs.append(found)
             values = np.full((len(given), len(layer.names)), np.nan, np.float32)
             values[given] = self._score_batches(layer, inputs, np.flatnonzero(given))
         finite = np.isfinite(values)
@@ -167,19 +180,3 @@ def _usable(layer: Layer, rows: Sequence[Row]) -> Mask:
     """Rows passed to a class that takes pixels."""
     texts = CAPTION in _inputs(layer)
     return np.array([not row.unreadable and bool(row.caption or not texts) for row in rows], bool)
-
-
-def _values(name: str, group: RowGroup) -> Any:
-    """The value of each row in an input: an array whose first axis is that of the rows, or a list with None."""
-    if name == CAPTION:
-        return [row.caption or None for row in group.rows]
-    if name == METADATA:
-        return [None if text is None else json.loads(text) for text in group.tables[SAMPLES][METADATA].to_pylist()]
-    return group.values(name)
-
-
-def _given(values: Any) -> Mask:
-    """Mask of the rows that have a value [rows]."""
-    if isinstance(values, np.ndarray):
-        return np.asarray(np.isfinite(values).reshape(len(values), -1).all(axis=1))
-    return np.array([value is not None for value in values], bool)
