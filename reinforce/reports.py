@@ -1,4 +1,7 @@
-"""HTML and Markdown by jinja2 templates.
+"""HTML and Markdown by jinja2 templates, and the common style of all plots.
+
+Figures are built without pyplot: that needs no display, has no global state and no figures to close. So threads can
+draw at the same time.
 
 In HTML everything that comes from data is text: values are escaped, and only what templates and ``render`` have made is
 HTML. In both, control characters of values are written as ``\\x00`` or ``\\u202e``.
@@ -74,11 +77,6 @@ def _environment() -> Environment:
     )
     return environment
 
-
-# -- The common style of all plots, and how they are written.
-#
-# Figures are built without pyplot, which needs no display, has no global state and no figures to close. So threads can
-# draw at the same time.
 
 _LOG = logging.getLogger(__name__)
 _PACKAGE = "matplotlib"

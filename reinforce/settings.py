@@ -1,4 +1,5 @@
-"""JSON schemas of configs, by which editors complete and check YAML, and types of keys that several configs have.
+"""The base of all configs: typed sections, YAML files with overrides, errors that name the key and the fix, and JSON
+schemas, by which editors complete and check YAML.
 
 A schema accepts what the config's own validation accepts, except rules between several keys, which only the validation
 has. Editors and `jsonschema` take 1.0 for an integer; the validation does not.
@@ -145,8 +146,6 @@ def _optional(value: Any) -> Any:
         kept["additionalProperties"] = either(named, {"type": "null"})
     return {name: _optional(inner) for name, inner in kept.items()}
 
-
-# -- The base of all configs: typed sections, YAML files with overrides, and errors that name the key and the fix.
 
 Model = TypeVar("Model", bound=BaseModel)
 P = ParamSpec("P")
@@ -481,8 +480,7 @@ def _describe_yaml(error: yaml.YAMLError) -> str:
     return f"{problem} in line {mark.line + 1}, column {mark.column + 1}" if mark else problem
 
 
-# -- The key ``accelerator`` of configs: whether a process uses fast paths.
-
+#: The key ``accelerator`` of configs: whether a process uses fast paths.
 Accelerated = Annotated[
     Literal["fast", "plain"],
     Field(

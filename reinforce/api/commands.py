@@ -1,4 +1,10 @@
-"""What functions of ``reinforce`` return, besides the results of commands; a notebook shows them as tables."""
+"""The commands of the program as functions: they take a config, a dict or keywords, and return what was found, which a
+notebook shows as tables.
+
+Each raises ``UserError`` for what the user can fix. A ``config`` is the path of a YAML file, a mapping of its content
+or a validated config; keywords are keys of it, which change it section by section: ``run("my.yaml", workers={"cpus":
+2})``. Progress is shown on the terminal, in a notebook or in the log. Models and Ray are imported when they are needed.
+"""
 
 from __future__ import annotations
 
@@ -146,13 +152,6 @@ class Selected:
         facts = [("kept", f"{self.kept:,} of {plural(self.samples, 'sample')}"), ("dataset", redact(self.dataset))]
         return notebook_table(f"view {self.name}", facts, ("rule", "samples", "left out"), rules)
 
-
-# -- The commands of the program as functions: they take a config, a dict or keywords, and return what was found.
-#
-# Each raises ``UserError`` for what the user can fix. A ``config`` is the path of a YAML file, a mapping of its content
-# or a validated config; keywords are keys of it, which change it section by section: ``run("my.yaml", workers={"cpus":
-# 2})``. Progress is shown on the terminal, in a notebook or in the log. Models and Ray are imported when they are
-# needed.
 
 #: The path of a YAML file, or its content.
 Content = str | PathLike[str] | Mapping[str, Any]

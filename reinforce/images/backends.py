@@ -1,4 +1,9 @@
-"""The augmentation backend ``fixed-point-1``: less CPU, and the same pixels on every processor.
+"""Augmentation backends: the tables that augmentation records are sampled from, and the functions that replay them.
+
+Both are named and versioned: dataset.json records the backend of a dataset, and whoever replays its records loads it by
+that name. Sampling is a pure function of seeds, which needs only numpy.
+
+The backend ``fixed-point-1`` takes less CPU, and gives the same pixels on every processor:
 
 - Crops are resized by a separable Catmull-Rom filter (bicubic with a = -0.5, widened when reducing, as Pillow's) with
   16-bit fixed-point weights, the height before the width, rounded to uint8 in between. Two packages compute this bit by
@@ -138,11 +143,6 @@ OPERATIONS: Mapping[str, Operation] = {
 }
 
 
-# -- Augmentation backends: the tables that augmentation records are sampled from, and the functions that replay them.
-#
-# Both are named and versioned: dataset.json records the backend of a dataset, and whoever replays its records loads it
-# by that name. Sampling is a pure function of seeds, which needs only numpy.
-
 _ATTEMPTS = 10  # crops that are tried before falling back to a central one
 
 
@@ -211,7 +211,12 @@ def sample_augmentation(
         return Augmentation(crop, policy.size, None)
     table = BACKENDS[policy.backend].table
     magnitudes = table.magnitudes(policy.rand_augment.magnitude, policy.size)
-    return Augmentation(crop, policy.size, _sample_ops(for_ops, table, magnitudes))
+    ops = []  # RandAugment's
+    for operation, sign in zip(for_ops[::2], for_ops[1::2], strict=True):
+        name = table.names[int(operation * len(table.names))]
+        magnitude = magnitudes[name]
+        ops.append(Op(name, -magnitude if name in table.signed and sign < 0.5 else magnitude))
+    return Augmentation(crop, policy.size, tuple(ops))
 
 
 def _sample_crop(
@@ -233,13 +238,3 @@ def _sample_crop(
     elif width / height > ratio[1]:
         w = max(1, round(height * ratio[1]))
     return Crop((height - h) // 2, (width - w) // 2, h, w)
-
-
-def _sample_ops(uniforms: Sequence[float], table: OperationTable, magnitudes: Mapping[str, float]) -> tuple[Op, ...]:
-    """RandAugment's operations; ``uniforms`` are (operation, sign) of each."""
-    ops = []
-    for operation, sign in zip(uniforms[::2], uniforms[1::2], strict=True):
-        name = table.names[int(operation * len(table.names))]
-        magnitude = magnitudes[name]
-        ops.append(Op(name, -magnitude if name in table.signed and sign < 0.5 else magnitude))
-    return tuple(ops)

@@ -132,10 +132,6 @@ def _posterize(images: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     return (images // step * step).to(torch.uint8)
 
 
-def _solarize(images: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-    return torch.where(images < thresholds[:, :1, None, None], images, 255 - images)
-
-
 def _autocontrast(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     low, high = (values.double()[:, None, None] for values in torch.aminmax(images.flatten(1, 2), dim=1))
     scale = torch.full_like(high, 255.0) / (high - low)  # a number divided by a tensor is rounded twice
@@ -162,7 +158,7 @@ _OPERATIONS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] 
     "Contrast": _contrast,
     "Sharpness": _sharpness,
     "Posterize": _posterize,
-    "Solarize": _solarize,
+    "Solarize": lambda images, above: torch.where(images < above[:, :1, None, None], images, 255 - images),
     "AutoContrast": _autocontrast,
     "Equalize": _equalize,
 }

@@ -60,10 +60,6 @@ def _move(name: str, image: Image.Image, magnitude: float) -> Image.Image:
     return affine(image, *MATRICES[name](magnitude))
 
 
-def _rotate(image: Image.Image, magnitude: float) -> Image.Image:
-    return image.rotate(magnitude, Image.Resampling.NEAREST, fillcolor=(0, 0, 0))
-
-
 def _blend_with(grey: int, image: Image.Image, magnitude: float) -> Image.Image:
     """``Image.blend`` of an image of one grey and this one, by a table."""
     table = Image.blend(Image.new("L", _VALUES.size, grey), _VALUES, 1.0 + magnitude)
@@ -107,7 +103,7 @@ def sharpness(image: Image.Image, magnitude: float) -> Image.Image:
 TORCHVISION: Mapping[str, Operation] = {
     "Identity": lambda image, _: image,
     **{name: partial(_move, name) for name in MATRICES},
-    "Rotate": _rotate,
+    "Rotate": lambda image, magnitude: image.rotate(magnitude, Image.Resampling.NEAREST, fillcolor=(0, 0, 0)),
     "Brightness": lambda image, magnitude: _blend_with(0, image, magnitude),
     "Color": color,
     "Contrast": contrast,
@@ -152,11 +148,6 @@ def torchvision_magnitudes(level: int, size: int) -> Mapping[str, float]:
 
 RAND_AUGMENT = OperationTable(OPS, frozenset(OPS[1:10]), torchvision_magnitudes)
 
-
-# -- Augmentation records: replay them, convert them for storage.
-#
-# A record is one RandomResizedCrop and, unless skipped, one RandAugment, by torchvision's algorithms on PIL images.
-# Replaying needs only Pillow and is a pure function.
 
 #: Name and version of what ``replay`` computes, the default backend; recorded in dataset.json.
 AUGMENTATION_BACKEND = "torchvision-pil-1"

@@ -1,4 +1,8 @@
-"""Estimated bytes of what a plan will write: from committed files, else from the beginning of a source shard."""
+"""What a plan takes, and the report of it by ``reinforce plan``, as text and as JSON.
+
+Bytes that it will write are estimated from committed files, else from the beginning of a source shard. How long its
+workers take, how many are needed and what they cost is arithmetic on measured rates.
+"""
 
 from __future__ import annotations
 
@@ -160,8 +164,6 @@ def _rows(shard: Shard, samples: Sequence[RawSample], seen: int) -> float | None
     return int(fs.size(path) or 0) / max(1, seen) * len(samples)
 
 
-# -- How long the workers of a plan take, how many are needed, and what they cost: arithmetic on measured rates.
-
 #: CPU milliseconds of a worker for a photograph of 512 x 512 pixels, by the number of augmentations: its decode
 #: processes and its own process, as docs/performance.md has them (benchmarks/results/pipeline.json).
 DECODE_MS = {2: 5.37, 10: 19.24}
@@ -315,9 +317,6 @@ def measured_rate(plan: Plan, summary: Mapping[str, Any] | None) -> Rate | None:
         return None
     device = (summary.get("device") or {}).get("name")
     return Rate(1 / seconds, f"as run {summary.get('run')} measured" + (f" on {device}" if device else ""))
-
-
-# -- The report of ``reinforce plan``, as text and as JSON.
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Embeddings of the augmented images."""
+"""Embeddings of the augmented images, and of texts: the true caption, or the captions of a captioner."""
 
 from __future__ import annotations
 
@@ -92,8 +92,6 @@ class ImageEmbeddings(Embeddings):
         readable = self.refuse_unreadable(layer, group)
         return np.concatenate(group.outputs(layer.name)), readable
 
-
-# -- Embeddings of texts: the true caption, or the captions of a captioner.
 
 _Texts: TypeAlias = "list[str] | None"
 
