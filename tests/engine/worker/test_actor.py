@@ -185,7 +185,9 @@ def test_a_relative_output_is_in_the_folder_of_the_driver_which_must_exist(
     with pytest.raises(LoadFailure, match=rf"^output out is relative to {driver}, which does not exist on"):
         Worker(relative, {}, frozenset(), str(driver)).load()
     absolute = parse_config(config_of("source.tar", tmp_path / "out", captioners={}, teachers={}))
-    Worker(absolute, {}, frozenset(), str(driver))._check_output()
+    worker = Worker(absolute, {}, frozenset(), str(driver))
+    assert worker.load().accelerator == "cpu"
+    worker.pool.close()
     driver.mkdir()
     assert Worker(relative, {}, frozenset(), str(driver)).store.root == f"{driver}/out"
 
