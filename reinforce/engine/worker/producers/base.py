@@ -72,6 +72,10 @@ class RowGroup:
             self.known[layer] = kind_of(layer).decode(self.tables[layer])
         return self.known[layer]
 
+    def samples(self) -> pa.Table:
+        """The samples, at least with the columns that a producer names."""
+        return self.tables[SAMPLES]
+
 
 @dataclass(frozen=True)
 class Side:
