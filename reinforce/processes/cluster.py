@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import ray
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from reinforce.errors import RayEnded, UserError
 from reinforce.processes.cores import available_cores
@@ -206,30 +205,6 @@ def kill_with_placement_groups(actor: Any) -> None:
         group = PlacementGroupTableData.FromString(text)
         if group.creator_actor_id == actor._actor_id.binary():
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-
-
-def call_on_nodes(
-    function: Callable[..., Any], calls: Sequence[tuple[str, tuple[Any, ...]]], seconds: float
-) -> list[Any]:
-    """Call a function on the nodes of ``calls``, each with its arguments -> the results, None where there is none in
-    time."""
-    if not calls:
-        return []
-    remote = ray.remote(num_cpus=0, max_retries=0)(function)
-    refs = []
-    for node, arguments in calls:
-        place = NodeAffinitySchedulingStrategy(node, soft=False)
-        refs.append(remote.options(scheduling_strategy=place).remote(*arguments))
-    done = set(ray.wait(refs, num_returns=len(refs), timeout=seconds)[0])
-    results = []
-    for ref in refs:
-        try:
-            results.append(ray.get(ref) if ref in done else None)
-        except RayError:
-            results.append(None)
-        if ref not in done:
-            ray.cancel(ref, force=True)
-    return results
 
 
 def is_node_lost(error: RayError) -> bool:

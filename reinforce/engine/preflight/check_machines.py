@@ -107,15 +107,24 @@ def this_machine() -> list[Machine]:
 def cluster_machines() -> list[Machine]:
     """The live nodes of the cluster that Ray is connected to."""
     import ray
-
-    from reinforce.processes.cluster import call_on_nodes
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    found = call_on_nodes(look, [(node["NodeID"], (_ray_folder(),)) for node in nodes], _ASKING_SECONDS)
-    return [
-        Machine(f"node {node['NodeManagerHostname']}", node["Resources"], *(answer or ()))
-        for node, answer in zip(nodes, found, strict=True)
-    ]
+    remote, refs = ray.remote(num_cpus=0, max_retries=0)(look), []
+    for node in nodes:
+        place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        refs.append(remote.options(scheduling_strategy=place).remote(_ray_folder()))
+    done = set(ray.wait(refs, num_returns=len(refs), timeout=_ASKING_SECONDS)[0]) if refs else set()
+    machines = []
+    for node, ref in zip(nodes, refs, strict=True):
+        answer: tuple[Any, ...] = ()  # of a node that does not answer in time
+        with contextlib.suppress(RayError):
+            answer = ray.get(ref) if ref in done else ()
+        if ref not in done:
+            ray.cancel(ref, force=True)
+        machines.append(Machine(f"node {node['NodeManagerHostname']}", node["Resources"], *answer))
+    return machines
 
 
 def look(folder: str) -> tuple[int | None, float | None, bool]:
