@@ -259,7 +259,7 @@ def _any_begins_alike(a: list[list[str]], b: list[list[str]]) -> bool:
 
 
 def check_encoder(
-    models: Models, name: str, kind: str, start: Start, precision: Precision, batch: int | None = None
+    models: Models, name: str, side: str, start: Start, precision: Precision, batch: int | None = None
 ) -> Floats:
     """Test what a teacher computes, vectors [B, D] of unit norm -> their norms. Raises UserError.
 
@@ -288,8 +288,8 @@ def check_encoder(
             for one, other in itertools.combinations(range(_IMAGES), 2):
                 difference = float(np.abs(together[other] - together[one]).max())
                 if difference <= tolerance.equal:
-                    pair, cause = "two different images", f"encoder of {kind} and `image`"
-                    if kind == "texts":
+                    pair, cause = "two different images", f"encoder of {side} and `image`"
+                    if side == "texts":
                         pair, cause = f"{TEXTS[one]!r} and {TEXTS[other]!r}", "tokenizer and the text encoder"
                     raise ValueError(
                         f"{pair} get the same embedding (largest difference {difference:.1g}); check the {cause}"
@@ -302,7 +302,7 @@ def check_encoder(
                 "is required); keep the order of the rows, mask padding, and call `.eval()` on networks with batch norm"
             )
     except (Exception, SystemExit) as error:
-        raise _failed(name, kind, models.teachers[name], error, batch) from error
+        raise _failed(name, side, models.teachers[name], error, batch) from error
     norms: Floats = np.linalg.norm(together, axis=1)
     return norms
 
