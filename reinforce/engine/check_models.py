@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -140,7 +141,14 @@ def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) 
     spec: dict[str, Any] = {"class": target, "options": options}
     try:
         cls = ClassTeacherSpec.model_validate(spec).import_class()
-        checked: ModelSpec = MODEL_SPECS[f"{kind}s" if kind else _section_of(cls)].model_validate(spec)
+        methods = {section: one.methods for section, one in MODEL_SPECS.items()}
+        has_method = (any(callable(getattr(cls, method, None)) for method in of) for of in methods.values())
+        found = [f"{kind}s"] if kind else [*itertools.compress(methods, has_method)]
+        if len(found) != 1:
+            every = ", ".join(f"`{method}`" for of in methods.values() for method in of)
+            has = f"methods of {' and '.join(found)}" if found else f"none of {every}"
+            raise ValueError(f"class {cls.__name__} has {has}: add a method, or set --kind teacher or --kind captioner")
+        checked: ModelSpec = MODEL_SPECS[found[0]].model_validate(spec)
     except ValueError as error:
         raise UserError(redact.cut(f"{error}{user_frames(error)}")) from error
     set_flags("auto")
@@ -207,17 +215,3 @@ def _measure(models: Models, prepare: Callable[[int], Callable[[], Any]], larges
         if seconds > _ENOUGH_SECONDS or size == largest:
             return best
         size = min(2 * size, largest)
-
-
-def _section_of(cls: type) -> str:
-    """The section of a config in which a class can be. Raises ValueError if its methods do not determine it."""
-    found = [
-        section
-        for section, spec in MODEL_SPECS.items()
-        if any(callable(getattr(cls, method, None)) for method in spec.methods)
-    ]
-    if len(found) != 1:
-        every = [f"`{one}`" for spec in MODEL_SPECS.values() for one in spec.methods]
-        has = f"none of {', '.join(every)}" if not found else f"methods of {' and '.join(found)}"
-        raise ValueError(f"class {cls.__name__} has {has}: add a method, or set --kind teacher or --kind captioner")
-    return found[0]

@@ -6,23 +6,19 @@ meet, some contents are compared.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from reinforce.config import Config
-from reinforce.dataset.layer_file import LayerFile
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.runs import SourceRecord
 from reinforce.dataset.store import Store, parse_footer
 from reinforce.engine.messages import PendingShard
 from reinforce.engine.plan.plan import Plan
 from reinforce.errors import UserError
-from reinforce.source.formats.base import Shard
-from reinforce.source.reading import read_samples
 from reinforce.source.references import SourceState, listed_state, moved_folders, probe_state
-from reinforce.source.samples import RawSample
 from reinforce.source.urls import canonical, shard_stem
 from reinforce.terminal import first_lines
 
@@ -30,7 +26,7 @@ T = TypeVar("T")
 
 _COMPARED = 64  # new shards that share their file name with another shard, evenly spread
 _TWINS = 8  # other shards that each of them is compared with
-_WITHOUT_STATE = 4  # new shards that are compared by rows with files of earlier versions, which reads more
+
 _THREADS = 16
 _SHOWN_FOLDERS = 3
 _PROBED = 64  # files of which the first bytes are read, where only the modification time differs
@@ -79,25 +75,30 @@ def find_copies(plan: Plan, store: Store) -> Copies:
         return Copies((), 0, 0)
     new = {shard.name: shard.url for shard in plan.pending if SAMPLES in shard.layers}
 
-    def compare(item: tuple[PendingShard, list[str]], number: int) -> str | Literal[False] | None:
+    def compare(item: tuple[PendingShard, list[str]]) -> str | Literal[False] | None:
         """The URL of the shard that the new one is a copy of, False if it is none, None if nothing can be compared."""
         shard, names = item
         state = probe_state(shard.url)
         outcome: Literal[False] | None = None
         for name in names if state is not None else ():
             assert state is not None
+            same: bool | None = None
+            url = new.get(name, name)
             if name in new:
-                other, url = probe_state(new[name]), new[name]
+                other = probe_state(url)
                 same = state.same_content(other) if other is not None else None
             else:
-                same, url = _same_as_committed(plan.config, store, shard, state, name, number < _WITHOUT_STATE)
+                # Each driver has its own exceptions, and a damaged file is reported where it is needed.
+                with contextlib.suppress(Exception), store.open_layer(SAMPLES, name, whole=False) as file:
+                    footer = parse_footer(file.metadata)
+                    same, url = state.same_content(SourceState.from_footer(footer)), footer.get("source", name)
             if same:
                 return url
             outcome = same if same is not None else outcome
         return outcome
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        outcomes = [*pool.map(compare, chosen, range(len(chosen)))]
+        outcomes = [*pool.map(compare, chosen)]
     pairs = [
         (canonical(shard.url), canonical(outcome))
         for (shard, _), outcome in zip(chosen, outcomes, strict=True)
@@ -131,38 +132,6 @@ def _meeting_shards(plan: Plan) -> list[tuple[PendingShard, list[str]]]:
             meeting.append((shard, names[:_TWINS]))
         names.append(shard.name)
     return meeting
-
-
-def _same_as_committed(
-    config: Config, store: Store, shard: PendingShard, state: SourceState, name: str, by_rows: bool
-) -> tuple[bool | None, str]:
-    """Whether a new shard has the content of a committed one, and the URL of that one."""
-    try:
-        with store.open_layer(SAMPLES, name, whole=False) as file:
-            footer = parse_footer(file.metadata)
-            same = state.same_content(SourceState.from_footer(footer))
-            if same is None and by_rows:
-                same = _same_first_row(config, shard.source, file)
-    except Exception:  # each driver has its own exceptions, and a damaged file is reported where it is needed
-        return None, name
-    return same, footer.get("source", name)
-
-
-def _same_first_row(config: Config, shard: Shard, file: LayerFile) -> bool:
-    """Whether the first sample of a source shard is the first row of a samples file: key and image.
-
-    For files without a recorded state. A first sample that was refused counts as different.
-    """
-    if file.num_row_groups == 0:
-        return False
-    column = "image" if config.embeds_images else "image_ref"
-    row = file.read_row_group(0, columns=["key", column]).slice(0, 1).to_pylist()[0]
-    sample = next((item for item in read_samples(shard, config.input) if isinstance(item, RawSample)), None)
-    if sample is None or sample.key != row["key"]:
-        return False
-    if config.embeds_images:
-        return bool(row["image"] == sample.image)
-    return (row["image_ref"]["offset"], row["image_ref"]["length"]) == (sample.offset, sample.length)
 
 
 def referenced_source_change(shard: PendingShard, footer: Mapping[str, str]) -> tuple[str | None, bool]:

@@ -26,7 +26,7 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.config import Config
-from reinforce.dataset.manifest import find_manifest, read_manifest
+from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.store import Store
 from reinforce.dataset.view import View, open_view
 from reinforce.errors import UserError
@@ -52,7 +52,7 @@ from reinforce.storage import is_job_folder, is_ray_job
 
 _SPECIAL = re.compile(r"[*?\[{]")
 _WRITTEN = ("parquet", "json", "jsonl")
-_SAME = "is the same as"
+
 T = TypeVar("T")
 #: Samples of a shard of a folder.
 BLOCK = 2048
@@ -63,16 +63,12 @@ _THREADS = 16
 
 
 def check_output(config: Config) -> None:
-    """Raise UserError if ``output`` is, contains, or is in what the config names to be read.
-
-    A dataset that was made inside or around its source, as earlier versions allowed, may be continued.
-    """
+    """Raise UserError if ``output`` is, contains, or is in what the config names to be read."""
     for relation, read in overlaps(config):
-        if relation == _SAME or find_manifest(Store(config.output)) is None:
-            raise UserError(
-                f"output: {canonical(config.output)} {relation} {read}, so that a run would write among the files that "
-                "it reads. Set `output` to a folder that is neither in nor above them."
-            )
+        raise UserError(
+            f"output: {canonical(config.output)} {relation} {read}, so that a run would write among the files that it "
+            "reads. Set `output` to a folder that is neither in nor above them."
+        )
 
 
 def overlaps(config: Config) -> Iterator[tuple[str, str]]:
@@ -121,7 +117,7 @@ def _relation(output: PurePath, url: str) -> str | None:
             return "contains the files of"
         return "is among the files of" if _matches_inside(read.parts, output.parts) else None
     if output == read:
-        return _SAME
+        return "is the same as"
     if output.is_relative_to(read):
         return "is inside"
     return "contains" if read.is_relative_to(output) else None

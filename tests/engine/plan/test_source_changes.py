@@ -25,7 +25,7 @@ from reinforce.errors import UserError
 from reinforce.source.references import read_state
 from tests.helpers.commands import run_command
 from tests.helpers.data import config_of, members_of, tree, write_tar
-from tests.helpers.reinforced import forget_sources, reinforce_here
+from tests.helpers.reinforced import reinforce_here
 
 MESSAGE = (
     r"^source: 3 new shards have the file name of another shard, {compared} of them were compared with it, and "
@@ -35,13 +35,10 @@ MESSAGE = (
 
 
 @pytest.mark.parametrize("images", ["embed", "reference"])
-@pytest.mark.parametrize("earlier", [False, True])
 def test_a_linked_source_is_refused_with_numbers_and_both_urls(
-    images: str, earlier: bool, shards: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: str, shards: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reinforce_here(config_of(shards(3, 2, 4), tmp_path / "out", images=images))
-    if earlier:
-        forget_sources((tmp_path / "out" / "samples").glob("*.parquet"))
     (tmp_path / "link").symlink_to(tmp_path / "source")
     before = tree(tmp_path / "out")
     config = config_of(f"{tmp_path}/link/*.tar", tmp_path / "out", images=images)
@@ -71,14 +68,11 @@ def test_shards_of_equal_names_and_keys_with_other_content_are_accepted(tmp_path
     for number, folder in enumerate(("a", "b")):
         content = [data for _, data in members_of(number, 3)]
         write_tar(tmp_path / folder / "00000.tar", list(zip(keys, content, strict=True)))
-    for earlier in (False, True):
-        output = tmp_path / f"out-{earlier}"
-        reinforce_here(config_of(f"{tmp_path}/a/*.tar", output))
-        if earlier:
-            forget_sources((output / "samples").glob("*.parquet"))
-        config = parse_config(config_of(f"{tmp_path}/{{a,b}}/*.tar", output))
-        found = find_copies(make_plan(config), Store(config.output))
-        assert (found.pairs, found.compared, found.new) == ([], 1, 1)
+    output = tmp_path / "out"
+    reinforce_here(config_of(f"{tmp_path}/a/*.tar", output))
+    config = parse_config(config_of(f"{tmp_path}/{{a,b}}/*.tar", output))
+    found = find_copies(make_plan(config), Store(config.output))
+    assert (found.pairs, found.compared, found.new) == ([], 1, 1)
 
 
 def test_a_bounded_number_of_shards_is_compared(tmp_path: Path) -> None:
