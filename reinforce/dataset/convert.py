@@ -1,4 +1,10 @@
-"""Fitting the codebook of a layer to vectors of the first shards, which are stored in float16 or float32."""
+"""Fitting of codebooks, and ``reinforce convert``: the vectors of a teacher in another codec, without its model.
+
+A codebook is fitted to vectors of the first shards, which are stored in float16 or float32. Converted vectors become
+the layers of a teacher of another name, with the fingerprints and the files that a run would give them. So nothing is
+replaced, and the same command continues after an interruption. A run whose config has that teacher, with the same
+model and codec, computes further shards.
+"""
 
 from __future__ import annotations
 
@@ -55,10 +61,9 @@ def fit_codebook(layer: Layer, values: Floats, target: Store, seed: int) -> str:
     codec = layer.kind.codec(layer)
     assert isinstance(codec, FittedCodec)
     key = f"teachers.{layer.model}.{layer.kind.codec_key}"
-    least = codec.least(values.shape[1])
-    if len(values) < least:
+    if len(values) < codec.least:
         raise UserError(
-            f"{key}: {layer.dtype} is fitted to {least:,} vectors at least, and the sample of {layer.name} has "
+            f"{key}: {layer.dtype} is fitted to {codec.least:,} vectors at least, and the sample of {layer.name} has "
             f"{len(values):,}. Increase the sample or the source, or choose a codec that needs fewer, such as "
             f"{'int8' if layer.kind.vectors else 'float16'}."
         )
@@ -88,15 +93,6 @@ def _sample(
         bits = philox_bits(seed_for(seed, str(number), _PURPOSE), len(every))
         every = every[np.sort(np.argsort(bits, kind="stable")[:most])]
     return every
-
-
-# -- ``reinforce convert``: the vectors of a teacher in another codec, from those that are stored, without its model.
-#
-# They become the layers of a teacher of another name, with the fingerprints and the files that a run would give them.
-# So nothing is replaced, and the same command continues after an interruption. A run whose config has that teacher,
-# with the same model and codec, computes further shards.
-
-#: Entries of a footer that are not copied to the new file.
 
 
 @dataclass
@@ -270,7 +266,7 @@ def _convert_shard(url: str, pair: _Pair, shard: str) -> tuple[FileEntry, float]
                 values = vectors.decode(table)
                 valid = np.asarray(~np.isnan(values).any(axis=(1, 2)))
                 prepared = codec.prepare(values)
-                lengths = vectors.with_length(prepared)
+                lengths = (prepared != 0).any(axis=2).all(axis=1)  # a zero vector has no direction
                 groups.append(table["key"].to_pylist())
                 zeros += table["key"].filter(pa.array(valid & ~lengths)).to_pylist()
                 valid &= lengths

@@ -74,7 +74,7 @@ def _shape_of(type_: pa.DataType) -> str:
 
 def _known_layouts() -> list[dict[str, str]]:
     """The columns of each schema with their types as ``_shape_of`` writes them."""
-    known = [schema for kind in KINDS.values() for schema in kind.file_schemas()]
+    known = [schema for kind in KINDS.values() for schema in kind.file_schemas]
     known += [schemas.view_schema(), schemas.identities_schema(), schemas.quarantine_schema(), schemas.index_schema()]
     layouts = [{field.name: _shape_of(field.type) for field in schema} for schema in known]
     return [one for place, one in enumerate(layouts) if one not in layouts[:place]]  # kinds share some

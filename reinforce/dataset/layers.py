@@ -1,11 +1,16 @@
-"""What a student takes from a layer: its tensors, their values in rows, and what a loaded model computes instead."""
+"""Layers: their names, what describes them, and what a kind of layers must offer.
+
+A fingerprint covers all that determines a layer's content. Fingerprints form a chain: each layer's recipe includes the
+fingerprint of ``samples`` (rows, images, augmentation records), and that of embeddings of synthetic captions includes
+the fingerprint of the captions. Settings that change no stored number (logit scales, batch sizes, workers) are in none.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -15,7 +20,7 @@ import pyarrow as pa
 
 import schemas
 from reinforce.dataset.codecs.base import Codec
-from reinforce.dataset.codecs.codebooks import Place
+from reinforce.dataset.codecs.codebooks import Place, find_codec
 from reinforce.errors import UserError
 from reinforce.settings import LAYER_NAME
 
@@ -48,6 +53,15 @@ class PickedValues(NamedTuple):
     usable: npt.NDArray[np.bool_]
 
 
+class Content(NamedTuple):
+    """What a row of a layer holds, in ``reinforce plan`` and ``status``; on the ``card`` of a published dataset, and in
+    the ``report`` of ``reinforce inspect``, by default the same."""
+
+    plan: str
+    card: str = ""
+    report: str = ""
+
+
 class TargetEncoder(NamedTuple):
     """What computes a target of images from a loaded model that has other layers, too.
 
@@ -60,8 +74,6 @@ class TargetEncoder(NamedTuple):
     encode: Callable[[Any], Any]
     entry: Mapping[str, Any]
 
-
-# -- How far the values of a layer differ on two sides: stored and computed again.
 
 #: The smallest cosine of a stored vector and the one that is computed again that counts as rounding.
 MIN_COSINE = 0.99
@@ -80,12 +92,6 @@ class Comparison:
     nulls: int = 0
     difference: float | None = None
     cosine: float | None = None
-
-    @classmethod
-    def of_values(cls, first: Sequence[Sequence[Any]], second: Sequence[Sequence[Any]]) -> Comparison:
-        rows = [*zip(zip(*first, strict=True), zip(*second, strict=True), strict=True)]
-        nulls = sum(any((a is None) != (b is None) for a, b in zip(one, other, strict=True)) for one, other in rows)
-        return cls(len(rows), sum(one == other for one, other in rows), nulls)
 
     @classmethod
     def of_numbers(cls, first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> Comparison:
@@ -125,13 +131,6 @@ class Comparison:
         return ", ".join(parts) + ("" if self.fits else ": not what the model computes")
 
 
-# -- Layers: their names, their description, and what a kind of layers must offer.
-#
-# A fingerprint covers all that determines a layer's content. Fingerprints form a chain: each layer's recipe includes
-# the fingerprint of ``samples`` (rows, images, augmentation records), and that of embeddings of synthetic captions
-# includes the fingerprint of the captions. Settings that change no stored number (logit scales, batch sizes, workers)
-# are in none.
-
 SAMPLES = "samples"
 #: ``images`` in the dataset.json of published labels, which have none, and the key with what these labels are of.
 NO_IMAGES, LABELS = "none", "labels"
@@ -154,32 +153,19 @@ def embeddings_layer(teacher: str, inputs: str) -> str:
     return f"embeddings/{teacher}/{inputs}"
 
 
-def scores_layer(name: str) -> str:
-    return f"scores/{name}"
-
-
 def model_of(name: str) -> str:
     """The model, or the entry of ``scores``, in the name of a layer; empty for samples."""
-    return "".join(parts_of(name)[1:2])
+    return "".join(name.split("/")[1:2])
 
 
 def inputs_of(name: str) -> str:
     """What a teacher encodes in an embeddings layer of this name: ``images``, ``caption`` or a captioner's name."""
-    return parts_of(name)[-1]
-
-
-def parts_of(name: str) -> list[str]:
-    """The names of the folders from the dataset down to that of a layer."""
-    return name.split("/")
-
-
-def folder_of(name: str) -> str:
-    return name.rpartition("/")[0]
+    return name.rpartition("/")[2]
 
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a name fits a kind's pattern, in which ``*`` stands for the name of a model or of its inputs."""
-    parts, wanted = parts_of(name), parts_of(pattern)
+    parts, wanted = name.split("/"), pattern.split("/")
     return len(parts) == len(wanted) and all(
         LAYER_NAME.fullmatch(part) and one in ("*", part) for part, one in zip(parts, wanted, strict=True)
     )
@@ -227,11 +213,6 @@ class Layer:
     labels: str | None = field(default=None, compare=False)
 
     @property
-    def sees_images(self) -> bool:
-        """Whether computing it takes decoded images; not in published layers."""
-        return self.sees is not None
-
-    @property
     def loads_model(self) -> bool:
         """Whether computing it loads a model."""
         return self.model is not None and not self.published
@@ -246,11 +227,6 @@ class Layer:
     def owner(self) -> tuple[str | None, str | None]:
         """The section of the config with the model that makes it, and the model's name."""
         return self.kind.section, self.model
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether it needs no codebook, or has one."""
-        return self.codebook is None or self.codebook["digest"] is not None
 
     @property
     def sample(self) -> int:
@@ -287,13 +263,16 @@ class LayerKind(ABC):
         section: of the config with the models that make its layers, None if no model does.
         model_key: of a layer's entry in dataset.json with the name of its model, None if it has none.
         required: keys of a layer's entry in dataset.json.
+        file_schemas: that its files can have, with tensors of some shape and, of structs that differ by layer, none of
+            their fields.
         tensors: axes of the columns whose rows have a shape. Columns with fewer axes have the first ones of the others.
         stored_plain: columns that are stored without compression.
         kept_as_stored: columns of tensors that no reader converts to float32 as a whole.
         crops: whether its models may see the augmented images.
         vectors: whether its values are unit-norm vectors of a model.
         picks: which of a row's values a training example takes, that of its crop or of its text; None if none.
-        asked: the section under which loss terms ask for its values, by the models' names; default: ``section``.
+        asked: the section under which loss terms ask for its values, by the models' names, where a model's entry in the
+            config has one of this name; default: ``section``, of which each model has layers of this kind.
         taken: whether others take its values as labels.
         unusable: why a value that is not null cannot be trained on.
     """
@@ -308,6 +287,7 @@ class LayerKind(ABC):
     section: ClassVar[str | None] = None
     model_key: ClassVar[str | None] = None
     required: ClassVar[tuple[str, ...]] = ()
+    file_schemas: ClassVar[tuple[pa.Schema, ...]]
     tensors: ClassVar[Mapping[str, int]] = {}
     stored_plain: ClassVar[tuple[str, ...]] = ()
     kept_as_stored: ClassVar[tuple[str, ...]] = ()
@@ -318,7 +298,8 @@ class LayerKind(ABC):
     taken: ClassVar[bool] = False
     unusable: ClassVar[str] = ""
 
-    # -- what is computed
+    #: Key of a teacher that names the codec, in messages.
+    codec_key: ClassVar[str] = "codec"
 
     @abstractmethod
     def layers(
@@ -326,11 +307,6 @@ class LayerKind(ABC):
     ) -> Iterable[Layer]:
         """Layers of this kind that a config names. ``infos`` describe the models by section and name, ``known`` are the
         layers of lower levels."""
-
-    def of_model(self, name: str, info: ModelInfo, recipe: Mapping[str, Any], **facts: Any) -> Layer:
-        """The layer that a model makes, of a kind with one for each, with these attributes beside its recipe's."""
-        layer, fingerprint = self.pattern.replace("*", name), compute_fingerprint(recipe)
-        return Layer(layer, self, fingerprint, (SAMPLES,), name, recipe=recipe, code=info.code, **facts)
 
     def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the layers that a layer is computed from, by its name and its entry in dataset.json, if it has one:
@@ -341,34 +317,22 @@ class LayerKind(ABC):
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         """The schema of a file; ``images`` is the config's key."""
 
-    def file_schemas(self) -> Iterable[pa.Schema]:
-        """The schemas that its files can have, with tensors of some shape and, of structs that differ by layer, none of
-        their fields."""
-        return [self.schema(Layer("", self, ""), "")]
-
     @abstractmethod
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         """Expected bytes of a row, of a sample that takes ``sample`` bytes; None if the dimension is not known before
         the model is loaded."""
 
-    # -- models
-
     def asks(self, spec: ModelSpec) -> bool:
         """Whether a model's entry in the config, in ``section``, asks for layers of this kind."""
-        return True
+        return self.asked is None or getattr(spec, self.asked, None) is not None
 
     def encoder(self, model: Any, device: Any) -> TargetEncoder:
         """What computes values of a kind that is ``asked`` from a loaded model. Raises ValueError if it cannot."""
         raise ValueError(f"{type(model).__name__} is asked for no {self.name}")
 
-    # -- codecs
-
-    #: Key of a teacher that names the codec, in messages.
-    codec_key: ClassVar[str] = "codec"
-
     def codec(self, layer: Layer) -> Codec:
         """The codec of the vectors of a layer."""
-        raise ValueError(f"layers of kind {self.name} have no codec")
+        return find_codec(layer.dtype)
 
     def vectors_to_fit(self, layer: Layer, table: pa.Table) -> npt.NDArray[np.float16]:
         """The vectors [n, D] of a row group of a finer layer, to which a codebook is fitted."""
@@ -377,8 +341,6 @@ class LayerKind(ABC):
     def codebook_facts(self, layer: Layer) -> Mapping[str, Any]:
         """What the codebook of a layer states besides its sample."""
         return {}
-
-    # -- dataset.json
 
     def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
         """What a layer's entry has besides its kind and fingerprint. ``stated`` has what the loaded model states, such
@@ -422,8 +384,6 @@ class LayerKind(ABC):
         dataset.json or by what another worker's model states; None if it does not."""
         return None
 
-    # -- rows
-
     def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
         """Problems of the rows of a row group, and a mask of them [rows]; ``records`` is the number of augmentation
         records in dataset.json."""
@@ -443,9 +403,9 @@ class LayerKind(ABC):
         one, other = self.numbers(first), self.numbers(second)
         if one and one.keys() == other.keys():
             return Comparison.of_numbers(*(np.stack([of[name] for name in one], axis=1) for of in (one, other)))
-        return Comparison.of_values([self.decode(first)], [self.decode(second)])
-
-    # -- targets of students
+        pairs = [*zip(self.decode(first), self.decode(second), strict=True)]
+        nulls = sum((one is None) != (other is None) for one, other in pairs)
+        return Comparison(len(pairs), sum(one == other for one, other in pairs), nulls)
 
     @property
     def target_section(self) -> str | None:
@@ -460,19 +420,9 @@ class LayerKind(ABC):
         """Value ``index[row]`` of every row of a row group, with an array for each of ``target_tensors``."""
         raise ValueError(f"layers of kind {self.name} are no targets")
 
-    # -- for people
-
     @abstractmethod
-    def content(self, layer: Layer) -> str:
+    def content(self, layer: Layer) -> Content:
         """What a row holds, in a few words."""
-
-    def card_content(self, layer: Layer) -> str:
-        """What a row holds, on the card of a published dataset."""
-        return self.content(layer)
-
-    def report_content(self, layer: Layer) -> str:
-        """What a row holds, in ``reinforce inspect``."""
-        return self.content(layer)
 
     def pictures(self, value: Any, count: int) -> npt.NDArray[np.uint8]:
         """A picture [h, w, 3] of each of the first ``count`` crops of a row's value; none by default."""

@@ -329,7 +329,7 @@ class Dataset:
             *self._described_models(),
         ]
         layers = [stored_layer(name, self.manifest["layers"][name]) for name in self.layers[:_SHOWN_LAYERS]]
-        lines = [(layer.name, layer.kind.content(layer), layer.fingerprint) for layer in layers]
+        lines = [(layer.name, layer.kind.content(layer).plan, layer.fingerprint) for layer in layers]
         more = len(self.layers) - len(layers)
         return notebook_table(self.store.url, facts, ("layer", "a row", "fingerprint"), lines, more)
 

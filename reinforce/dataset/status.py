@@ -125,7 +125,7 @@ def status_table(status: dict[str, Any]) -> Table:
         table.add_column(heading, justify=justify, no_wrap=True)
     for name, layer in status["layers"].items():
         stored = stored_layer(name, layer)
-        content = stored.kind.content(stored)
+        content = stored.kind.content(stored).plan
         row = (name, f"{layer['shards']:,}/{status['samples']:,}", format_bytes(layer["bytes"]))
         table.add_row(*(Text(escape(cell)) for cell in (*row, content)))
     return table

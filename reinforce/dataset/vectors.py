@@ -78,11 +78,6 @@ def cosines(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> 
     return products / np.maximum(norms, np.finfo(np.float32).tiny)
 
 
-def with_length(values: Floats) -> npt.NDArray[np.bool_]:
-    """Whether no vector of a row of [rows, count, dim] is zero -> [rows]; those that are have no direction."""
-    return np.asarray((values != 0).any(axis=2).all(axis=1))
-
-
 def zero_vector(codec: Codec) -> str:
     """The detail of ``Reason.ZERO_VECTOR`` for vectors in a codec."""
     return f"the numbers of a vector that {codec.name} stores are all zero"

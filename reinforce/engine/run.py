@@ -173,7 +173,7 @@ def check_codebooks(plan: Plan) -> None:
         if place is None or name not in needed:
             continue
         labels = plan.config.labels.get(layer.labels or "")
-        if labels is not None and codebooks.stored_digest(Store(place.url), name) is None:
+        if labels is not None and codebooks.stored(Store(place.url), name) is None:
             codebooks.copy(Store(labels.url), Store(place.url), name, place.digest)
         codebooks.load(place).codec.require_encoder()
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.dataset.kinds.registry import stored_layer
-from reinforce.dataset.layers import SAMPLES, captions_layer, scores_layer
+from reinforce.dataset.layers import SAMPLES
 from reinforce.errors import UserError
 from reinforce.processes.children import start_process
 from reinforce.processes.imports import require
@@ -42,8 +42,8 @@ _NUMBERS |= {f"U{name}" for name in ("TINYINT", "SMALLINT", "INTEGER", "BIGINT",
 #: Types of NumPy that have the numbers of a type exactly, where float64 is larger or does not.
 _EXACT = dict.fromkeys(("FLOAT", "TINYINT", "SMALLINT", "UTINYINT", "USMALLINT"), "float32")
 _EXACT |= {"BIGINT": "int64", "UBIGINT": "uint64"}
-#: Folders of layers that an expression may name, as ``FOLDER.NAME``, with the column that has their values.
-_FOLDERS = {"scores": (scores_layer, "scores"), "captions": (captions_layer, "captions")}
+#: Folders of layers that an expression may name, as ``FOLDER.NAME``, and names of the columns with their values.
+_FOLDERS = ("scores", "captions")
 _NOT_A_QUERY = "must be one expression, without SELECT, FROM and subqueries"
 #: Classes of nodes whose value depends on their children alone. ``FUNCTION`` and ``LAMBDA`` are checked by themselves.
 _BY_ROW = {"BETWEEN", "CASE", "CAST", "COLLATE", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT", "OPERATOR"}
@@ -93,7 +93,7 @@ class Expression:
     @property
     def layers(self) -> set[str]:
         """The layers that it is computed from, besides the samples."""
-        return {_layer_of(path) for path in self.columns if path[0] in _FOLDERS}
+        return {f"{path[0]}/{path[1]}" for path in self.columns if path[0] in _FOLDERS}
 
     @property
     def sample_columns(self) -> set[str]:
@@ -142,17 +142,13 @@ def evaluate(database: DuckDBPyConnection, texts: Sequence[str], rows: pa.Table)
     return [column.combine_chunks() for column in found.columns]
 
 
-def _layer_of(path: Sequence[str]) -> str:
-    return _FOLDERS[path[0]][0](path[1])
-
-
 def _known(manifest: Mapping[str, Any]) -> str:
     """The columns that an expression may name."""
     names = [*_SAMPLES]
     for name, entry in manifest["layers"].items():
         layer = stored_layer(name, entry)
-        for folder, (layer_name, _) in _FOLDERS.items():
-            own = name.removeprefix(layer_name(""))
+        for folder in _FOLDERS:
+            own = name.removeprefix(f"{folder}/")
             if own != name:
                 column = f"{folder}.{own}" if own.isidentifier() else f'{folder}."{own}"'
                 names += [f"{column}.{score}" for score in layer.names] or [column]
@@ -163,13 +159,14 @@ def _known_column(path: tuple[str, ...], manifest: Mapping[str, Any], where: str
     """The part of a path that names a column, or a score of a layer. Raises UserError."""
     if path[0] in _SAMPLES:
         return path[:1]
-    entry = manifest["layers"].get(_layer_of(path)) if path[0] in _FOLDERS and len(path) > 1 else None
-    names = stored_layer(_layer_of(path), entry).names if entry else ()
+    layer = "/".join(path[:2])
+    entry = manifest["layers"].get(layer) if path[0] in _FOLDERS and len(path) > 1 else None
+    names = stored_layer(layer, entry).names if entry else ()
     if entry is None or (names and len(path) > 2 and path[2] not in names):
         message = f"{where}: there is no column {'.'.join(path)}. It may name {_known(manifest)}."
         if entry is None and path[0] in _FOLDERS:
             message += f" An entry of `{path[0]}:` in the config of `reinforce run` adds one."
-        elif not any(name.startswith(scores_layer("")) for name in manifest["layers"]):
+        elif not any(name.startswith("scores/") for name in manifest["layers"]):
             message += " It has no scores: entries of `scores:` in the config of `reinforce run` add them."
         raise UserError(message)
     return path[:2]
@@ -189,10 +186,10 @@ def join_rows(expressions: Sequence[Expression], tables: Mapping[str, pa.Table])
     columns: dict[str, Any] = {}
     for one in expressions:
         columns |= {name: tables[SAMPLES][name] for name in one.sample_columns}
-    for folder, (_, column) in _FOLDERS.items():
+    for folder in _FOLDERS:
         paths = sorted({path for one in expressions for path in one.columns if path[0] == folder})
         if paths:
-            arrays = [tables[_layer_of(path)][column].combine_chunks() for path in paths]
+            arrays = [tables[f"{folder}/{path[1]}"][folder].combine_chunks() for path in paths]
             columns[folder] = pa.StructArray.from_arrays(arrays, names=[path[1] for path in paths])
     return pa.table(columns)
 

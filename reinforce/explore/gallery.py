@@ -87,9 +87,9 @@ def read_overview(data: Dataset, seed: int) -> Overview:
     found = check_completeness(store, readable, [committed, *listings.values()])
     problems = [text for text in (describe_damaged(store.url, damaged), found.describe_missing()) if text]
     facts = tuple(
-        LayerFacts(layer.name, layer.kind.report_content(layer), len(files), files.total_bytes, layer.fingerprint)
+        LayerFacts(layer.name, content.report or content.plan, len(files), files.total_bytes, layer.fingerprint)
         for layer in (stored_layer(name, entry) for name, entry in entries.items())
-        for files in [readable[layer.name]]
+        for files, content in [(readable[layer.name], layer.kind.content(layer))]
     )
     quarantine = _quarantine(store, {name: every[f"quarantine/{name}"] for name in entries}, seed, problems)
     runs = tuple(_runs(store, problems))

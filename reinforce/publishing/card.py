@@ -71,7 +71,8 @@ class LayerCard:
     @property
     def content(self) -> str:
         """What a row holds, for people."""
-        return self.layer.kind.card_content(self.layer)
+        content = self.layer.kind.content(self.layer)
+        return content.card or content.plan
 
 
 def write_card(url: str, output: str | None = None, licence: str = UNKNOWN, force: bool = False) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.codecs.codebooks import Place, load
+from reinforce.dataset.codecs.codebooks import Place, find_codec, load
 from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.store import Store
@@ -45,7 +45,9 @@ CODECS = ("float16", "pca40", "pq24", "rq8")
 def small_samples() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("reinforce.dataset.codecs.quantisers._LEAST_FOR_EACH", 1)
+        find_codec.cache_clear()
         yield
+    find_codec.cache_clear()
 
 
 def config(

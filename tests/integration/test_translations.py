@@ -61,7 +61,7 @@ def dataset(folder: Path) -> str:
     given = config(folder, folder / "out")
     reinforce_here({**given, "captioners": {}})
     plan = make_plan(parse_config(given))
-    assert [layer.sees_images for layer in plan.layers.values() if layer.name == LAYER] == [False]
+    assert [layer.sees for layer in plan.layers.values() if layer.name == LAYER] == [None]
     return reinforce_here(given)
 
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from reinforce.processes.imports import require
+
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[Any]
 #: The arrays of a codebook by name.
@@ -22,8 +24,9 @@ _SCALE_BYTES = 4
 class Codec(ABC):
     """How vectors are stored, by its ``name`` in configs and in dataset.json.
 
-    ``numbers`` is the type of the stored numbers, as of ``schemas.embeddings_schema``. A codec that is ``fitted``
-    stores a vector as bytes, which a codebook decodes.
+    ``numbers`` is the type of the stored numbers, as of ``schemas.embeddings_schema``, and ``codes`` how many of them
+    each vector has, 0 for as many as it has itself. A codec that is ``fitted`` stores a vector as bytes, which a
+    codebook decodes.
     """
 
     pattern: ClassVar[str]
@@ -32,14 +35,15 @@ class Codec(ABC):
     #: Whether vectors are rounded to float16 before, so that a layer in float16 can be encoded later.
     rounds: bool = False
     numbers: str
+    codes: int = 0
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     @staticmethod
-    @abstractmethod
     def choices(dim: int) -> list[str]:
         """Names of codecs of this sort that suit vectors of length ``dim``, for the estimates of a plan."""
+        return []
 
     def dim(self, dim: int) -> int:
         """Length of the decoded vectors of a model of ``dim``. Raises ValueError if such vectors cannot be stored."""
@@ -47,7 +51,7 @@ class Codec(ABC):
 
     def width(self, dim: int) -> int:
         """Stored numbers of a decoded vector of length ``dim``."""
-        return dim
+        return self.codes or dim
 
     def bytes(self, dim: int) -> int:
         """Bytes of a vector of a model of ``dim``."""
@@ -55,22 +59,29 @@ class Codec(ABC):
 
     def prepare(self, values: Floats) -> Floats:
         """The vectors [..., D] as they are stored, before they are converted to ``numbers`` or encoded."""
-        return values
+        if not self.rounds:
+            return values
+        with np.errstate(over="ignore"):
+            halves: Floats = values.astype(np.float16).astype(np.float32)
+        return halves
 
 
 class FittedCodec(Codec):
-    """A codec whose codebook is fitted to a sample of vectors."""
+    """A codec whose codebook is fitted to a sample of vectors, of ``least`` vectors or more.
+
+    ``encoder`` is the extra, the purpose and the package that encode, if these may be missing.
+    """
 
     fitted = True
     rounds = True
     numbers = "uint8"
-
-    @abstractmethod
-    def least(self, dim: int) -> int:
-        """Vectors of length ``dim`` without which no codebook is fitted."""
+    least: int
+    encoder: tuple[str, str, str] | None = None
 
     def require_encoder(self) -> None:
         """Raise UserError if a package that encodes is not installed."""
+        if self.encoder is not None:
+            require(*self.encoder)
 
     @abstractmethod
     def fit(self, sample: Floats, seed: int) -> Arrays:
@@ -95,13 +106,3 @@ class FittedCodec(Codec):
     @abstractmethod
     def decode(self, codes: Codes, arrays: Arrays) -> Floats:
         """The vectors [n, D] of codes [n, width]."""
-
-    def prepare(self, values: Floats) -> Floats:
-        return rounded(values)
-
-
-def rounded(values: Floats) -> Floats:
-    """Vectors as float16 stores them."""
-    with np.errstate(over="ignore"):
-        halves: Floats = values.astype(np.float16).astype(np.float32)
-    return halves

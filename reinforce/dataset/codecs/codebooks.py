@@ -1,4 +1,8 @@
-"""The codecs by their names in configs."""
+"""The codecs by their names in configs, and codebooks: ``codebooks/<layer>.safetensors`` beside a dataset's layers.
+
+A codebook is fitted once, and stored. Its digest is part of the fingerprint of its layer, and is in dataset.json and in
+the footer of each file of the layer. So a codebook that has changed is refused, and nothing is decoded with it.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +43,6 @@ def find_codec(name: str) -> Codec:
             return codec(name)
     raise ValueError(f"there is no codec {name!r}; there are: {'; '.join(codec.example for codec in CODECS)}")
 
-
-# -- Codebooks of layers: ``codebooks/<layer>.safetensors`` beside the layers of a dataset.
-#
-# A codebook is fitted once, and stored. Its digest is part of the fingerprint of its layer, and is in dataset.json and
-# in the footer of each file of the layer. So a codebook that has changed is refused, and nothing is decoded with it.
 
 FOLDER = "codebooks"
 #: Key of a table's metadata with the codebook of its column of codes.
@@ -96,11 +95,6 @@ def path_of(layer: str) -> tuple[str, str]:
     return FOLDER, f"{layer}.safetensors"
 
 
-def digest_of(content: bytes) -> str:
-    """Digest of a codebook's file -> 32 hex digits."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
 def save(store: Storage, layer: str, codec: str, recipe: str, arrays: Arrays, facts: Mapping[str, Any]) -> str:
     """Store a codebook, unless another run has stored one of the same ``recipe`` -> the digest of what is stored.
 
@@ -115,31 +109,23 @@ def save(store: Storage, layer: str, codec: str, recipe: str, arrays: Arrays, fa
         if (found := stored(store, layer, recipe)) is not None:
             return found
         store.write_bytes(content, *path_of(layer))
-    return digest_of(store.read_bytes(*path_of(layer), limit=_MOST_BYTES))
+    return _read(store, layer)[1]
 
 
-def stored(store: Storage, layer: str, recipe: str) -> str | None:
-    """The digest of a stored codebook of a recipe, None if there is none."""
+def stored(store: Storage, layer: str, recipe: str | None = None) -> str | None:
+    """The digest of a layer's codebook, of a recipe if it is given; None if there is none."""
     try:
-        content = store.read_bytes(*path_of(layer), limit=_MOST_BYTES)
+        content, digest = _read(store, layer)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return digest_of(content) if _stated(content).get("recipe") == recipe else None
+    return digest if recipe is None or _stated(content).get("recipe") == recipe else None
 
 
 def copy(source: Storage, target: Storage, layer: str, digest: str) -> None:
     """Copy a codebook to another dataset. Raises UserError if it does not have the digest."""
     content = read(source, layer, digest)
-    if not target.create(content, *path_of(layer)) and stored_digest(target, layer) != digest:
+    if not target.create(content, *path_of(layer)) and stored(target, layer) != digest:
         target.write_bytes(content, *path_of(layer))
-
-
-def stored_digest(store: Storage, layer: str) -> str | None:
-    """The digest of a layer's codebook, None if there is none."""
-    try:
-        return digest_of(store.read_bytes(*path_of(layer), limit=_MOST_BYTES))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
 
 
 def codebook_of(metadata: Mapping[bytes, bytes] | None) -> Codebook | None:
@@ -174,17 +160,23 @@ def read(store: Storage, layer: str, digest: str) -> bytes:
     path = store.path(*path_of(layer))
     fix = f"Restore it from a copy of the dataset, or drop {layer} and compute it again."
     try:
-        content = store.read_bytes(*path_of(layer), limit=_MOST_BYTES)
+        content, found = _read(store, layer)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path}, the codebook of {layer}, is missing, and its codes cannot be decoded. {fix}"
         ) from None
-    if (found := digest_of(content)) != digest:
+    if found != digest:
         raise UserError(
             f"{path}, the codebook of {layer}, has the digest {found}, and the layer was made with {escape(digest)}: "
             f"it was changed, and nothing is decoded with it. {fix}"
         )
     return content
+
+
+def _read(store: Storage, layer: str) -> tuple[bytes, str]:
+    """The file of a layer's codebook, and its digest of 32 hex digits. Raises FileNotFoundError."""
+    content = store.read_bytes(*path_of(layer), limit=_MOST_BYTES)
+    return content, hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _stated(content: bytes) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from reinforce.dataset.codecs.base import Arrays, Codec, Codes, FittedCodec, Floats, rounded
+from reinforce.dataset.codecs.base import Arrays, Codec, Codes, FittedCodec, Floats
 
 
 class Plain(Codec):
@@ -25,9 +25,6 @@ class Plain(Codec):
     @staticmethod
     def choices(dim: int) -> list[str]:
         return ["float32", "float16", "int8"]
-
-    def prepare(self, values: Floats) -> Floats:
-        return rounded(values) if self.rounds else values
 
 
 class First(Codec):
@@ -56,12 +53,10 @@ class First(Codec):
         return self._first
 
     def prepare(self, values: Floats) -> Floats:
-        first = rounded(values[..., : self._first])
+        first = super().prepare(values[..., : self._first])
         norms = np.linalg.norm(first, axis=-1, keepdims=True)
         return np.divide(first, norms, out=first, where=norms > 0)
 
-
-# -- Principal components in bytes: the directions in which the vectors of a sample differ most.
 
 _LEVELS = 127  # on each side of 0
 _ZERO = 128  # the byte of 0
@@ -69,38 +64,34 @@ _LEAST_FOR_EACH = 4  # vectors of a sample for each component
 
 
 class PrincipalComponents(FittedCodec):
-    """The first components of a vector, each in a byte whose step is that of its largest value in the sample."""
+    """The first principal components of a vector, the directions in which the vectors of a sample differ most, each in
+    a byte whose step is that of its largest value in the sample."""
 
     pattern = r"pca[1-9]\d{0,3}"
     example = "pca128"
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._components = int(name[3:])
+        self.codes = int(name[3:])
+        self.least = _LEAST_FOR_EACH * self.codes
 
     @staticmethod
     def choices(dim: int) -> list[str]:
         return [f"pca{max(1, dim // 4)}"]
 
     def dim(self, dim: int) -> int:
-        if dim < self._components:
+        if dim < self.codes:
             raise ValueError(f"{self.name}: the vectors have {dim} numbers; choose at most pca{dim}")
         return dim
 
-    def width(self, dim: int) -> int:
-        return self._components
-
-    def least(self, dim: int) -> int:
-        return _LEAST_FOR_EACH * self._components
-
     def shapes(self, dim: int) -> Mapping[str, tuple[int, ...]]:
-        return {"mean": (dim,), "basis": (self._components, dim), "steps": (self._components,)}
+        return {"mean": (dim,), "basis": (self.codes, dim), "steps": (self.codes,)}
 
     def fit(self, sample: Floats, seed: int) -> Arrays:
         wide = sample.astype(np.float64)
         mean = wide.mean(axis=0)
         _, vectors = np.linalg.eigh(np.cov(wide, rowvar=False).reshape(len(mean), len(mean)))
-        basis = vectors[:, ::-1][:, : self._components].T
+        basis = vectors[:, ::-1][:, : self.codes].T
         basis *= np.sign(basis[np.arange(len(basis)), np.abs(basis).argmax(axis=1)])[:, None]
         steps = np.abs((wide - mean) @ basis.T).max(axis=0) / _LEVELS
         steps[steps == 0] = 1
@@ -118,8 +109,6 @@ class PrincipalComponents(FittedCodec):
         return values
 
 
-# -- Vectors at mean 0 and deviation 1 in each channel, by statistics of a sample, in another codec.
-
 #: Names of the arrays of a codebook with the statistics of each channel.
 MEAN, DEVIATION = "mean_of_channel", "deviation_of_channel"
 _LEAST = 2  # vectors of a deviation
@@ -128,7 +117,8 @@ _LEAST = 2  # vectors of a deviation
 class Standardised(FittedCodec):
     """Stores (x - mean) / deviation by a codec in float16, or a fitted one, and decodes to these standardised values.
 
-    A channel whose values are equal in the sample has deviation 1.
+    The mean and the deviation of each channel are those of the sample; a channel whose values are equal there has
+    deviation 1.
     """
 
     prefix = "standardised"
@@ -137,26 +127,13 @@ class Standardised(FittedCodec):
         super().__init__(f"{self.prefix}-{inner.name}")
         if not inner.fitted and inner.numbers != "float16":
             raise ValueError(f"{inner.name}: choose float16 or a codec with a codebook")
-        self.numbers, self._inner = inner.numbers, inner
-
-    @staticmethod
-    def choices(dim: int) -> list[str]:
-        return []
+        self.numbers, self.codes, self._inner = inner.numbers, inner.codes, inner
+        self.least, self.encoder = (inner.least, inner.encoder) if isinstance(inner, FittedCodec) else (_LEAST, None)
 
     def dim(self, dim: int) -> int:
         if self._inner.dim(dim) != dim:
             raise ValueError(f"{self._inner.name}: patch vectors are not shortened; choose pca{dim // 4}")
         return dim
-
-    def width(self, dim: int) -> int:
-        return self._inner.width(dim)
-
-    def least(self, dim: int) -> int:
-        return self._inner.least(dim) if isinstance(self._inner, FittedCodec) else _LEAST
-
-    def require_encoder(self) -> None:
-        if isinstance(self._inner, FittedCodec):
-            self._inner.require_encoder()
 
     def shapes(self, dim: int) -> Mapping[str, tuple[int, ...]]:
         own = {MEAN: (dim,), DEVIATION: (dim,)}
@@ -169,11 +146,12 @@ class Standardised(FittedCodec):
         own = {MEAN: wide.mean(axis=0), DEVIATION: deviation}
         arrays: dict[str, npt.NDArray[np.float32]] = {name: one.astype(np.float32) for name, one in own.items()}
         if isinstance(self._inner, FittedCodec):
-            arrays |= self._inner.fit(self._standardise(sample, arrays), seed)
+            arrays |= self._inner.fit((sample - arrays[MEAN]) / arrays[DEVIATION], seed)
         return arrays
 
     def encode(self, values: Floats, arrays: Arrays) -> Codes:
-        standardised = self._standardise(values, arrays)
+        standardised: Floats = values - arrays[MEAN]
+        standardised /= arrays[DEVIATION]
         if isinstance(self._inner, FittedCodec):
             return self._inner.encode(standardised, arrays)
         with np.errstate(over="ignore"):
@@ -184,8 +162,3 @@ class Standardised(FittedCodec):
             return self._inner.decode(codes, arrays)
         values: Floats = codes.astype(np.float32)
         return values
-
-    @staticmethod
-    def _standardise(values: Floats, arrays: Arrays) -> Floats:
-        centred: Floats = values - arrays[MEAN]
-        return np.divide(centred, arrays[DEVIATION], out=centred)

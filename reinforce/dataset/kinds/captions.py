@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import schemas
 from reinforce.dataset.layers import (
     SAMPLES,
+    Content,
     Layer,
     LayerKind,
     captions_layer,
@@ -38,6 +39,7 @@ class Captions(LayerKind):
     section = "captioners"
     model_key = "captioner"
     required = ("count",)
+    file_schemas = (schemas.captions_schema(),)
 
     def layers(
         self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
@@ -46,9 +48,19 @@ class Captions(LayerKind):
             info = infos["captioners", name]
             if info.texts:
                 config.input.require_captions(f"captioners.{name}")
-            recipe = _recipe(known[SAMPLES].fingerprint, info.identity)
-            sees, published = "image" if info.images else None, captioner.published
-            yield self.of_model(name, info, recipe, count=captioner.count, published=published, sees=sees)
+            recipe = {"samples": known[SAMPLES].fingerprint, "model": info.identity}
+            yield Layer(
+                captions_layer(name),
+                self,
+                compute_fingerprint(recipe),
+                needs=(SAMPLES,),
+                model=name,
+                count=captioner.count,
+                published=captioner.published,
+                recipe=recipe,
+                code=info.code,
+                sees="image" if info.images else None,
+            )
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         return schemas.captions_schema()
@@ -62,17 +74,14 @@ class Captions(LayerKind):
     def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
         model = mapping_at(manifest, self.section, layer.model, "model")
         samples = manifest["layers"][SAMPLES]["fingerprint"]
-        return compute_fingerprint(_recipe(samples, model)) if model else None
+        return compute_fingerprint({"samples": samples, "model": model}) if model else None
 
     def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
         wrong = pc.not_equal(pc.list_value_length(table["captions"]), layer.count)
         yield f"do not have {layer.count} captions", pc.fill_null(wrong, False).to_numpy()
 
-    def content(self, layer: Layer) -> str:
-        return plural(layer.count, "caption")
-
-    def card_content(self, layer: Layer) -> str:
-        return f"{layer.count} synthetic captions"
+    def content(self, layer: Layer) -> Content:
+        return Content(plural(layer.count, "caption"), card=f"{layer.count} synthetic captions")
 
 
 def _recipe(samples: str, model: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from reinforce.dataset.layers import (
     SAMPLES,
     TRUE_CAPTION,
     Comparison,
+    Content,
     Layer,
     LayerKind,
     PickedValues,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from teachers.spec import ModelInfo
 
 _FLOAT_ERROR = 2e-3  # of the norm of a vector that is stored in float16
-_NUMBERS = ("float16", "float32", "int8", "uint8")  # in which vectors are stored
 
 
 class _Embeddings(LayerKind):
@@ -51,25 +51,31 @@ class _Embeddings(LayerKind):
     taken = True
     required = ("count", "dim", "dtype")
     unusable = "NaN or zero"
+    file_schemas = tuple(schemas.embeddings_schema(1, 1, dtype) for dtype in ("float16", "float32", "int8", "uint8"))
 
     def layers(
         self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
     ) -> Iterable[Layer]:
         for name, teacher in config.teachers.items():
-            info, codec = infos["teachers", name], _codec_of(name, teacher.storage)
+            info = infos["teachers", name]
+            try:
+                codec = find_codec(teacher.storage)
+            except ValueError as error:
+                raise UserError(f"teachers.{name}.codec: {error}") from None
             for inputs, count in self._sides(config, name, info):
                 layer = embeddings_layer(name, inputs)
                 needs = self.inputs(layer, {})
                 codebook = {"digest": info.codebooks.get(layer), "sample": teacher.codec_sample}
                 kept = codebook if codec.fitted else None
-                recipe = _recipe(known[needs[-1]].fingerprint, info.identity, codec.name, kept)
+                recipe = {"source": known[needs[-1]].fingerprint, "model": info.identity, "dtype": codec.name}
+                recipe |= {"codebook": dict(codebook)} if codec.fitted else {}
                 yield Layer(
                     layer,
                     self,
-                    self._fingerprint(recipe),
+                    compute_fingerprint({**recipe, "what": self.name}),
                     needs=needs,
                     model=name,
-                    texts=self._texts(inputs),
+                    texts=None if self.crops else inputs,
                     count=count,
                     dim=None if info.dim is None else _dim_of(name, codec, info.dim),
                     dtype=codec.name,
@@ -84,21 +90,12 @@ class _Embeddings(LayerKind):
     def _sides(self, config: Config, name: str, info: ModelInfo) -> Iterable[tuple[str, int]]:
         """What a teacher, by its name, encodes in layers of this kind, and the number of vectors of a row."""
 
-    def _texts(self, inputs: str) -> str | None:
-        return inputs
-
-    def _fingerprint(self, recipe: Mapping[str, Any]) -> str:
-        return compute_fingerprint({**recipe, "what": self.name})
-
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         assert layer.dim is not None
         codec = find_codec(layer.dtype)
         return schemas.embeddings_schema(
             layer.count, codec.width(_dim_of(layer.model, codec, layer.dim)), codec.numbers
         )
-
-    def file_schemas(self) -> Iterable[pa.Schema]:
-        return [schemas.embeddings_schema(1, 1, dtype) for dtype in _NUMBERS]
 
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         if layer.dim is None:
@@ -125,7 +122,8 @@ class _Embeddings(LayerKind):
         source = manifest["layers"].get(self.inputs(layer.name, {})[-1])
         if not model or source is None:
             return None
-        return self._fingerprint(_recipe(source["fingerprint"], model, layer.dtype, layer.codebook))
+        recipe = {"source": source["fingerprint"], "model": model, "dtype": layer.dtype, "what": self.name}
+        return compute_fingerprint(recipe | ({} if layer.codebook is None else {"codebook": dict(layer.codebook)}))
 
     def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         before, now = super().recipes(layer, manifest)
@@ -151,11 +149,11 @@ class _Embeddings(LayerKind):
             return
         values = vectors.decode(table)
         norms = np.sqrt(np.einsum("rcd,rcd->rc", values, values))
-        wrong = ~(np.abs(norms - 1) <= _norm_tolerance(table, shape)).all(axis=1)
+        tolerance: Any = vectors.NORM_TOLERANCE + _FLOAT_ERROR
+        if "scales" in table.column_names:  # [rows, count], from the step of each vector
+            tolerance = vectors.NORM_TOLERANCE + vectors.tensor_rows(table["scales"])[0] * (0.5 * np.sqrt(shape[1]))
+        wrong = ~(np.abs(norms - 1) <= tolerance).all(axis=1)
         yield "have a vector whose norm is not 1", wrong & np.asarray(column.is_valid())
-
-    def codec(self, layer: Layer) -> Codec:
-        return find_codec(layer.dtype)
 
     def vectors_to_fit(self, layer: Layer, table: pa.Table) -> npt.NDArray[np.float16]:
         found = vectors.decode(table)
@@ -180,13 +178,13 @@ class _Embeddings(LayerKind):
         picked, stored, unit = vectors.pick(table, index)
         return PickedValues((picked,), stored, unit)
 
-    def content(self, layer: Layer) -> str:
-        return f"[{layer.count}, {layer.dim}] {layer.dtype}"
-
-    def card_content(self, layer: Layer) -> str:
-        return f"{self.content(layer)}, of {self._inputs_in_words}, flat"
-
-    _inputs_in_words: str
+    def content(self, layer: Layer) -> Content:
+        short = f"[{layer.count}, {layer.dim}] {layer.dtype}"
+        of = "images" if self.crops else f"captions of {layer.texts}"
+        if layer.texts == TRUE_CAPTION:
+            of = "true caption" if layer.count == 1 else "true captions"
+        card = f"{short}, of {'augmented images' if self.crops else 'texts'}, flat"
+        return Content(short, card, f"{of}, {layer.count} \u00d7 {layer.dim} {layer.dtype}")
 
 
 class ImageEmbeddings(_Embeddings):
@@ -196,18 +194,11 @@ class ImageEmbeddings(_Embeddings):
     producer = "embeddings:ImageEmbeddings"
     crops = True
     picks = "crop"
-    _inputs_in_words = "augmented images"
 
     def _sides(self, config: Config, name: str, info: ModelInfo) -> Iterable[tuple[str, int]]:
         if config.teachers[name].published and config.augmentations.own:
             return []  # the crops of published vectors are unknown
         return [("images", config.augmentations.count)] if info.images else []
-
-    def _texts(self, inputs: str) -> str | None:
-        return None
-
-    def report_content(self, layer: Layer) -> str:
-        return f"images, {layer.count} \u00d7 {layer.dim} {layer.dtype}"
 
 
 class TextEmbeddings(_Embeddings):
@@ -216,7 +207,6 @@ class TextEmbeddings(_Embeddings):
     unit = "texts"
     producer = "embeddings:TextEmbeddings"
     picks = "text"
-    _inputs_in_words = "texts"
 
     def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         texts = inputs_of(name)
@@ -241,19 +231,6 @@ class TextEmbeddings(_Embeddings):
         if config.input.captions == IMAGES_ALONE:
             return synthetic
         return [(TRUE_CAPTION, most), *synthetic]
-
-    def report_content(self, layer: Layer) -> str:
-        own = "true caption" if layer.count == 1 else "true captions"
-        what = own if layer.texts == TRUE_CAPTION else f"captions of {layer.texts}"
-        return f"{what}, {layer.count} \u00d7 {layer.dim} {layer.dtype}"
-
-
-def _codec_of(teacher: str, name: str) -> Codec:
-    """The codec of a teacher's vectors. Raises UserError if there is none of the name."""
-    try:
-        return find_codec(name)
-    except ValueError as error:
-        raise UserError(f"teachers.{teacher}.codec: {error}") from None
 
 
 def _dim_of(teacher: str | None, codec: Codec, dim: int) -> int:

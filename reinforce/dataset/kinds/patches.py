@@ -23,6 +23,7 @@ from reinforce.dataset.codecs.plain import MEAN, Standardised
 from reinforce.dataset.layers import (
     SAMPLES,
     Comparison,
+    Content,
     Layer,
     LayerKind,
     PickedValues,
@@ -35,17 +36,12 @@ from reinforce.errors import UserError
 
 if TYPE_CHECKING:
     from reinforce.config import Config
-    from teachers.spec import ModelInfo, ModelSpec
+    from teachers.spec import ModelInfo
 
 Floats = npt.NDArray[np.float32]
 _NUMBERS = {"float16": pa.float16(), "uint8": pa.uint8()}
 _COMPARED_ROWS = 16  # that are decoded at a time
 _BYTES = {"float16": 2, "uint8": 1}
-
-
-def patches_layer(name: str) -> str:
-    """Name of a teacher's layer of patches."""
-    return f"patches/{name}"
 
 
 @dataclass(frozen=True)
@@ -78,9 +74,14 @@ class PickedGrid:
         return _decoded(self.stored, self.codebook).astype(dtype or np.float16)
 
 
+def _schema(numbers: str, count: int, width: int) -> pa.Schema:
+    text = "patches of each augmented image, row by row: standardised values, or codes"
+    return schemas.tensors_schema(("patches", _NUMBERS[numbers], [count, width], text))
+
+
 class PatchFeatures(LayerKind):
     name = "patches"
-    pattern = patches_layer("*")
+    pattern = "patches/*"
     level = 2
     columns = ("key", "patches")
     values = "patches"
@@ -96,6 +97,7 @@ class PatchFeatures(LayerKind):
     asked = "patches"
     unusable = "NaN"
     codec_key = "patches.codec"
+    file_schemas = (_schema("float16", 1, 1), _schema("uint8", 1, 1))
 
     def layers(
         self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
@@ -106,18 +108,28 @@ class PatchFeatures(LayerKind):
                 continue
             if not info.images:
                 raise UserError(f"teachers.{name}.patches: this teacher encodes no images; remove it")
-            _codec(name, patches.codec)  # raises what is wrong
-            codebook = {"digest": info.codebooks.get(patches_layer(name)), "sample": patches.sample}
+            layer = f"patches/{name}"
+            codebook = {"digest": info.codebooks.get(layer), "sample": patches.sample}
             settings: dict[str, Any] = {"grid": [*patches.shape], "codec": patches.codec, "codebook": codebook}
             if patches.picked is not None:
                 settings |= {"codec": "float16", "picked": patches.picked}
                 del settings["codebook"]
             recipe = {"samples": known[SAMPLES].fingerprint, "model": info.identity, "patches": settings}
-            stored = {"count": config.augmentations.count, "dtype": patches.codec}
-            yield self.of_model(name, info, recipe, **stored, codebook=settings.get("codebook"), sees="crops")
-
-    def asks(self, spec: ModelSpec) -> bool:
-        return getattr(spec, "patches", None) is not None
+            found = Layer(
+                layer,
+                self,
+                compute_fingerprint(recipe),
+                needs=(SAMPLES,),
+                model=name,
+                count=config.augmentations.count,
+                dtype=patches.codec,
+                codebook=settings.get("codebook"),
+                recipe=recipe,
+                code=info.code,
+                sees="crops",
+            )
+            self.codec(found)  # raises what is wrong
+            yield found
 
     def encoder(self, model: Any, device: Any) -> TargetEncoder:
         from teachers.image_encoder import patches_of
@@ -127,7 +139,10 @@ class PatchFeatures(LayerKind):
         return TargetEncoder("patches", found.image, found.encode_patches, entry)
 
     def codec(self, layer: Layer) -> Codec:
-        return _codec(layer.model, layer.dtype)
+        try:
+            return Standardised(find_codec(layer.dtype))
+        except ValueError as error:
+            raise UserError(f"teachers.{layer.model}.patches.codec: {error}") from None
 
     def vectors_to_fit(self, layer: Layer, table: pa.Table) -> npt.NDArray[np.float16]:
         """The patches that a run has picked."""
@@ -147,9 +162,6 @@ class PatchFeatures(LayerKind):
             return _schema("float16", layer.count, settings["picked"] * layer.dim)
         codec = self.codec(layer)
         return _schema(codec.numbers, layer.count, math.prod(settings["grid"]) * codec.width(layer.dim))
-
-    def file_schemas(self) -> Iterable[pa.Schema]:
-        return [_schema(numbers, 1, 1) for numbers in _NUMBERS]
 
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         if layer.dim is None and not find_codec(layer.dtype).fitted:
@@ -238,16 +250,11 @@ class PatchFeatures(LayerKind):
         grids: Any = [PickedGrid(one, codebook) for one in picked]
         return PickedValues((grids,), valid, valid & np.isfinite(picked).all(axis=1))
 
-    def content(self, layer: Layer) -> str:
+    def content(self, layer: Layer) -> Content:
         rows, columns = layer.recipe["patches"]["grid"]
-        return f"[{layer.count}, {rows}, {columns}, {layer.dim}] {layer.dtype}"
-
-    def card_content(self, layer: Layer) -> str:
-        return f"{self.content(layer)}, patches of augmented images, flat"
-
-    def report_content(self, layer: Layer) -> str:
-        rows, columns = layer.recipe["patches"]["grid"]
-        return f"patches of images, {layer.count} × {rows} × {columns} × {layer.dim} {layer.dtype}"
+        short = f"[{layer.count}, {rows}, {columns}, {layer.dim}] {layer.dtype}"
+        report = f"patches of images, {layer.count} × {rows} × {columns} × {layer.dim} {layer.dtype}"
+        return Content(short, f"{short}, patches of augmented images, flat", report)
 
     def pictures(self, value: Any, count: int) -> npt.NDArray[np.uint8]:
         """Grids as colours: the first three principal components of the patches of these crops, each from its 1st to
@@ -265,18 +272,6 @@ class PatchFeatures(LayerKind):
         colours = np.zeros((len(rows), 3), np.uint8)
         colours[:, : levels.shape[1]] = levels.round()
         return colours.reshape(*grids.shape[:-1], 3)
-
-
-def _codec(teacher: str | None, name: str) -> Codec:
-    try:
-        return Standardised(find_codec(name))
-    except ValueError as error:
-        raise UserError(f"teachers.{teacher}.patches.codec: {error}") from None
-
-
-def _schema(numbers: str, count: int, width: int) -> pa.Schema:
-    text = "patches of each augmented image, row by row: standardised values, or codes"
-    return schemas.tensors_schema(("patches", _NUMBERS[numbers], [count, width], text))
 
 
 def _codebook(table: pa.Table) -> Codebook:

@@ -17,6 +17,7 @@ from reinforce.dataset import vectors
 from reinforce.dataset.layers import (
     SAMPLES,
     Comparison,
+    Content,
     Layer,
     LayerKind,
     PickedValues,
@@ -36,11 +37,6 @@ _BYTES, _REST_BYTES = 4 + 2, 4  # of a class with its probability, and of the re
 _SUM_ERROR = 2e-3
 #: Keys of an entry that the fingerprint covers, besides the model.
 _SETTINGS = ("top", "temperature", "sees")
-
-
-def probabilities_layer(name: str) -> str:
-    """Name of a classifier's layer."""
-    return f"probabilities/{name}"
 
 
 class Probabilities(NamedTuple):
@@ -68,9 +64,17 @@ def read(data: pa.Table | pa.RecordBatch) -> Probabilities:
     return Probabilities(classes, values.astype(np.float32), rest, first & second & third)
 
 
+def _schema(count: int, top: int) -> pa.Schema:
+    return schemas.tensors_schema(
+        ("classes", pa.int32(), [count, top], "the most likely classes, the most likely first"),
+        ("probabilities", pa.float16(), [count, top], "their probabilities"),
+        ("rest", pa.float32(), [count], "sum of the probabilities of all other classes"),
+    )
+
+
 class ClassProbabilities(LayerKind):
     name = "probabilities"
-    pattern = probabilities_layer("*")
+    pattern = "probabilities/*"
     level = 1
     columns = ("key", "classes", "probabilities", "rest")
     values = "probabilities"
@@ -83,6 +87,7 @@ class ClassProbabilities(LayerKind):
     crops = True
     picks = "crop"
     unusable = "no distribution"
+    file_schemas = (_schema(1, 1),)
 
     def layers(
         self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
@@ -90,15 +95,22 @@ class ClassProbabilities(LayerKind):
         for name, classifier in config.classifiers.items():
             info = infos[self.section, name]
             settings = {"top": classifier.k, "temperature": classifier.temperature, "sees": classifier.sees}
-            recipe = _recipe(known[SAMPLES].fingerprint, info.identity, settings)
-            count = config.augmentations.count if classifier.sees == "crops" else 1
-            yield self.of_model(name, info, recipe, count=count, dim=info.dim, sees=classifier.sees)
+            recipe = {"samples": known[SAMPLES].fingerprint, "model": dict(info.identity), **settings}
+            yield Layer(
+                f"probabilities/{name}",
+                self,
+                compute_fingerprint(recipe),
+                needs=(SAMPLES,),
+                model=name,
+                count=config.augmentations.count if classifier.sees == "crops" else 1,
+                dim=info.dim,
+                recipe=recipe,
+                code=info.code,
+                sees=classifier.sees,
+            )
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         return _schema(layer.count, layer.recipe["top"])
-
-    def file_schemas(self) -> Iterable[pa.Schema]:
-        return [_schema(1, 1)]
 
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         return layer.count * (layer.recipe["top"] * _BYTES + _REST_BYTES)
@@ -126,7 +138,8 @@ class ClassProbabilities(LayerKind):
 
     def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
         entry, samples = mapping_at(manifest, "layers", layer.name), manifest["layers"][SAMPLES]["fingerprint"]
-        return compute_fingerprint(_recipe(samples, entry["model"], entry))
+        settings = {key: entry[key] for key in _SETTINGS}
+        return compute_fingerprint({"samples": samples, "model": dict(entry["model"]), **settings})
 
     def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         entry = mapping_at(manifest, "layers", layer.name)
@@ -158,17 +171,17 @@ class ClassProbabilities(LayerKind):
         found = read(table)
         nulls = np.stack([np.asarray(table[name].is_null()) for name in self.tensors])
         yield "are null in some columns only", nulls.any(axis=0) & ~nulls.all(axis=0)
-
-        def wrong(right: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-            return found.valid & ~right.reshape(len(right), -1).all(axis=1)
-
         cells = np.concatenate([found.values, found.rest[..., None]], axis=2)
-        yield "have a probability that is not between 0 and 1", wrong((cells >= 0) & (cells <= 1))
-        yield "have probabilities whose sum is not 1", wrong(np.abs(cells.sum(axis=2) - 1) <= _SUM_ERROR)
-        yield "do not have the most likely class first", wrong(found.values[..., 1:] <= found.values[..., :-1])
         in_range = (found.classes >= 0) & (found.classes < (layer.dim or np.inf))
-        yield f"have a class that is not one of {layer.dim}", wrong(in_range)
-        yield "have a class twice", wrong(np.diff(np.sort(found.classes, axis=2), axis=2) != 0)
+        right_cells = {
+            "have a probability that is not between 0 and 1": (cells >= 0) & (cells <= 1),
+            "have probabilities whose sum is not 1": np.abs(cells.sum(axis=2) - 1) <= _SUM_ERROR,
+            "do not have the most likely class first": found.values[..., 1:] <= found.values[..., :-1],
+            f"have a class that is not one of {layer.dim}": in_range,
+            "have a class twice": np.diff(np.sort(found.classes, axis=2), axis=2) != 0,
+        }
+        for what, right in right_cells.items():
+            yield what, found.valid & ~right.reshape(len(right), -1).all(axis=1)
 
     def decode(self, table: pa.Table) -> list[Probabilities | None]:
         rows = zip(*read(table), strict=True)
@@ -191,7 +204,12 @@ class ClassProbabilities(LayerKind):
         result.equal = int((same | ~(one.valid | other.valid)).sum())
         if both.any():
             one, other = one.take(both), other.take(both)
-            result.add_cosines(_cosines(one, other), same[both])
+            # Cosines [rows, K], with the rest as one more class; a class counts as 0 where it is not stored.
+            shared = one.classes[..., :, None] == other.classes[..., None, :]
+            dot = np.einsum("rki,rkij,rkj->rk", one.values, shared, other.values) + one.rest * other.rest
+            norms = [np.sqrt((side.values**2).sum(axis=2) + side.rest**2) for side in (one, other)]
+            cosines = dot / np.maximum(norms[0] * norms[1], np.finfo(np.float32).tiny)
+            result.add_cosines(cosines.astype(np.float32), same[both])
             differences = (np.abs(one.values - other.values).max(), np.abs(one.rest - other.rest).max())
             result.difference = float(max(differences))
         return result
@@ -212,28 +230,10 @@ class ClassProbabilities(LayerKind):
         right = (cells >= 0).all(axis=1) & (np.abs(cells.sum(axis=1) - 1) <= _SUM_ERROR)
         return PickedValues((classes, values, rest), found.valid, found.valid & right)
 
-    def content(self, layer: Layer) -> str:
-        return f"[{layer.count}, {layer.recipe['top']}] of {layer.dim} classes"
-
-    def card_content(self, layer: Layer) -> str:
-        return self.report_content(layer)
-
-    def report_content(self, layer: Layer) -> str:
+    def content(self, layer: Layer) -> Content:
         of = "crops" if layer.recipe["sees"] == "crops" else "images"
-        return f"{of}, {layer.count} × the {layer.recipe['top']} most likely of {layer.dim} classes"
-
-
-def _schema(count: int, top: int) -> pa.Schema:
-    return schemas.tensors_schema(
-        ("classes", pa.int32(), [count, top], "the most likely classes, the most likely first"),
-        ("probabilities", pa.float16(), [count, top], "their probabilities"),
-        ("rest", pa.float32(), [count], "sum of the probabilities of all other classes"),
-    )
-
-
-def _recipe(samples: str, model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the fingerprint covers: that of the samples, the identity of the classifier, and how it is applied."""
-    return {"samples": samples, "model": dict(model), **{key: settings[key] for key in _SETTINGS}}
+        many = f"{of}, {layer.count} × the {layer.recipe['top']} most likely of {layer.dim} classes"
+        return Content(f"[{layer.count}, {layer.recipe['top']}] of {layer.dim} classes", many, many)
 
 
 def _cosines(one: Probabilities, other: Probabilities) -> Floats:

@@ -12,7 +12,7 @@ from reinforce.dataset.kinds.patches import PatchFeatures
 from reinforce.dataset.kinds.probabilities import ClassProbabilities
 from reinforce.dataset.kinds.samples import Samples
 from reinforce.dataset.kinds.scores import Scores
-from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, folder_of, matches, parts_of
+from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, matches
 
 #: Every kind by its name in dataset.json. Kinds of lower levels come first.
 KINDS: dict[str, LayerKind] = {
@@ -36,8 +36,8 @@ def find_kind(name: str) -> LayerKind | None:
 
 def holds_layers(folder: str) -> bool:
     """Whether layers may be in a folder of the dataset, given as a path such as ``embeddings/dfn2b``."""
-    depth = len(parts_of(folder))
-    return any(matches(folder, "/".join(parts_of(kind.pattern)[:depth])) for kind in KINDS.values())
+    depth = len(folder.split("/"))
+    return any(matches(folder, "/".join(kind.pattern.split("/")[:depth])) for kind in KINDS.values())
 
 
 def kind_of(name: str) -> LayerKind:
@@ -102,8 +102,8 @@ def drop_command(url: str, names: Collection[str], known: Collection[str]) -> st
         return shlex.join(["reinforce", "drop", url, "*"])
     arguments: dict[str, None] = {}
     for name in names:
-        folder = folder_of(name)
-        of_model = {layer for layer in {*known, *names} if folder_of(layer) == folder}
+        folder = name.rpartition("/")[0]
+        of_model = {layer for layer in {*known, *names} if layer.rpartition("/")[0] == folder}
         whole = "/" in folder and len(of_model) > 1 and of_model <= {*names}
         arguments[f"{folder}/*" if whole else name] = None
     return shlex.join(["reinforce", "drop", url, *arguments])

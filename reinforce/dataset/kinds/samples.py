@@ -14,6 +14,7 @@ from reinforce.dataset.layers import (
     LABELS,
     NO_IMAGES,
     SAMPLES,
+    Content,
     Layer,
     LayerKind,
     compute_fingerprint,
@@ -46,10 +47,29 @@ class Samples(LayerKind):
     values = None
     unit = "samples"
     producer = "samples:Samples"
+    file_schemas = tuple(schemas.samples_schema(images, True, True) for images in ("embed", "reference", NO_IMAGES))
 
     def layers(
         self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
     ) -> Iterable[Layer]:
+        # The first two say which files are read, and reduce_to is recorded in the name of the image policy.
+        source = config.input.model_dump(mode="json", exclude={"format", "images_from", "reduce_to"})
+        source["captions"] = config.input.caption_fields
+        for name in _LATER_KEYS:
+            if source[name] is None:
+                del source[name]
+        for name in _LATER_LIMITS:
+            if source["limits"][name] == Limits.model_fields[name].default:
+                del source["limits"][name]
+        if reads_crops(config):
+            count, size = config.augmentations.count, config.augmentations.size
+            augmentations: dict[str, Any] = {"published": PUBLISHED_FORMAT, "count": count, "size": size}
+        else:
+            # The backend is recorded among the policies.
+            augmentations = config.augmentations.model_dump(mode="json", exclude={"backend", "own"})
+            if (of_crops := config.labels_of_crops) is not None:
+                labels = config.labels[of_crops]
+                augmentations["labels"] = {"samples": labels.taken.samples, "join": labels.join}
         recipe: dict[str, Any] = {
             "images": config.images,
             "seed": config.seed,
@@ -58,8 +78,8 @@ class Samples(LayerKind):
                 "caption": CAPTION_POLICY,
                 "augmentation": config.augmentations.backend,
             },
-            "input": _input_recipe(config),
-            "augmentations": _augmentations_recipe(config),
+            "input": source,
+            "augmentations": augmentations,
         }
         count = config.input.captions_per_sample or 0
         yield Layer(SAMPLES, self, compute_fingerprint(recipe), count=count, recipe=recipe)
@@ -69,9 +89,6 @@ class Samples(LayerKind):
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         return schemas.samples_schema(images, bool(layer.count), bool(layer.labels))
-
-    def file_schemas(self) -> Iterable[pa.Schema]:
-        return [schemas.samples_schema(images, True, True) for images in ("embed", "reference", NO_IMAGES)]
 
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         return sample
@@ -100,16 +117,14 @@ class Samples(LayerKind):
             wrong = np.array([len(texts) > layer.count or one != next(iter(texts), None) for one, texts in found], bool)
             yield f"do not have their caption as the first of at most {layer.count} true captions", wrong
 
-    def content(self, layer: Layer) -> str:
+    def content(self, layer: Layer) -> Content:
         own = f"identities ({', '.join(layer.names)})" if layer.names else "images"
-        return f"rows and {own}" + (f", up to {layer.count} true captions" if layer.count else "")
-
-    def card_content(self, layer: Layer) -> str:
-        own = "identities of images, captions" if layer.names else "images, captions, metadata"
-        return f"{own}, augmentation records"
-
-    def report_content(self, layer: Layer) -> str:
-        return "keys, captions, images, augmentation records"
+        card = "identities of images, captions" if layer.names else "images, captions, metadata"
+        return Content(
+            f"rows and {own}" + (f", up to {layer.count} true captions" if layer.count else ""),
+            card=f"{card}, augmentation records",
+            report="keys, captions, images, augmentation records",
+        )
 
 
 def true_captions(samples: pa.Table) -> list[list[str]]:

@@ -1,4 +1,9 @@
-"""What a scorer must offer."""
+"""Scores: a struct of some numbers a row, and the scorers that compute them.
+
+``Facts`` are those about a sample that no model is needed for, ``Head`` is a linear head on a teacher's embeddings of
+the images, as scores of aesthetics or of unsafe content are made, and ``Similarity`` is that of images and texts by
+teachers: the score by which data filtering networks choose.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,7 @@ import schemas
 from reinforce.dataset.layers import (
     SAMPLES,
     TRUE_CAPTION,
+    Content,
     Layer,
     LayerKind,
     compute_fingerprint,
@@ -23,7 +29,6 @@ from reinforce.dataset.layers import (
     inputs_of,
     mapping_at,
     model_of,
-    scores_layer,
 )
 from reinforce.dataset.vectors import own_slots
 from reinforce.errors import UserError
@@ -77,49 +82,20 @@ class Scorer(ABC):
         """Each score [rows]; NaN where a value that it needs is null."""
 
 
-# -- Facts about a sample that no model is needed for.
-
 _FACTS_VERSION = 1
 
 
-def _bytes(samples: pa.Table) -> Any:
-    if "image" in samples.column_names:
-        return pc.binary_length(samples["image"])
-    return pc.struct_field(samples["image_ref"], "length")
-
-
-def _aspect(samples: pa.Table) -> Any:
-    width, height = (pc.cast(samples[name], pa.float64()) for name in ("width", "height"))
-    return pc.divide(pc.max_element_wise(width, height), pc.min_element_wise(width, height))
-
-
-def _digest(place: int) -> Callable[[pa.Table], Any]:
-    """A number of 24 bits, which float32 holds, from ``place`` in the digest of the encoded image."""
-
-    def part(samples: pa.Table) -> Any:
-        if "image" in samples.column_names:
-            digests = pa.array([image_digest(image.as_buffer()) for image in samples["image"]], pa.uint64())
-        elif IMAGE_DIGEST in samples.column_names:
-            digests = samples[IMAGE_DIGEST]
-        else:  # of an earlier version
-            return pa.nulls(len(samples), pa.uint64())
-        return pc.bit_wise_and(
-            pc.shift_right(digests, pa.scalar(place, pa.uint64())), pa.scalar(2**24 - 1, pa.uint64())
-        )
-
-    return part
-
-
-#: The columns of the samples that a fact is computed from, and how, by name.
-_COMPUTED: dict[Fact, tuple[tuple[str, ...], Callable[[pa.Table], Any]]] = {
-    "width": (("width",), lambda samples: samples["width"]),
-    "height": (("height",), lambda samples: samples["height"]),
-    "aspect": (("width", "height"), _aspect),
-    "bytes": (("image", "image_ref"), _bytes),
-    "characters": (("caption",), lambda samples: pc.utf8_length(samples["caption"])),
-    "words": (("caption",), lambda samples: pc.list_value_length(pc.utf8_split_whitespace(samples["caption"]))),
-    "digest_1": (("image", IMAGE_DIGEST), _digest(0)),
-    "digest_2": (("image", IMAGE_DIGEST), _digest(24)),
+#: The columns of the samples that a fact is computed from, by its name.
+_COLUMNS: dict[Fact, tuple[str, ...]] = {
+    "width": ("width",),
+    "height": ("height",),
+    "aspect": ("width", "height"),
+    "bytes": ("image", "image_ref"),
+    "characters": ("caption",),
+    "words": ("caption",),
+    "tokens": ("caption",),
+    "digest_1": ("image", IMAGE_DIGEST),
+    "digest_2": ("image", IMAGE_DIGEST),
 }
 
 
@@ -135,9 +111,8 @@ class Facts(Scorer):
         from teachers.open_clip.catalog import model_config
 
         self._facts, self._tokenizer = spec.facts or [], spec.tokenizer
-        self._computed = {**_COMPUTED, "tokens": (("caption",), self._tokens)}
         self.names = tuple(self._facts)
-        self.columns = tuple(dict.fromkeys(column for name in self._facts for column in self._computed[name][0]))
+        self.columns = tuple(dict.fromkeys(column for name in self._facts for column in _COLUMNS[name]))
         if "tokens" in self._facts:
             model_config(self._tokenizer)  # raises what is wrong with the name
         elif "tokenizer" in spec.model_fields_set:
@@ -149,12 +124,36 @@ class Facts(Scorer):
 
     def scores(self, rows: StoredRows) -> Mapping[str, Floats]:
         samples = rows.samples()
-        found = {name: pc.cast(self._computed[name][1](samples), pa.float32(), safe=False) for name in self._facts}
+        found = {name: pc.cast(self._fact(name, samples), pa.float32(), safe=False) for name in self._facts}
         return {name: pc.fill_null(values, np.nan).to_numpy() for name, values in found.items()}
 
-    def _tokens(self, samples: pa.Table) -> Any:
-        texts = samples["caption"].to_pylist()
-        return pa.array([None if text is None else self._count_tokens(text) for text in texts], pa.int64())
+    def _fact(self, name: Fact, samples: pa.Table) -> Any:
+        """The numbers of a fact [rows]."""
+        embedded = "image" in samples.column_names
+        if name in ("width", "height"):
+            found = samples[name]
+        elif name == "aspect":
+            width, height = (pc.cast(samples[side], pa.float64()) for side in ("width", "height"))
+            found = pc.divide(pc.max_element_wise(width, height), pc.min_element_wise(width, height))
+        elif name == "bytes":
+            found = pc.binary_length(samples["image"]) if embedded else pc.struct_field(samples["image_ref"], "length")
+        elif name == "characters":
+            found = pc.utf8_length(samples["caption"])
+        elif name == "words":
+            found = pc.list_value_length(pc.utf8_split_whitespace(samples["caption"]))
+        elif name == "tokens":
+            texts = samples["caption"].to_pylist()
+            found = pa.array([None if text is None else self._count_tokens(text) for text in texts], pa.int64())
+        else:  # the first or second 24 bits, which float32 holds, of the digest of the encoded image
+            if embedded:
+                digests = pa.array([image_digest(image.as_buffer()) for image in samples["image"]], pa.uint64())
+            elif IMAGE_DIGEST in samples.column_names:
+                digests = samples[IMAGE_DIGEST]
+            else:  # the images are elsewhere, and were not labelled
+                digests = pa.nulls(len(samples), pa.uint64())
+            place = pa.scalar(0 if name == "digest_1" else 24, pa.uint64())
+            found = pc.bit_wise_and(pc.shift_right(digests, place), pa.scalar(2**24 - 1, pa.uint64()))
+        return found
 
     @cached_property
     def _count_tokens(self) -> Callable[[str], int]:
@@ -165,9 +164,6 @@ class Facts(Scorer):
         if isinstance(tokenizer, open_clip.SimpleTokenizer):
             return lambda text: len(tokenizer.encode(text))
         return lambda text: len(tokenizer.tokenizer.encode(tokenizer.clean_fn(text), add_special_tokens=False))
-
-
-# -- A linear head on a teacher's embeddings of the images, as scores of aesthetics or of unsafe content are made.
 
 
 class Head(Scorer):
@@ -219,8 +215,6 @@ class Head(Scorer):
         return found
 
 
-# -- Similarity of images and texts by teachers: the score by which data filtering networks choose.
-
 _SIMILARITY_VERSION = 1
 _EACH_CAPTION_ONCE = 2  # the version of layers over several true captions
 
@@ -250,30 +244,21 @@ class Similarity(Scorer):
     def scores(self, rows: StoredRows) -> Mapping[str, Floats]:
         found: dict[str, Floats] = {}
         for texts in self._texts:
-            cosines = [self._cosines(rows, teacher, texts) for teacher in self._teachers]
-            means = np.stack([self._means(rows, texts, of) for of in cosines])
+            cosines = []  # [rows, K, N] of vectors with unit norm, by teacher
+            for teacher in self._teachers:
+                images, encoded = (rows.values(embeddings_layer(teacher, inputs)) for inputs in ("images", texts))
+                cosines.append(np.matmul(images, encoded.transpose(0, 2, 1)))
+            if self._version == _EACH_CAPTION_ONCE and texts == TRUE_CAPTION:
+                own = own_slots(rows.samples(), cosines[0].shape[2])[:, None]
+                means = np.stack([of.mean(axis=(1, 2), where=np.broadcast_to(own, of.shape)) for of in cosines])
+            else:
+                means = np.stack([of.mean(axis=(1, 2)) for of in cosines])
             found[f"{texts}_mean"] = means.mean(axis=0)
             found[f"{texts}_max"] = np.stack([of.max(axis=(1, 2)) for of in cosines]).mean(axis=0)
             if len(cosines) > 1:
                 found[f"{texts}_spread"] = means.std(axis=0)
         return found
 
-    def _means(self, rows: StoredRows, texts: str, cosines: Floats) -> Floats:
-        """The mean [rows] of cosines [rows, K, N]."""
-        if self._version != _EACH_CAPTION_ONCE or texts != TRUE_CAPTION:
-            found: Floats = cosines.mean(axis=(1, 2))
-            return found
-        own = own_slots(rows.samples(), cosines.shape[2])[:, None]
-        return cosines.mean(axis=(1, 2), where=np.broadcast_to(own, cosines.shape))
-
-    @staticmethod
-    def _cosines(rows: StoredRows, teacher: str, texts: str) -> Floats:
-        """Cosines [rows, K, N] of vectors with unit norm."""
-        images, vectors = (rows.values(embeddings_layer(teacher, inputs)) for inputs in ("images", texts))
-        return np.matmul(images, vectors.transpose(0, 2, 1))
-
-
-# -- Scores: a struct of some numbers a row.
 
 _WIDTH = 4
 #: The scorers by the key of a config that chooses them.
@@ -289,7 +274,7 @@ def make_scorer(spec: Score, captions: int = 1) -> Scorer:
 
 class Scores(LayerKind):
     name = "scores"
-    pattern = scores_layer("*")
+    pattern = "scores/*"
     level = 3
     columns = ("key", "scores")
     values = None  # a score is null where one of its inputs is, which says why in the quarantine of its layer
@@ -297,6 +282,7 @@ class Scores(LayerKind):
     producer = "scores:Scores"
     section = "scores"
     required = ("names", "needs", "score")
+    file_schemas = (schemas.scores_schema(()),)
 
     def layers(
         self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
@@ -326,9 +312,9 @@ class Scores(LayerKind):
                     "and the captioner of its texts in `captioners`."
                 )
             needs = (SAMPLES, *wanted)
-            recipe = _recipe({need: known[need].fingerprint for need in needs}, identity)
+            recipe = {"sources": {need: known[need].fingerprint for need in needs}, "score": dict(identity)}
             yield Layer(
-                name=scores_layer(name),
+                name=f"scores/{name}",
                 kind=self,
                 fingerprint=compute_fingerprint(recipe),
                 needs=needs,
@@ -355,7 +341,8 @@ class Scores(LayerKind):
         entry, layers = mapping_at(manifest, "layers", layer.name), manifest["layers"]
         if not all(need in layers for need in layer.needs):
             return None
-        return compute_fingerprint(_recipe({need: layers[need]["fingerprint"] for need in layer.needs}, entry["score"]))
+        sources = {need: layers[need]["fingerprint"] for need in layer.needs}
+        return compute_fingerprint({"sources": sources, "score": dict(entry["score"])})
 
     def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         before = mapping_at(manifest, "layers", layer.name, "score")
@@ -380,8 +367,8 @@ class Scores(LayerKind):
         names = [field.name for field in scores.type]
         return {name: pc.fill_null(one, np.nan).to_numpy() for name, one in zip(names, scores.flatten(), strict=True)}
 
-    def content(self, layer: Layer) -> str:
-        return ", ".join(layer.names)
+    def content(self, layer: Layer) -> Content:
+        return Content(", ".join(layer.names))
 
 
 def _recipe(sources: Mapping[str, str], score: Mapping[str, Any]) -> dict[str, Any]:

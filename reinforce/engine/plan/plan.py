@@ -277,7 +277,11 @@ class Plan:
     def unfitted(self) -> list[Layer]:
         """Layers whose codebook is not fitted yet, if some shard lacks them."""
         wanted = {name for shard in self.pending for name in shard.layers}
-        return [layer for name, layer in self.layers.items() if name in wanted and not layer.is_fitted]
+        return [
+            layer
+            for name, layer in self.layers.items()
+            if name in wanted and layer.codebook and layer.codebook["digest"] is None
+        ]
 
     def first(self, shards: int) -> Plan:
         """The plan of the first shards by name, those that lack nothing included."""

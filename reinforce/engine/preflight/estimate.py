@@ -292,7 +292,7 @@ def _cpu_of_sample(plan: Plan) -> tuple[float, str]:
     needed = {layer for shard in plan.pending for layer in shard.layers}
     crops = any(plan.layers[name].sees == "crops" for name in needed)
     count = plan.config.augmentations.count if crops else 0
-    decode = _at(DECODE_MS, count) if any(plan.layers[name].sees_images for name in needed) else 0.0
+    decode = _at(DECODE_MS, count) if any(plan.layers[name].sees for name in needed) else 0.0
     total = decode + _at(OWN_MS, count)
     return total, f"{total:.1f} ms of CPU an image with {count} augmentations (docs/performance.md, 512 x 512 pixels)"
 

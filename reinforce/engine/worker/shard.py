@@ -245,7 +245,7 @@ class ShardProcess:
     def _stored_rows(self, file: LayerFile, lease: CellLease, window: int) -> Iterator[Row]:
         """The rows of the samples layer. Raises LayerFailure where the source of referenced images was replaced."""
         replaced = False
-        of_images = next((name for name, layer in self.layers.items() if layer.sees_images), "")
+        of_images = next((name for name, layer in self.layers.items() if layer.sees), "")
         if lease.cells.needed and not self.config.embeds_images:
             self.source_note, replaced = referenced_source_change(self.shard, parse_footer(file.metadata))
             if replaced and IMAGE_DIGEST not in file.footer[1]:  # else the digests decide

@@ -41,7 +41,9 @@ LAYER = "embeddings/pq4/images"
 def small_samples() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("reinforce.dataset.codecs.quantisers._LEAST_FOR_EACH", 1)
+        find_codec.cache_clear()
         yield
+    find_codec.cache_clear()
 
 
 @pytest.fixture(scope="module")

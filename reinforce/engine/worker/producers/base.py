@@ -242,7 +242,7 @@ class Embeddings(Producer):
                 values[place] = value
         finite = np.asarray(np.isfinite(values).all(axis=(1, 2)))
         valid = self.refuse_not_finite(layer, group, valid, finite)
-        lengths = vectors.with_length(values)
+        lengths = (values != 0).any(axis=2).all(axis=1)  # a zero vector has no direction
         lengths[[*codes]] = True
         valid = self.refuse(layer, group, valid, lengths, Reason.ZERO_VECTOR, vectors.zero_vector(codec))
         codebook = layer.codebook_at(self.session.config.output)

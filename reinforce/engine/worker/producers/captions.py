@@ -39,8 +39,8 @@ class Captions(Producer):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self._seeing = [layer for layer in self.computed if layer.sees_images]
-        self._reading = [layer for layer in self.computed if not layer.sees_images]  # true captions alone
+        self._seeing = [layer for layer in self.computed if layer.sees]
+        self._reading = [layer for layer in self.computed if not layer.sees]  # true captions alone
 
     @staticmethod
     def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side:
@@ -175,7 +175,7 @@ class Captions(Producer):
     def table(self, layer: Layer, group: RowGroup) -> pa.Table:
         captions: list[list[str] | None] = [None for _ in group.rows]
         if layer in self.computed:
-            if layer.sees_images:
+            if layer.sees:
                 self.refuse_unreadable(layer, group)
             found: Iterable[list[str] | NoCaptions | None]
             if self.session.models.by_group(self.session.models.of(layer)):
@@ -183,7 +183,7 @@ class Captions(Producer):
             else:
                 found = itertools.chain.from_iterable(group.outputs(layer.name))
             for place, (row, texts) in enumerate(zip(group.rows, found, strict=True)):
-                if not (layer.sees_images and row.unreadable) and not self.has_label(layer, row):
+                if not (layer.sees and row.unreadable) and not self.has_label(layer, row):
                     captions[place] = self._clean(layer, row.key, texts)
         for place, label in self.labels(layer, group.rows):
             captions[place] = [*label]
