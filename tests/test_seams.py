@@ -18,6 +18,7 @@ import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset.drop import plan_drop
 from reinforce.dataset.kinds.registry import KINDS
+from reinforce.dataset.layers import parts_of
 from reinforce.dataset.store import Store
 from reinforce.dataset.validate import validate
 from reinforce.engine.plan.plan import make_plan
@@ -75,7 +76,7 @@ def kind_questions(tree: ast.AST) -> Iterator[tuple[int, str]]:
     compared, and of each that is divided into its parts."""
     names = {*KINDS}
     sections = {kind.section for kind in KINDS.values()} - {None}
-    folders = tuple(f"{kind.pattern.partition('/')[0]}/" for kind in KINDS.values())
+    folders = tuple(f"{parts_of(kind.pattern)[0]}/" for kind in KINDS.values())
     for node in ast.walk(tree):
         found = False
         if isinstance(node, ast.Compare):

@@ -28,7 +28,7 @@ from reinforce.dataset.kinds.registry import (
     kind_of,
     with_dependants,
 )
-from reinforce.dataset.layers import MODEL_SECTIONS, SAMPLES, model_of
+from reinforce.dataset.layers import MODEL_SECTIONS, SAMPLES, model_of, parts_of
 from reinforce.dataset.manifest import TUNED_KEY, find_manifest, write_manifest
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.dataset.view import FOLDER as VIEWS
@@ -229,7 +229,7 @@ def _owner(layer: str) -> tuple[str, str]:
 
 def _check_links(store: Store, layer: str) -> None:
     """Raise UserError if the folder of a layer or of its quarantine is a link: the files in it belong to others."""
-    parts = layer.split("/")
+    parts = parts_of(layer)
     folders = [parts[:depth] for depth in range(1, len(parts) + 1)]
     for folder in [*folders, *(["quarantine", *folder] for folder in ([], *folders))] if store.local else ():
         _check_link(store.path(*folder))

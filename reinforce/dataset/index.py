@@ -2,7 +2,8 @@
 
 Runs write it and readers use it: a listing with other sizes shows damaged files, and row counts need no footers. It is
 a cache. A file that the index lacks, or has with another size, is described by its footer; only a committed file counts
-as finished work. A damaged index, and one of another layer or fingerprint, counts as empty.
+as finished work. A damaged index, and one of another layer or fingerprint, counts as empty. Beside it: layer files that
+are not what a run has committed, and digests of the content of layer files.
 """
 
 from __future__ import annotations
@@ -189,13 +190,6 @@ class IndexWriter(PeriodicWriter):
             del self._entries[layer]
 
 
-# -- Layer files that are not what a run has committed: found by their sizes, and set aside.
-#
-# A listing has the sizes of all files, and the index those that were committed, so looking for damage costs one request
-# for each layer. Only a file whose size differs is opened. If its footer can be read, and is of the source of the
-# samples, it was replaced by a complete file, and counts. A file that was set aside is no layer file any more: a run
-# computes it again.
-
 SET_ASIDE = "set-aside"
 MIN_BYTES = 12  # of a Parquet file
 _THREADS = 16
@@ -210,7 +204,9 @@ def find_damaged(
 ) -> list[DamagedFile]:
     """Files of listings by layer (``Store.listings``) that are damaged, by their sizes and those in the indexes.
 
-    Indexes that are not given are read.
+    So looking for damage costs one request for each layer. Only a file whose size differs is opened. If its footer can
+    be read, and is of the source of the samples, it was replaced by a complete file, and counts. Indexes that are not
+    given are read.
     """
 
     def suspects(layer: str) -> list[tuple[str, str]]:
@@ -269,8 +265,8 @@ def file_damage(store: Store, layer: str, shard: str) -> str | None:
 def set_aside(store: Store, layer: str, shard: str) -> str:
     """Move a file to a name that no reader looks at, below ``set-aside``; returns the new path. Raises StorageError.
 
-    The refused rows of its quarantine are forgotten: whoever computes the file again writes them again. The layer of a
-    quarantine file is that of the rows after ``quarantine/``.
+    It is no layer file any more: a run computes it again. The refused rows of its quarantine are forgotten: whoever
+    computes the file again writes them again. The layer of a quarantine file is that of the rows after ``quarantine/``.
     """
     now = datetime.datetime.now(datetime.timezone.utc)
     target = store.path(SET_ASIDE, layer, f"{shard}.{now:%Y%m%dT%H%M%S.%fZ}.parquet")
@@ -321,14 +317,6 @@ def set_aside_notes(files: Sequence[str]) -> list[str]:
     return [f"{what} damaged or did not fit, moved to {SET_ASIDE}/ to be computed again: {named}"]
 
 
-# -- What identifies the content of layer files: digests of their columns and keys, and states that listings show.
-#
-# A state is a hash of the size and the ETag, or modification time, of a file. Equal states mean equal content; a copy
-# of a dataset has other states and the same content. Digests are found by opening the files.
-#
-# Hashes of many keys at once take a fifth of the CPU of one call of hashlib for each. They are not stored, so they may
-# change; those in the records of runs are ``key_sample.ShardKeys.of``.
-
 #: The columns of each layer whose content is compared; None for all.
 Columns: TypeAlias = "Mapping[str, Sequence[str] | None]"
 Errors: TypeAlias = "Callable[[str], AbstractContextManager[None]]"
@@ -336,7 +324,11 @@ Hashes = npt.NDArray[np.uint64]
 
 
 def states_of(store: Store, layers: Iterable[str], shards: Sequence[str]) -> array[int]:
-    """The state of the files of some layers together [shards]; 0 where one is missing, or its time is unknown."""
+    """The state of the files of some layers together [shards]; 0 where one is missing, or its time is unknown.
+
+    A state is a hash of the size and the ETag, or modification time, of a file. Equal states mean equal content; a copy
+    of a dataset has other states and the same content.
+    """
     names = pa.array(shards, pa.string())
     listings = list_folders(store, sorted(layers), states=True)
     known = np.logical_and.reduce([listing.has(names) for listing in listings.values()])
@@ -374,7 +366,8 @@ def hash_keys(keys: pa.ChunkedArray | pa.Array) -> Hashes:
     """A 64-bit hash of each key, uint64 [keys].
 
     Keys that differ have different hashes with near certainty, unless somebody has chosen them. A null key has the hash
-    of an empty one.
+    of an empty one. It takes a fifth of the CPU of a call of hashlib for each. They are not stored, so they may change;
+    those in the records of runs are ``runs.ShardKeys.of``.
     """
     from pandas.util import hash_array  # reading, which only digests keys, does not need pandas
 
@@ -384,12 +377,18 @@ def hash_keys(keys: pa.ChunkedArray | pa.Array) -> Hashes:
 
 def digest_keys(keys: pa.ChunkedArray | pa.Array) -> bytes:
     """A digest of some keys in their order: equal only for equal keys."""
-    offsets, data = _flat(keys)
+    array: Any = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
+    array = array.cast(pa.large_string())
+    _, buffer, data = array.buffers()
+    values = np.empty(0, np.uint8) if data is None else np.frombuffer(data, np.uint8)
+    offsets = np.zeros(len(array) + 1, np.int64)  # of the keys in their bytes
+    if len(array) and buffer is not None:
+        offsets = np.frombuffer(buffer, np.int64)[array.offset : array.offset + len(array) + 1]
     lengths = np.diff(offsets)
     if keys.null_count:
         lengths[np.asarray(keys.is_null())] = -1
     digest = hashlib.blake2b(lengths.astype("<i8").tobytes(), digest_size=16)
-    digest.update(data[offsets[0] : offsets[-1]].tobytes())
+    digest.update(values[offsets[0] : offsets[-1]].tobytes())
     return digest.digest()
 
 

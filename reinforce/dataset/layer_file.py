@@ -30,9 +30,7 @@ from reinforce.dataset.kinds.registry import KINDS
 from reinforce.source.parquet_file import (
     DICTIONARY,
     BadPage,
-    Bytes,
     FooterCheck,
-    Page,
     RefusedFile,
     WindowFile,
     longest_entry,
@@ -72,24 +70,9 @@ def _shape_of(type_: pa.DataType) -> str:
     return str(type_)
 
 
-def _known_layouts() -> list[dict[str, str]]:
-    """The columns of each schema with their types as ``_shape_of`` writes them."""
-    known = [schema for kind in KINDS.values() for schema in kind.file_schemas]
-    known += [schemas.view_schema(), schemas.identities_schema(), schemas.quarantine_schema(), schemas.index_schema()]
-    layouts = [{field.name: _shape_of(field.type) for field in schema} for schema in known]
-    return [one for place, one in enumerate(layouts) if one not in layouts[:place]]  # kinds share some
-
-
-def _tensors() -> dict[str, int]:
-    """The axes of each column whose rows have a shape."""
-    return {name: axes for kind in KINDS.values() for name, axes in kind.tensors.items()}
-
-
-def _kept_as_stored() -> set[str]:
-    """The columns of tensors that no reader converts to float32 as a whole."""
-    return {name for kind in KINDS.values() for name in kind.kept_as_stored}
-
-
+#: The axes of each column whose rows have a shape, and those that no reader converts to float32 as a whole.
+_TENSORS = {name: axes for kind in KINDS.values() for name, axes in kind.tensors.items()}
+_KEPT_AS_STORED = {name for kind in KINDS.values() for name in kind.kept_as_stored}
 _NOT_IN_ALL = {schemas.IMAGE_DIGEST, schemas.TRUE_CAPTIONS, schemas.LABELLED}  # not in all files of samples
 _accepted_schemas: deque[pa.Schema] = deque(maxlen=4)  # the last ones, because files of a layer have the same
 
@@ -146,7 +129,16 @@ class LayerFile:
 
     @functools.cached_property
     def _shapes(self) -> dict[str, list[int]]:
-        return _tensor_shapes(self.metadata)
+        """The shapes of tensors in the Arrow schema of the footer: only the numbers are read."""
+        try:
+            schema = base64.b64decode((self.metadata.metadata or {}).get(b"ARROW:unused", b""))
+        except ValueError:
+            return {}
+        found = re.findall(rb'\{"shape":\[(\d{1,9}(?:,\d{1,9})?)\]', schema)
+        shapes = sorted(([int(side) for side in shape.split(b",")] for shape in found), key=len, reverse=True)
+        if not shapes or len(shapes[0]) != 2:
+            return {}
+        return {name: shapes[0][:axes] for name, axes in _TENSORS.items()}
 
     @functools.cached_property
     def _paths(self) -> list[str]:
@@ -229,20 +221,19 @@ class LayerFile:
                 leaves = {n: leaf for n, leaf in leaves.items() if columns is None or _column(leaf) in columns}
                 self._source.fetch([span(leaf, self._source.size()) for leaf in leaves.values()])
                 for place, leaf in leaves.items():
-                    self._digest_chunk(leaf, self.metadata.schema.column(place), digest)
+                    column, (start, length) = self.metadata.schema.column(place), span(leaf, self._source.size())
+                    chunk = self._source.read_at(start, length)
+                    form = (leaf.path_in_schema, leaf.physical_type, str(column.logical_type))
+                    shape = self._shapes.get(_column(leaf))
+                    digest.update(repr((*form, column.max_definition_level, leaf.num_values, shape)).encode())
+                    with self._decode_errors():
+                        for page in read_pages(chunk, leaf.num_values):
+                            form = (page.type, page.values, page.encoding, page.stored, page.checksum)
+                            digest.update(repr(form).encode())
+                            if page.checksum is None:
+                                digest.update(chunk[page.start : page.start + page.stored])
             self._source.fetch([])
         return digest.digest()
-
-    def _digest_chunk(self, leaf: Any, column: Any, digest: Any) -> None:
-        start, length = span(leaf, self._source.size())
-        chunk = self._source.read_at(start, length)
-        form = (leaf.path_in_schema, leaf.physical_type, str(column.logical_type), column.max_definition_level)
-        digest.update(repr((*form, leaf.num_values, self._shapes.get(_column(leaf)))).encode())
-        with self._decode_errors():
-            for page in read_pages(chunk, leaf.num_values):
-                digest.update(repr((page.type, page.values, page.encoding, page.stored, page.checksum)).encode())
-                if page.checksum is None:
-                    digest.update(chunk[page.start : page.start + page.stored])
 
     @contextlib.contextmanager
     def _decode_errors(self) -> Iterator[None]:
@@ -269,33 +260,37 @@ class LayerFile:
         return group
 
     def _check_bytes(self, rows: int, leaves: Sequence[Any]) -> None:
-        total, tensors = 0, _tensors()
+        """Raise RefusedFile if column chunks, decompressed and decoded, may need more than the bounds, by the headers
+        of their pages."""
+        total = 0
         for leaf in leaves:
             name, values = _column(leaf), leaf.num_values
-            most = MAX_BYTES if name in tensors else MAX_VALUES
+            most = MAX_BYTES if name in _TENSORS else MAX_VALUES
             if not rows <= values <= (most if "." in leaf.path_in_schema else rows):
                 raise RefusedFile(f"column {name} has {values:,} values in {rows:,} rows")
-            total += self._decoded_bytes(leaf, values)
-            if name in self._shapes and name not in _kept_as_stored():
+            start, length = span(leaf, self._source.size())
+            chunk = self._source.read_at(start, length)
+            pages = list(read_pages(chunk, values))
+            total += sum(page.uncompressed for page in pages)
+            if leaf.physical_type == "BYTE_ARRAY":
+                for page in (page for page in pages if page.type == DICTIONARY):  # entries of it as all texts
+                    longest = page.uncompressed
+                    if values * longest > MAX_BYTES // 16:
+                        if page.uncompressed > MAX_BYTES:
+                            raise RefusedFile("a dictionary is above the bounds")
+                        longest = longest_entry(page, chunk[page.start : page.start + page.stored], leaf.compression)
+                    total += values * longest
+            else:
+                total += values * _WIDTHS.get(leaf.physical_type, 2 if name in _KEPT_AS_STORED else 8)
+            if name in self._shapes and name not in _KEPT_AS_STORED:
                 total += rows * math.prod(self._shapes[name]) * _WIDTHS["FLOAT"]
             if total > MAX_BYTES:
                 raise RefusedFile(f"a row group needs more than {MAX_BYTES:,} bytes, in column {name}")
 
-    def _decoded_bytes(self, leaf: Any, values: int) -> int:
-        """An upper bound of the bytes of a column chunk, decompressed and decoded, by the headers of its pages."""
-        start, length = span(leaf, self._source.size())
-        chunk = self._source.read_at(start, length)
-        pages = list(read_pages(chunk, values))
-        total = sum(page.uncompressed for page in pages)
-        if leaf.physical_type == "BYTE_ARRAY":
-            dictionaries = [page for page in pages if page.type == DICTIONARY]
-            return total + sum(_expanded(page, values, chunk, leaf.compression) for page in dictionaries)
-        unknown = 2 if _column(leaf) in _kept_as_stored() else 8
-        return total + values * _WIDTHS.get(leaf.physical_type, unknown)
-
     def _with_tensors(self, table: pa.Table) -> pa.Table:
-        """The table with lists of numbers as tensors of the shape that the footer states, if the rows have it."""
-        for name in _tensors():
+        """The table with lists of numbers as tensors of the shape that the footer states, if the rows have it, and with
+        the place of the codebook that decodes it."""
+        for name in _TENSORS:
             if name in table.column_names:
                 if name not in self._shapes:
                     raise RefusedFile(f"its schema has no shape of column {name}")
@@ -305,17 +300,14 @@ class LayerFile:
                 except ValueError as error:
                     raise RefusedFile(f"column {name}: {error}") from error
                 table = table.set_column(index, name, tensors)
-        return table.replace_schema_metadata(self._codebook(table))
-
-    def _codebook(self, table: pa.Table) -> dict[bytes, bytes] | None:
-        """The metadata of a table that a codebook decodes: its place, by the footer."""
         digest = (self.metadata.metadata or {}).get(b"reinforce.codebook", b"")
-        tensors = [type_.value_type for type_ in table.schema.types if isinstance(type_, pa.FixedShapeTensorType)]
-        if not digest and pa.uint8() not in tensors:
-            return None
+        types = [type_.value_type for type_ in table.schema.types if isinstance(type_, pa.FixedShapeTensorType)]
+        if not digest and pa.uint8() not in types:
+            return table.replace_schema_metadata(None)
         if not re.fullmatch(rb"[0-9a-f]{32}", digest):
             raise RefusedFile("its footer does not name the codebook of its codes")
-        return None if self._name is None else Place(self._dataset or "", self._name[0], digest.decode()).metadata()
+        place = None if self._name is None else Place(self._dataset or "", self._name[0], digest.decode())
+        return table.replace_schema_metadata(place and place.metadata())
 
 
 def _column_names(footer: pq.FileMetaData) -> list[str]:
@@ -325,7 +317,8 @@ def _column_names(footer: pq.FileMetaData) -> list[str]:
         names = [str(name) for name in found.names]
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise RefusedFile(f"its schema cannot be read: {error}") from error
-    newer = _is_newer(footer)
+    version = (footer.metadata or {}).get(b"reinforce.schema_version", b"")
+    newer = bool(re.fullmatch(rb"\d{1,9}", version)) and int(version) > schemas.SCHEMA_VERSION
     if not newer and any(found.equals(known) for known in tuple(_accepted_schemas)):  # other threads append
         return names
     if len({*names}) < len(names):
@@ -336,18 +329,16 @@ def _column_names(footer: pq.FileMetaData) -> list[str]:
     return names
 
 
-def _is_newer(footer: pq.FileMetaData) -> bool:
-    """Whether a file has the schema of a newer version, whose columns are unknown."""
-    version = (footer.metadata or {}).get(b"reinforce.schema_version", b"")
-    return bool(re.fullmatch(rb"\d{1,9}", version)) and int(version) > schemas.SCHEMA_VERSION
-
-
 def _check_columns(found: pa.Schema, newer: bool) -> None:
     """Raise RefusedFile unless columns belong to one of the known schemas, int8 vectors with their scales.
 
     Of a ``newer`` version, only the types of known columns are checked.
     """
-    layouts, of_any_fields = _known_layouts(), _shape_of(pa.struct([]))
+    known_schemas = [schema for kind in KINDS.values() for schema in kind.file_schemas]
+    known_schemas += [schemas.view_schema(), schemas.identities_schema(), schemas.quarantine_schema()]
+    layouts = [{field.name: _shape_of(field.type) for field in one} for one in (*known_schemas, schemas.index_schema())]
+    layouts = [one for place, one in enumerate(layouts) if one not in layouts[:place]]  # kinds share some
+    of_any_fields = _shape_of(pa.struct([]))
     shapes = {field.name: _shape_of(field.type) for field in found}
     for name in shapes:
         if pa.types.is_struct(found.field(name).type) and any(one.get(name) == of_any_fields for one in layouts):
@@ -370,27 +361,5 @@ def _check_columns(found: pa.Schema, newer: bool) -> None:
         raise RefusedFile(f"it has no column {', '.join(sorted(of_unknown[0] if unknown else missing[0]))}")
 
 
-def _tensor_shapes(footer: pq.FileMetaData) -> dict[str, list[int]]:
-    """The shapes of tensors in the Arrow schema of a footer: only the numbers are read."""
-    try:
-        schema = base64.b64decode((footer.metadata or {}).get(b"ARROW:unused", b""))
-    except ValueError:
-        return {}
-    found = re.findall(rb'\{"shape":\[(\d{1,9}(?:,\d{1,9})?)\]', schema)
-    shapes = sorted(([int(side) for side in shape.split(b",")] for shape in found), key=len, reverse=True)
-    if not shapes or len(shapes[0]) != 2:
-        return {}
-    return {name: shapes[0][:axes] for name, axes in _tensors().items()}
-
-
 def _column(leaf: Any) -> str:
     return str(leaf.path_in_schema).partition(".")[0]
-
-
-def _expanded(page: Page, values: int, chunk: Bytes, compression: str) -> int:
-    """An upper bound of the bytes of ``values`` texts that are entries of a dictionary."""
-    if values * page.uncompressed <= MAX_BYTES // 16:
-        return values * page.uncompressed
-    if page.uncompressed > MAX_BYTES:
-        raise RefusedFile("a dictionary is above the bounds")
-    return values * longest_entry(page, chunk[page.start : page.start + page.stored], compression)

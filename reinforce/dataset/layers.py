@@ -155,17 +155,22 @@ def embeddings_layer(teacher: str, inputs: str) -> str:
 
 def model_of(name: str) -> str:
     """The model, or the entry of ``scores``, in the name of a layer; empty for samples."""
-    return "".join(name.split("/")[1:2])
+    return "".join(parts_of(name)[1:2])
 
 
 def inputs_of(name: str) -> str:
     """What a teacher encodes in an embeddings layer of this name: ``images``, ``caption`` or a captioner's name."""
-    return name.rpartition("/")[2]
+    return parts_of(name)[-1]
+
+
+def parts_of(name: str) -> list[str]:
+    """The names of the folders from the dataset down to that of a layer."""
+    return name.split("/")
 
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a name fits a kind's pattern, in which ``*`` stands for the name of a model or of its inputs."""
-    parts, wanted = name.split("/"), pattern.split("/")
+    parts, wanted = parts_of(name), parts_of(pattern)
     return len(parts) == len(wanted) and all(
         LAYER_NAME.fullmatch(part) and one in ("*", part) for part, one in zip(parts, wanted, strict=True)
     )

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 import schemas
 from reinforce.dataset.codecs.codebooks import find_codec
 from reinforce.dataset.kinds.registry import KINDS, drop_command, kind_of, stored_layer, with_dependants
-from reinforce.dataset.layers import MODEL_SECTIONS, SAMPLES, Layer, mapping_at, model_of, require_images
+from reinforce.dataset.layers import MODEL_SECTIONS, SAMPLES, Layer, mapping_at, model_of, parts_of, require_images
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.errors import DamagedJson, StorageError, UserError
 from reinforce.settings import LAYER_NAME, flatten
@@ -181,7 +181,7 @@ def _check_names(manifest: Mapping[str, Any], where: str) -> None:
     if len(sections) < len(_SECTIONS):
         raise UserError(f"{where}: dataset.json is not that of a reinforced dataset. Restore it.")
     layers, *models = sections
-    parts = [part for layer in layers for part in layer.split("/")]
+    parts = [part for layer in layers for part in parts_of(layer)]
     for name in (*parts, *(name for section in models for name in section)):
         if not LAYER_NAME.fullmatch(name):
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import json
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +31,6 @@ from reinforce.dataset.layers import (
     captions_layer,
     embeddings_layer,
 )
-from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.images.backends import BACKENDS, load_backend
 from reinforce.images.policy import IMAGE_POLICIES, ImageRefused, ReadLimits, decode, is_image_policy
@@ -191,7 +191,11 @@ class Sample:
         try:
             drawn = draw(self, _SIDE, _REPLAY_SIDE)
             pictures["original"] = picture_address(drawn.original)
-            pictures["replays"] = [*map(picture_address, _squares(drawn.replays))]
+            if drawn.replays:  # single images: notebooks may remove the styles that cut the strip
+                with Image.open(io.BytesIO(drawn.replays)) as strip:
+                    side = strip.height
+                    squares = [strip.crop((left, 0, left + side, side)) for left in range(0, strip.width, side)]
+                pictures["replays"] = [picture_address(webp(square, 85)) for square in squares]
         except UserError as error:
             pictures["problem"] = str(error)
         return render("notebook/sample.html", shown=ShownSample.of(self), **pictures)
@@ -239,16 +243,33 @@ class ShownSample:
     @classmethod
     def of(cls, sample: Sample) -> ShownSample:
         """The sample as it is shown, with the teachers that have vectors of images and texts."""
+        replays = []
+        for number, augmentation in enumerate(sample.augmentations[:SHOWN_REPLAYS]):
+            crop = augmentation.crop
+            share = crop.width * crop.height / max(1, sample.width * sample.height)
+            operations = (
+                f"{op.name} {op.magnitude:.3g}".replace("-", "\u2212") if op.magnitude else op.name
+                for op in augmentation.ops or ()
+            )
+            replays.append(Replay(number, crop, share, tuple(operations)))
         teachers = tuple(name for name in sample.images if sample.texts.get(name))
-        return cls(
-            sample.key,
-            sample.width,
-            sample.height,
-            teachers,
-            len(sample.augmentations),
-            tuple(_replay(sample, *one) for one in enumerate(sample.augmentations[:SHOWN_REPLAYS])),
-            tuple(_caption_lines(sample, teachers)),
-        )
+        by_source: dict[str, list[str | None]] = {TRUE_CAPTION: [sample.caption, *sample.true_captions[1:]]}
+        by_source |= {name: [None] if texts is None else [*texts] for name, texts in sample.captions.items()}
+        lines = []
+        for source, texts in by_source.items():
+            similarities: list[list[float | None]] = []  # of each text, by teacher
+            for teacher in teachers:
+                encoded = sample.texts[teacher].get(source)
+                if encoded is None or len(encoded) != len(texts):
+                    similarities.append([None] * len(texts))
+                    continue
+                cosines = vectors.mean_cosines(encoded[None], sample.images[teacher][None])[0]
+                similarities.append([float(value) if np.isfinite(value) else None for value in cosines])
+            captioner = None if source == TRUE_CAPTION else source
+            for n, text in enumerate(texts):
+                lines.append(CaptionLine(captioner, text, tuple(of_teacher[n] for of_teacher in similarities)))
+        records = len(sample.augmentations)
+        return cls(sample.key, sample.width, sample.height, teachers, records, tuple(replays), tuple(lines))
 
 
 @dataclass(frozen=True)
@@ -285,44 +306,6 @@ def webp(image: Image.Image, quality: int | None = None) -> bytes:
     image.save(out, "WEBP", quality=40 if lossless else quality or _QUALITY, lossless=lossless, method=2)
     return out.getvalue()
 
-
-def _squares(strip: bytes) -> Iterator[bytes]:
-    """The squares of a strip as single images: notebooks may remove the styles that cut it."""
-    if strip:
-        with Image.open(io.BytesIO(strip)) as image:
-            for left in range(0, image.width, image.height):
-                yield webp(image.crop((left, 0, left + image.height, image.height)), 85)
-
-
-def _replay(sample: Sample, number: int, augmentation: Augmentation) -> Replay:
-    crop = augmentation.crop
-    share = crop.width * crop.height / max(1, sample.width * sample.height)
-    operations = (
-        f"{op.name} {op.magnitude:.3g}".replace("-", "\u2212") if op.magnitude else op.name
-        for op in augmentation.ops or ()
-    )
-    return Replay(number, crop, share, tuple(operations))
-
-
-def _caption_lines(sample: Sample, teachers: tuple[str, ...]) -> Iterator[CaptionLine]:
-    by_source: dict[str, list[str | None]] = {TRUE_CAPTION: [sample.caption, *sample.true_captions[1:]]}
-    by_source |= {name: [None] if texts is None else [*texts] for name, texts in sample.captions.items()}
-    for source, texts in by_source.items():
-        columns = [_similarities(sample, teacher, source, len(texts)) for teacher in teachers]
-        for n, text in enumerate(texts):
-            captioner = None if source == TRUE_CAPTION else source
-            yield CaptionLine(captioner, text, tuple(column[n] for column in columns))
-
-
-def _similarities(sample: Sample, teacher: str, source: str, count: int) -> list[float | None]:
-    texts = sample.texts[teacher].get(source)
-    if texts is None or len(texts) != count:
-        return [None] * count
-    cosines = vectors.mean_cosines(texts[None], sample.images[teacher][None])[0]
-    return [float(value) if np.isfinite(value) else None for value in cosines]
-
-
-# -- The samples of a row group, and those of a dataset by number: a map-style dataset for the DataLoader of torch.
 
 _KEPT_BYTES = 128 * 2**20
 
@@ -403,27 +386,14 @@ class KeptGroups:
                     del self._groups[key]
                 group.set_exception(error)  # for those that wait
                 raise
-            self._drop_oldest()
+            left = _KEPT_BYTES
+            with self._lock:
+                for other, kept in reversed([*self._groups.items()]):
+                    if kept.done():
+                        left -= sum(table.nbytes for table in kept.result().values())
+                        if left < 0:
+                            del self._groups[other]
         return group.result()
-
-    def _drop_oldest(self) -> None:
-        left = _KEPT_BYTES
-        with self._lock:
-            for key, group in reversed([*self._groups.items()]):
-                if group.done():
-                    left -= sum(table.nbytes for table in group.result().values())
-                    if left < 0:
-                        del self._groups[key]
-
-
-class _Rows(Protocol):
-    """The part of ``Dataset`` that is used here."""
-
-    store: Store
-    shards: list[str]
-
-    def row_group(self, shard: str, group: int) -> dict[str, pa.Table]: ...
-    def samples_of(self, shard: str, tables: Mapping[str, pa.Table], places: Sequence[int]) -> list[Sample]: ...
 
 
 def checked_number(number: Any, total: int) -> int:
@@ -461,13 +431,14 @@ class RowPlaces:
 
 
 class Samples(Sequence[Sample]):
-    """The samples of a dataset in their order; ``Dataset.samples``.
+    """The samples of a dataset in their order; ``Dataset.samples``: a map-style dataset for the DataLoader of torch.
 
     ``samples[3]`` is a sample, ``samples[:5]`` a list of samples. A row group is read as a whole: those that were read
     last stay in memory, up to 128 MiB. A process that a DataLoader forks opens the files again.
     """
 
-    def __init__(self, data: _Rows, groups: Ints) -> None:
+    def __init__(self, data: Any, groups: Ints) -> None:
+        # `data` is the Dataset; a copy of it opens its files again.
         self._data, self._places, self._kept, self._process = data, RowPlaces(groups), KeptGroups(), os.getpid()
 
     def __len__(self) -> int:
@@ -488,7 +459,14 @@ class Samples(Sequence[Sample]):
         if self._process != os.getpid():  # clients of object stores are not fork-safe
             self._data, self._kept, self._process = copy.copy(self._data), KeptGroups(), os.getpid()
             self._data.store = copy.deepcopy(self._data.store)
-        return [self._read(*self._places.find(number)) for number in numbers]
+        samples = []
+        for number in numbers:
+            group, place = self._places.find(number)
+            of_shard, in_file, _ = self._places.groups[group].tolist()
+            shard = self._data.shards[of_shard]
+            tables = self._kept.get((shard, in_file), functools.partial(self._data.row_group, shard, in_file))
+            samples += self._data.samples_of(shard, tables, [place])
+        return samples
 
     def _read(self, group: int, place: int) -> Sample:
         number, in_file, _ = self._places.groups[group].tolist()

@@ -204,7 +204,7 @@ def check_missing(store: Store, inventory: Inventory, seen: pa.StringArray | Non
 
 def quarantine_finding(store: Store, layer: str, shard: str, reason: str) -> Finding:
     """The finding for a damaged quarantine file of a layer."""
-    message = f"{store.quarantine_path(layer, shard)} is damaged: {reason}. --repair sets it aside."
+    message = f"{store.layer_path(QUARANTINE + layer, shard)} is damaged: {reason}. --repair sets it aside."
     return Finding("quarantine", message, layer, shard)
 
 

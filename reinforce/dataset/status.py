@@ -50,7 +50,8 @@ def read_status(url: str) -> dict[str, Any]:
     for name in (*names, *of_labels):
         files = quarantined[f"quarantine/{name}"]
         if files:
-            quarantine[name] = {"files": len(files), **refused.read(name, files.first(_QUARANTINE_FILES))}
+            first = Listing(files.names[:_QUARANTINE_FILES], files.sizes[:_QUARANTINE_FILES])
+            quarantine[name] = {"files": len(files), **refused.read(name, first)}
     return {
         "url": store.url,
         "samples": layers[SAMPLES]["shards"],

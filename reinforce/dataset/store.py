@@ -1,4 +1,4 @@
-"""Listings of layers: the committed shards of each, and the bytes of their files.
+"""The layer files of a dataset: paths, listings, reading and writing. Only a committed file marks a shard as done.
 
 A large dataset has 190,735 files in each of eight layers. A listing takes some 30 bytes a file instead of the 1,250 of
 fsspec's cache, which is emptied. Layers are listed side by side, because the pages of one follow each other.
@@ -19,7 +19,7 @@ import re
 import shlex
 import stat
 import threading
-from collections.abc import Collection, ItemsView, Iterable, Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -60,11 +60,6 @@ _WHOLE: _Range = ("", None)
 _ENTRIES = "reinforce.entries"  # of an answer, where they are
 _KEY, _SIZE = re.compile(rb"<Key>([^<]*)</Key>"), re.compile(rb"<Size>(\d+)</Size>")
 _ETAG = re.compile(rb"<ETag>([^<]*)</ETag>")
-
-
-class _Items(ItemsView[str, int]):
-    def __iter__(self) -> Iterator[tuple[str, int]]:
-        return zip(self._mapping, self._mapping.sizes.tolist(), strict=True)  # type: ignore[attr-defined]
 
 
 class Listing(Mapping[str, int]):
@@ -115,12 +110,12 @@ class Listing(Mapping[str, int]):
             raise KeyError(name)
         return int(self.sizes[place])
 
+    def items(self) -> ItemsView[str, int]:
+        return dict(zip(self, self.sizes.tolist(), strict=True)).items()
+
     @property
     def total_bytes(self) -> int:
         return int(self.sizes.sum())
-
-    def first(self, most: int) -> Listing:
-        return Listing(self.names[:most], self.sizes[:most])
 
     def has(self, names: pa.StringArray) -> npt.NDArray[np.bool_]:
         """Mask of the names that are listed [names]."""
@@ -138,22 +133,16 @@ class Listing(Mapping[str, int]):
 
     def without(self, names: Iterable[str]) -> Listing:
         """The shards that are not among some names."""
-        return self.only(~self.within(_as_array(names)))
+        return self.only(~self.within(names if isinstance(names, pa.StringArray) else pa.array(names, pa.string())))
 
     def sizes_of(self, names: Iterable[str]) -> npt.NDArray[np.int64]:
         """The bytes of the files of some shards, -1 for those that are not listed [names]."""
-        places = pc.index_in(_as_array(names), value_set=self.names)
+        array = names if isinstance(names, pa.StringArray) else pa.array(names, pa.string())
+        places = pc.index_in(array, value_set=self.names)
         listed = places.is_valid().to_numpy(zero_copy_only=False)
         found = np.full(len(places), -1, np.int64)
         found[listed] = self.sizes[places.drop_null().to_numpy()]
         return found
-
-    def items(self) -> ItemsView[str, int]:
-        return _Items(self)
-
-
-def _as_array(names: Iterable[str]) -> pa.StringArray:
-    return names if isinstance(names, pa.StringArray) else pa.array(names, pa.string())
 
 
 def list_folders(
@@ -166,10 +155,18 @@ def list_folders(
     are not bytes but hashes of the size and the ETag, or modification time, of each file: equal ones mean the same
     content, and 0 that the storage states no time.
     """
-    folders = list(folders)
-    if not storage.local:
-        _connect(storage)
-    ranges = _ranges(known) if known is not None and _is_s3(storage.fs) else [_WHOLE]
+    folders, ranges = list(folders), [_WHOLE]
+    if not storage.local and _is_s3(storage.fs):
+        with storage.storage_errors("listed"):
+            client = storage.fs.connect()  # before threads do
+        with contextlib.suppress(AttributeError):  # without it, botocore parses the answers
+            # Called before botocore's own handlers, which are registered for the more specific ``before-parse.s3.*``.
+            events = client.meta.events
+            events.register("before-parse.*.ListObjectsV2", _take_entries, unique_id="reinforce-listing")
+    if known is not None and _is_s3(storage.fs):  # ranges of file names with about as many of the known shards each
+        count = max(1, min(_RANGES, len(known) // _MIN_RANGE))
+        bounds = sorted(known.names[len(known) * part // count].as_py() + _ENDING for part in range(1, count))
+        ranges = list(zip(["", *bounds], [*bounds, None], strict=True))
     jobs = [(folder, part) for folder in folders for part in ranges]
     with ThreadPoolExecutor(_AT_ONCE * len(ranges)) as pool:
         found = list(pool.map(lambda job: _list(storage, job[0], job[1], states), jobs))
@@ -177,13 +174,6 @@ def list_folders(
         folder: Listing.joined(found[number * len(ranges) : (number + 1) * len(ranges)])
         for number, folder in enumerate(folders)
     }
-
-
-def _ranges(known: Listing) -> list[_Range]:
-    """Ranges of file names with about as many of the known shards each."""
-    count = max(1, min(_RANGES, len(known) // _MIN_RANGE))
-    bounds = sorted(known.names[len(known) * part // count].as_py() + _ENDING for part in range(1, count))
-    return list(zip(["", *bounds], [*bounds, None], strict=True))
 
 
 def _list(storage: Storage, folder: str, part: _Range, states: bool) -> Listing:
@@ -221,25 +211,16 @@ def _entries(storage: Storage, path: str) -> Iterator[tuple[str, int]]:
                         continue
                     yield file.name[: -len(_ENDING)], _number({"size": found.st_size, "mtime": found.st_mtime_ns})
         return
-    for name, number in _whole_listing(storage.fs, path):
-        if _FILE_NAME.fullmatch(name):
-            yield name[: -len(_ENDING)], number
-
-
-def _whole_listing(fs: Any, path: str) -> Iterator[tuple[str, int]]:
-    """Name and number of each file in a folder, for other drivers, which keep more than a kilobyte for each."""
-    with _LISTED_WHOLE:
+    with _LISTED_WHOLE:  # other drivers keep more than a kilobyte for each file
         try:
-            found = list_whole(lambda: fs.ls(path, detail=True, refresh=True))
+            listed = list_whole(lambda: storage.fs.ls(path, detail=True, refresh=True))
         finally:
-            fs.invalidate_cache(path)
-    while found:
-        entry = found.pop()
-        if entry["type"] == "file":
-            yield posixpath.basename(str(entry["name"]).rstrip("/")), _number(entry)
-
-
-# -- S3: a page at a time, parsed here, because botocore takes 0.1 s of CPU for a page of 1,000 names
+            storage.fs.invalidate_cache(path)
+    while listed:
+        entry = listed.pop()
+        name = posixpath.basename(str(entry["name"]).rstrip("/"))
+        if entry["type"] == "file" and _FILE_NAME.fullmatch(name):
+            yield name[: -len(_ENDING)], _number(entry)
 
 
 def _is_s3(fs: Any) -> bool:
@@ -247,44 +228,32 @@ def _is_s3(fs: Any) -> bool:
     return "s3" in protocol and hasattr(fs, "call_s3")
 
 
-def _connect(storage: Storage) -> None:
-    """Make the client of an S3 file system before threads do."""
-    if not _is_s3(storage.fs):
-        return
-    with storage.storage_errors("listed"):
-        client = storage.fs.connect()
-    with contextlib.suppress(AttributeError):  # without it, botocore parses the answers
-        # Called before botocore's own handlers, which are registered for the more specific ``before-parse.s3.*``.
-        client.meta.events.register("before-parse.*.ListObjectsV2", _take_entries, unique_id="reinforce-listing")
-
-
 def _list_s3(fs: Any, path: str, part: _Range) -> Listing:
-    """The Parquet files of a folder whose names are in a range."""
+    """The Parquet files of a folder of S3 whose names are in a range."""
     after, last = part
     pages = []
-    for names, sizes in _s3_pages(fs, path, after):
-        if names and (names[0] <= after or (last is not None and names[-1] > last)):  # some stores ignore StartAfter
+    for listed, numbers in _s3_pages(fs, path, after):
+        names, sizes = listed, numbers
+        beyond = bool(names) and last is not None and names[-1] > last
+        if beyond or (names and names[0] <= after):  # some stores ignore StartAfter
             inside = [after < name and (last is None or name <= last) for name in names]
-            pages.append(_page([*itertools.compress(names, inside)], [*itertools.compress(sizes, inside)]))
-            if last is not None and names[-1] > last:
-                break
-        else:
-            pages.append(_page(names, sizes))
+            names, sizes = [*itertools.compress(names, inside)], [*itertools.compress(sizes, inside)]
+        shards = _FILE_LINES.findall("\n".join(names))  # all at once, which takes a third of the CPU
+        if len(shards) != len(names):
+            chosen = [_FILE_NAME.fullmatch(name) is not None for name in names]
+            shards = [name[: -len(_ENDING)] for name in itertools.compress(names, chosen)]
+            sizes = [*itertools.compress(sizes, chosen)]
+        pages.append(Listing(pa.array(shards, pa.string()), np.array(sizes, np.int64)))
+        if beyond:
+            break
     return Listing.joined(pages) if pages else Listing.of([])
 
 
-def _page(names: list[str], sizes: list[int]) -> Listing:
-    """The Parquet files among some files. All names are matched at once, which takes a third of the CPU."""
-    shards = _FILE_LINES.findall("\n".join(names))
-    if len(shards) != len(names):
-        chosen = [_FILE_NAME.fullmatch(name) is not None for name in names]
-        shards = [name[: -len(_ENDING)] for name in itertools.compress(names, chosen)]
-        sizes = [*itertools.compress(sizes, chosen)]
-    return Listing(pa.array(shards, pa.string()), np.array(sizes, np.int64))
-
-
 def _s3_pages(fs: Any, path: str, after: str) -> Iterator[tuple[list[str], list[int]]]:
-    """Names and numbers of the files of a folder, a page at a time."""
+    """Names and numbers of the files of a folder, a page at a time.
+
+    Pages are parsed by ``_take_entries``, because botocore takes 0.1 s of CPU for one of 1,000 names.
+    """
     bucket, key, _ = fs.split_path(path)
     arguments = {"Bucket": bucket, "Prefix": f"{key}/", "Delimiter": "/"}
     if after:
@@ -332,11 +301,6 @@ def _take_entries(response_dict: dict[str, Any], customized_response_dict: dict[
     response_dict["body"] = rest
 
 
-# -- What layer files record of their source: the files of a shard belong together if they record the same.
-#
-# Keys do not show it. An old file that comes back after its source has changed can have the keys of the new samples,
-# and so can the file of another shard, where the samples of each tar are numbered from 0.
-
 #: Footer entries with digests: of all referenced images; of the images and captions of samples that the state of the
 #: source file does not cover, where images are files of their own or the shard is a part of a table. Files of earlier
 #: versions do not have them.
@@ -355,8 +319,9 @@ def other_origin(
 ) -> str | None:
     """Why a layer's file is of another source than the samples of its shard, by their footers; None if it is not.
 
-    What one of the two does not record is not compared. ``recorded`` is the state of the source file of a layer's file
-    that does not record it.
+    Keys do not show it. An old file that comes back after its source has changed can have the keys of the new samples,
+    and so can the file of another shard, where the samples of each tar are numbered from 0. What one of the two does
+    not record is not compared. ``recorded`` is the state of the source file of a layer's file that does not record it.
     """
     source, of_samples = footer.get(_SOURCE), samples.get(_SOURCE)
     if source and of_samples and source != of_samples:
@@ -370,10 +335,6 @@ def other_origin(
         return f"it is of another source file: {before.describe_change(now)}"
     return None
 
-
-# -- The layer files of a reinforced dataset: paths, listings, reading and writing.
-#
-# Only a committed Parquet file marks a shard of a layer as done.
 
 MANIFEST = file_types.MANIFEST
 QUARANTINE = "quarantine/"  # before the layer, in the paths of quarantine files
@@ -417,10 +378,6 @@ class Store(Storage):
             self.fs.invalidate_cache()
             return not self.fs.exists(self.layer_path(layer, shard))
 
-    def quarantine_path(self, layer: str, shard: str) -> str:
-        """Path of a quarantine file in the file system."""
-        return self.path("quarantine", layer, f"{shard}.parquet")
-
     def shards(self, layer: str) -> Listing:
         """List the committed shards of a layer (or of ``quarantine/<layer>``) with the bytes of their files."""
         return self.listings([layer])[layer]
@@ -463,7 +420,8 @@ class Store(Storage):
             reason = f"{type(error).__name__}: {escape(str(error)[:500])}"
             fix = shlex.join(["reinforce", "validate", self.url, "--repair"])
             raise DamagedQuarantine(
-                f"{self.quarantine_path(layer, shard)} is damaged ({reason}). `{fix}` sets it aside.", reason
+                f"{self.layer_path(f'{QUARANTINE}{layer}', shard)} is damaged ({reason}). `{fix}` sets it aside.",
+                reason,
             ) from error
 
     def quarantined_rows(
@@ -487,11 +445,9 @@ class Store(Storage):
                 damaged.append(DamagedFile(f"{QUARANTINE}{layer}", shard, error.args[1]))
                 return []
 
-        def read(shard: str) -> list[dict[str, str | None]] | None:
-            return None if shard in large else read_any(shard)
-
         with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-            for shard, rows in zip(files, prefetch(pool, read, files, 2 * _READ_AT_ONCE), strict=True):
+            small = prefetch(pool, lambda s: None if s in large else read_any(s), files, 2 * _READ_AT_ONCE)
+            for shard, rows in zip(files, small, strict=True):
                 yield shard, read_any(shard) if rows is None else rows
 
     def lone_quarantine(
@@ -554,7 +510,11 @@ class Store(Storage):
                     with contextlib.suppress(RefusedFile, OSError):  # it may have been replaced since it was listed
                         file = self.layer_end(layer, shard, size)
                 if file is None:
-                    opened = _memory_map(path) if self.local else open_whole(self.fs, path, **options)
+                    if self.local:
+                        found = os.stat(path)
+                        if not stat.S_ISREG(found.st_mode) or not found.st_size:  # opening a pipe would block
+                            raise RefusedFile("it is empty, or not a regular file")
+                    opened = pa.memory_map(path) if self.local else open_whole(self.fs, path, **options)
                     source = stack.enter_context(opened)
                     size = source.size() if self.local else source.size
                     file = LayerFile(source, size, file=(layer, shard), dataset=self._url)
@@ -593,6 +553,16 @@ class LayerWriter(contextlib.ExitStack):
         self._parts = (layer.name, f"{shard}.parquet")
         super().__init__()
         self._file, self._local_path = self.enter_context(store.staging())
+        # ParquetWriter identifies a nested column by the full path of its values,
+        # ``augmentations.list.element.crop.top``, and ignores shorter names. Parquet stores integers of 8 bits in 32; a
+        # dictionary brings each back to one byte.
+        empty = pa.BufferOutputStream()
+        pq.write_table(schema.empty_table(), empty)
+        columns = pq.ParquetFile(empty.getvalue()).schema
+        paths = {columns.column(i).path: columns.column(i).path.split(".")[0] for i in range(len(columns))}
+        tensors = [one.name for one in schema if isinstance(one.type, pa.FixedShapeTensorType)]
+        of_bytes = [name for name in tensors if schema.field(name).type.value_type in _BYTES]
+        dictionary, plain = ("augmentations", "image_ref", *of_bytes), layer.kind.stored_plain
         self._parquet = pq.ParquetWriter(
             self._file,
             schema.with_metadata(
@@ -604,7 +574,8 @@ class LayerWriter(contextlib.ExitStack):
                     **({} if layer.codebook is None else {"reinforce.codebook": layer.codebook["digest"]}),
                 }
             ),
-            **_encodings(schema, layer.kind.stored_plain),
+            compression={path: "none" if name in plain else "zstd" for path, name in paths.items()},
+            use_dictionary=[path for path, name in paths.items() if name in dictionary],
             write_statistics=["key"],
             write_page_checksum=True,
         )
@@ -633,32 +604,6 @@ class LayerWriter(contextlib.ExitStack):
         if self._parquet.is_open:
             with contextlib.suppress(OSError):
                 self._parquet.close()
-
-
-def _memory_map(path: str) -> Any:
-    """Map a local file into memory. Raises RefusedFile if it is a folder, pipe or device, or empty."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode) or not found.st_size:  # opening a pipe would block
-        raise RefusedFile("it is empty, or not a regular file")
-    return pa.memory_map(path)
-
-
-def _encodings(schema: pa.Schema, plain: Collection[str]) -> dict[str, Any]:
-    """Arguments of ParquetWriter for the compression and encoding of every column; ``plain`` are not compressed.
-
-    ParquetWriter identifies a nested column by the full path of its values, ``augmentations.list.element.crop.top``,
-    and ignores shorter names. Parquet stores integers of 8 bits in 32; a dictionary brings each back to one byte.
-    """
-    empty = pa.BufferOutputStream()
-    pq.write_table(schema.empty_table(), empty)
-    columns = pq.ParquetFile(empty.getvalue()).schema
-    paths = {columns.column(i).path: columns.column(i).path.split(".")[0] for i in range(len(columns))}
-    tensors = [f.name for f in schema if isinstance(f.type, pa.FixedShapeTensorType) and f.type.value_type in _BYTES]
-    dictionary = ("augmentations", "image_ref", *tensors)
-    return {
-        "compression": {path: "none" if name in plain else "zstd" for path, name in paths.items()},
-        "use_dictionary": [path for path, name in paths.items() if name in dictionary],
-    }
 
 
 def check_footer(path: str, metadata: pq.FileMetaData, fingerprint: str | None) -> None:

@@ -23,7 +23,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.dataset.kinds.registry import stored_layer
-from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.kinds.scores import Scores
+from reinforce.dataset.layers import SAMPLES, matches
 from reinforce.errors import UserError
 from reinforce.processes.children import start_process
 from reinforce.processes.imports import require
@@ -166,7 +167,7 @@ def _known_column(path: tuple[str, ...], manifest: Mapping[str, Any], where: str
         message = f"{where}: there is no column {'.'.join(path)}. It may name {_known(manifest)}."
         if entry is None and path[0] in _FOLDERS:
             message += f" An entry of `{path[0]}:` in the config of `reinforce run` adds one."
-        elif not any(name.startswith("scores/") for name in manifest["layers"]):
+        elif not any(matches(name, Scores.pattern) for name in manifest["layers"]):
             message += " It has no scores: entries of `scores:` in the config of `reinforce run` add them."
         raise UserError(message)
     return path[:2]

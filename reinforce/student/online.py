@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 
 from reinforce.dataset.codecs import codebooks
 from reinforce.dataset.codecs.plain import DEVIATION, MEAN
+from reinforce.dataset.kinds.patches import PatchFeatures
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import TargetEncoder
 from reinforce.errors import UserError
@@ -201,7 +202,7 @@ def patch_moments(
 
 def codebook_of_patches(url: str, manifest: Mapping[str, Any], name: str, spec: TeacherSpec) -> codebooks.Place | None:
     """The codebook of a teacher's patches in a dataset; None if there is none, or it is of another model."""
-    layer = f"patches/{name}"
+    layer = PatchFeatures.pattern.replace("*", name)
     digest = (manifest["layers"].get(layer, {}).get("codebook") or {}).get("digest")
     if digest is None or not same_model(manifest["teachers"].get(name, {}), spec):
         return None

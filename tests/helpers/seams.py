@@ -15,7 +15,7 @@ from pydantic import Field
 
 from reinforce.config import Config
 from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, compute_fingerprint
+from reinforce.dataset.layers import SAMPLES, Content, Layer, LayerKind, compute_fingerprint
 from reinforce.engine.worker.inference import Batch, Outputs
 from reinforce.engine.worker.producers.base import Producer, RowGroup
 from reinforce.engine.worker.producers.registry import PRODUCERS
@@ -105,6 +105,7 @@ class Brightness(LayerKind):
     values = "value"
     unit = "images"
     crops = True
+    file_schemas = (pa.schema([pa.field("key", pa.string(), False), pa.field("value", pa.float32())]),)
 
     def __reduce__(self) -> Any:
         return register, ()  # a worker that receives its layers knows the kind from then on
@@ -114,7 +115,7 @@ class Brightness(LayerKind):
         yield Layer(BRIGHTNESS, self, compute_fingerprint(recipe), (SAMPLES,), recipe=recipe, sees="crops")
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:
-        return pa.schema([pa.field("key", pa.string(), False), pa.field("value", pa.float32())])
+        return self.file_schemas[0]
 
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         return 4
@@ -126,8 +127,8 @@ class Brightness(LayerKind):
         values = np.array(self.decode(table), np.float32)
         yield "are not between 0 and 255", (values < 0) | (values > 255)
 
-    def content(self, layer: Layer) -> str:
-        return "mean of the first crop"
+    def content(self, layer: Layer) -> Content:
+        return Content("mean of the first crop")
 
     @staticmethod
     def _recipe(samples: str) -> dict[str, Any]:

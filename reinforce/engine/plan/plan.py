@@ -507,7 +507,7 @@ def check_fingerprints(
 
     def check(name: str) -> None:
         """Raise UserError if the first file of a layer was made by another recipe than the layer's."""
-        for shard in committed[name].first(1):
+        for shard in committed[name].names[:1].to_pylist():
             opened = store.open_layer(name, shard, whole=False)
             # Damage is reported where a file is read, and files may have been removed since they were listed.
             with contextlib.suppress(RefusedFile, FileNotFoundError), opened as file:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from reinforce.dataset.kinds.probabilities import ClassProbabilities
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
 from reinforce.student.teachers import IMAGE
@@ -50,7 +51,9 @@ class Probabilities(Term):
         for name, entry in self.entries.items():
             logits, stored = heads[head_name(name, "classes")](math.sqrt(images.shape[1]) * images), targets[name]
             values = stored["classes"], stored["probabilities"], stored["rest"]
-            losses[f"probabilities/{name}"] = share * probabilities(logits, *values, float(entry["temperature"]))
+            losses[ClassProbabilities.pattern.replace("*", name)] = share * probabilities(
+                logits, *values, float(entry["temperature"])
+            )
         return losses
 
 

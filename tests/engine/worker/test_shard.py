@@ -182,7 +182,7 @@ def test_a_shard_whose_quarantine_file_is_damaged_is_computed_and_the_file_set_a
     config = config_of_tar(tmp_path, members_of(0, 3), captioners={})
     store, name = Store(config["output"]), shard_name(config["source"])
     store.quarantine("samples", name, [(None, Reason.SHARD_MISSING, "no such file")])
-    path = Path(store.quarantine_path("samples", name))
+    path = Path(store.layer_path("quarantine/samples", name))
     path.write_bytes(damaged := path.read_bytes()[:-50])
     [file] = make_plan(parse_config(config)).recomputed
     assert file.line().startswith(f"quarantine/samples/{name}.parquet: ")
