@@ -1,4 +1,5 @@
-"""Layers of a shard read together, by row group, with their rows checked to be aligned by key."""
+"""Layers of a shard read together, by row group, with their rows checked to be aligned by key; which shards are
+complete in all of some layers; and row counts, from the index of the samples layer, else from the Parquet footers."""
 
 from __future__ import annotations
 
@@ -94,12 +95,18 @@ class AlignedShard:
             return self._files[layer].has_nulls(number, column)
 
     def read_unchecked(self, layer: str, number: int) -> pa.Table:
-        """Read a row group of a layer without comparing its keys."""
+        """Read a row group of a layer without comparing its keys; references to images name the tars where they are
+        now."""
         with layer_errors(self.store, layer, self.shard):
             table = self._files[layer].read_row_group(number, self._aligned.columns.get(layer), use_threads=False)
             if "key" not in table.column_names:
                 raise RefusedFile("it has no column key")
-        return _with_current_urls(table, self._aligned.moved) if self._aligned.moved else table
+        index = table.schema.get_field_index("image_ref")
+        if index < 0 or not self._aligned.moved:
+            return table
+        rows = [{**row, "url": current_url(row["url"], self._aligned.moved)} for row in table["image_ref"].to_pylist()]
+        column = table.schema.field(index)
+        return table.set_column(index, column, pa.array(rows, column.type))
 
 
 class RowGroup:
@@ -128,16 +135,6 @@ class RowGroup:
         if not self._shard.has_nulls(layer, self._number, column):
             return np.ones(len(self.samples), np.bool_)
         return np.asarray(self.read(layer)[column].is_valid())
-
-
-def _with_current_urls(table: pa.Table, moved: Mapping[str, str]) -> pa.Table:
-    """A table whose references to images, if it has some, name the tars where they are now."""
-    index = table.schema.get_field_index("image_ref")
-    if index < 0:
-        return table
-    rows = [{**row, "url": current_url(row["url"], moved)} for row in table["image_ref"].to_pylist()]
-    column = table.schema.field(index)
-    return table.set_column(index, column, pa.array(rows, column.type))
 
 
 def check_origin(store: Store, layer: str, shard: str, samples: LayerFile, file: LayerFile) -> None:
@@ -193,9 +190,6 @@ def row_errors(where: str) -> Iterator[None]:
         ) from error
 
 
-# -- Which shards are complete in all of some layers, and which layers lack the others.
-
-
 @dataclass(frozen=True)
 class Completeness:
     """The shards of some layers.
@@ -239,18 +233,12 @@ def check_completeness(store: Store, listings: Mapping[str, Listing], known: Ite
         quarantined = set().union(*store.quarantined_shards(listings).values())
     missing = {}
     for layer, mask in present.items():
-        if lacking := [shard for shard in _where(every, ~mask) if shard not in quarantined]:
+        absent = every.filter(pa.array(~mask)).to_pylist()
+        if lacking := [shard for shard in absent if shard not in quarantined]:
             missing[layer] = lacking
-    left_out = sum(shard in quarantined for shard in _where(every, ~complete))
-    return Completeness(_where(every, complete), len(every), missing, left_out)
+    left_out = sum(shard in quarantined for shard in every.filter(pa.array(~complete)).to_pylist())
+    return Completeness(every.filter(pa.array(complete)).to_pylist(), len(every), missing, left_out)
 
-
-def _where(names: pa.StringArray, mask: npt.NDArray[np.bool_]) -> list[str]:
-    chosen: list[str] = names.filter(pa.array(mask)).to_pylist()
-    return chosen
-
-
-# -- Row counts of a dataset: from the index of its samples layer, else from the Parquet footers.
 
 _BATCH = 1024  # files per request to the file system; object stores answer them concurrently
 
@@ -264,8 +252,26 @@ def row_group_table(store: Store, fingerprint: str, shards: Mapping[str, int]) -
     counts: dict[str, Sequence[int] | npt.NDArray[np.int32]] = {}
     if shards:
         counts.update(read_index(store, SAMPLES, fingerprint).groups(shards))
-    if missing := {shard: size for shard, size in shards.items() if shard not in counts}:
-        counts.update(_footer_counts(store, fingerprint, missing))
+    missing = [shard for shard in shards if shard not in counts]
+    for start in range(0, len(missing), _BATCH):
+        batch = missing[start : start + _BATCH]
+        paths = [store.layer_path(SAMPLES, shard) for shard in batch]
+        sizes = [shards[shard] for shard in batch]
+        tails = store.fs.cat_ranges(paths, [max(0, size - TAIL_BYTES) for size in sizes], sizes, on_error="return")
+        for shard, path, size, tail in zip(batch, paths, sizes, tails, strict=True):
+            with layer_errors(store, SAMPLES, shard):
+                if isinstance(tail, Exception):
+                    raise tail
+                whole = len(tail) == min(size, TAIL_BYTES)
+                metadata = read_footer(
+                    tail if whole else read_range(store.fs, path, max(0, size - TAIL_BYTES), size), size
+                )
+                if metadata is None:  # the footer is longer than the tail
+                    with store.open_layer(SAMPLES, shard, whole=False) as file:
+                        metadata = file.metadata
+                check_footer(path, metadata, fingerprint)
+                groups = range(metadata.num_row_groups)
+                counts[shard] = [check_rows(metadata.row_group(group).num_rows) for group in groups]
     lengths = np.array([len(counts[shard]) for shard in shards], np.int64)
     table = np.empty((int(lengths.sum()), 3), np.int64)
     table[:, 0] = np.repeat(np.arange(len(shards)), lengths)
@@ -290,28 +296,3 @@ def kept_rows(groups: npt.NDArray[np.int64], shards: Sequence[str], view: View) 
 def rows_of_shards(groups: npt.NDArray[np.int64], shards: int) -> list[int]:
     """Rows of each of so many shards, by the table of ``row_group_table``."""
     return [int(rows) for rows in np.bincount(groups[:, 0], groups[:, 2], shards)]
-
-
-def _footer_counts(store: Store, fingerprint: str, shards: Mapping[str, int]) -> Iterator[tuple[str, list[int]]]:
-    """Each shard with the rows of its row groups."""
-    names = list(shards)
-    for start in range(0, len(names), _BATCH):
-        batch = names[start : start + _BATCH]
-        paths = [store.layer_path(SAMPLES, shard) for shard in batch]
-        sizes = [shards[shard] for shard in batch]
-        tails = store.fs.cat_ranges(paths, [max(0, size - TAIL_BYTES) for size in sizes], sizes, on_error="return")
-        for shard, path, tail in zip(batch, paths, tails, strict=True):
-            with layer_errors(store, SAMPLES, shard):
-                if isinstance(tail, Exception):
-                    raise tail
-                size = shards[shard]
-                whole = len(tail) == min(size, TAIL_BYTES)
-                end = tail if whole else read_range(store.fs, path, max(0, size - TAIL_BYTES), size)
-                metadata = read_footer(end, size)
-                if metadata is None:  # the footer is longer than the tail
-                    with store.open_layer(SAMPLES, shard, whole=False) as file:
-                        metadata = file.metadata
-                check_footer(path, metadata, fingerprint)
-                groups = range(metadata.num_row_groups)
-                counts = [check_rows(metadata.row_group(group).num_rows) for group in groups]
-            yield shard, counts

@@ -63,8 +63,23 @@ class Claims:
             with ThreadPoolExecutor(_THREADS) as pool:
                 found = dict(zip(unlisted, pool.map(self._claim, unlisted), strict=True))
             if others := {name: claim for name, claim in found.items() if claim is not None}:
-                raise self._error(others)
-            self._check_manifest()
+                first = next(iter(others.values()))
+                minutes = max(0.0, time.time() - float(first["time"])) / 60
+                fingerprints = {name: str(claim.get("fingerprint")) for name, claim in others.items()}
+                manifests = {name: mapping_at(claim, "manifest") for name, claim in others.items()}
+                lines = [
+                    f"another run writes to {self.store.url} with another config: pid {first.get('pid')} on "
+                    f"{first.get('host')}, which started {minutes:.0f} minutes ago. The results would be mixed:",
+                    *difference_lines(manifests, self.layers, fingerprints, "that run"),
+                    f"Use its config, or write to another `output`. If it is not running any more, delete "
+                    f"{self.store.url}/{FOLDER}, or wait: claims end {self.seconds / 60:.0f} minutes after the start "
+                    "of a run that was killed.",
+                ]
+                raise UserError("\n".join(lines))
+            manifest = find_manifest(self.store)
+            listed = (manifest or {}).get("layers", {})
+            stored = {name: listed[name]["fingerprint"] for name in self.layers if name in listed}
+            check_recipes(self.store, manifest, self.layers, stored)
         except BaseException:
             self._give_back({*unlisted} - before)  # also one that was stored although its put has failed
             raise
@@ -120,26 +135,3 @@ class Claims:
         path = FOLDER, f"{name.replace('/', '@')}.json"
         # On a local disk this run has the lock of the dataset, so that no other on this machine has a claim.
         return ClaimFile(self.store, path, self.token, self.seconds, lambda claim: self.store.local, content)
-
-    def _check_manifest(self) -> None:
-        manifest = find_manifest(self.store)
-        listed = (manifest or {}).get("layers", {})
-        found = {name: listed[name]["fingerprint"] for name in self.layers if name in listed}
-        check_recipes(self.store, manifest, self.layers, found)
-
-    def _error(self, claims: Mapping[str, Mapping[str, Any]]) -> UserError:
-        first = next(iter(claims.values()))
-        minutes = max(0.0, time.time() - float(first["time"])) / 60
-        lines = [
-            f"another run writes to {self.store.url} with another config: pid {first.get('pid')} on "
-            f"{first.get('host')}, which started {minutes:.0f} minutes ago. The results would be mixed:"
-        ]
-        found = {name: str(claim.get("fingerprint")) for name, claim in claims.items()}
-        manifests = {name: mapping_at(claim, "manifest") for name, claim in claims.items()}
-        lines += difference_lines(manifests, self.layers, found, "that run")
-        path = f"{self.store.url}/{FOLDER}"
-        lines.append(
-            f"Use its config, or write to another `output`. If it is not running any more, delete {path}, or wait: "
-            f"claims end {self.seconds / 60:.0f} minutes after the start of a run that was killed."
-        )
-        return UserError("\n".join(lines))

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.dataset import vectors
@@ -47,9 +46,16 @@ def sample_vectors(layer: Layer, finer: Store, fingerprint: str | None, shards: 
     most = -(-wanted // max(1, min(SHARES, len(shards))))
     parts = [np.zeros((0, 0), np.float16)]
     for number, shard in enumerate(shards):
-        if read < wanted:
-            parts.append(_sample(finer, layer, fingerprint, shard, number, most, seed)[: wanted - read])
-            read += len(parts[-1])
+        if read >= wanted:
+            break
+        with layer_errors(finer, layer.name, shard), finer.open_layer(layer.name, shard, fingerprint) as file:
+            halves = [layer.kind.vectors_to_fit(layer, file.read_row_group(n)) for n in range(file.num_row_groups)]
+        every = np.concatenate([np.zeros((0, halves[0].shape[1] if halves else 1), np.float16), *halves])
+        if len(every) > most:  # random ones, in their order
+            bits = philox_bits(seed_for(seed, str(number), _PURPOSE), len(every))
+            every = every[np.sort(np.argsort(bits, kind="stable")[:most])]
+        parts.append(every[: wanted - read])
+        read += len(parts[-1])
     return np.concatenate([part for part in parts if len(part)] or parts).astype(np.float32)
 
 
@@ -80,19 +86,6 @@ def fit_codebook(layer: Layer, values: Floats, target: Store, seed: int) -> str:
         arrays,
         {"vectors": len(values), "seed": seed, **layer.kind.codebook_facts(layer)},
     )
-
-
-def _sample(
-    store: Store, layer: Layer, fingerprint: str | None, shard: str, number: int, most: int, seed: int
-) -> npt.NDArray[np.float16]:
-    """At most so many random vectors of a shard [n, D], in their order."""
-    with layer_errors(store, layer.name, shard), store.open_layer(layer.name, shard, fingerprint) as file:
-        halves = [layer.kind.vectors_to_fit(layer, file.read_row_group(n)) for n in range(file.num_row_groups)]
-    every = np.concatenate([np.zeros((0, halves[0].shape[1] if halves else 1), np.float16), *halves])
-    if len(every) > most:
-        bits = philox_bits(seed_for(seed, str(number), _PURPOSE), len(every))
-        every = every[np.sort(np.argsort(bits, kind="stable")[:most])]
-    return every
 
 
 @dataclass
@@ -129,16 +122,23 @@ def convert(
     """
     store, result = Store(as_seen_by_workers(url)), Converted()
     store.check_writable()
+    try:
+        chosen = find_codec(codec)
+    except ValueError as error:
+        raise UserError(f"--codec: {error}") from None
     with store.lock():
         manifest = read_manifest(store)
-        pairs, after = _pairs(store, manifest, teacher, name, _codec(codec), sample)
+        pairs, after = _pairs(store, manifest, teacher, name, chosen, sample)
         if not same_content(after, manifest):
             write_manifest(store, after)
         index = IndexWriter(store, {pair.layer.name: pair.layer for pair in pairs})
         with open_workers(address, use_ray) as workers:
             workers.callback(index.flush)
             for pair in pairs:
-                _copy_quarantine(store, pair)
+                # The reasons of the other layer come first, so that a committed file is complete.
+                there = store.shards(f"quarantine/{pair.layer.name}").names
+                for shard in store.shards(f"quarantine/{pair.finer.name}").without(there):
+                    _quarantine(store, pair, shard)
                 cosines = 0.0
                 shards = store.shards(pair.finer.name).without(store.shards(pair.layer.name).names)
                 work = functools.partial(_convert_shard, as_seen_by_workers(url), pair)
@@ -151,13 +151,6 @@ def convert(
                 files = (store.shards(one.name).total_bytes for one in (pair.layer, pair.finer))
                 result.bytes[pair.layer.name] = (next(files), next(files))
     return result
-
-
-def _codec(name: str) -> Codec:
-    try:
-        return find_codec(name)
-    except ValueError as error:
-        raise UserError(f"--codec: {error}") from None
 
 
 def _pairs(
@@ -225,13 +218,6 @@ def _with_fingerprint(layer: Layer, manifest: Mapping[str, Any]) -> Layer:
     if fingerprint is None:
         raise UserError(f"dataset.json does not state the model of {layer.model}, so its vectors have no fingerprint.")
     return replace(layer, fingerprint=fingerprint)
-
-
-def _copy_quarantine(store: Store, pair: _Pair) -> None:
-    """Give the new layer the reasons of the other one. They come first, so that a committed file is complete."""
-    there = store.shards(f"quarantine/{pair.layer.name}")
-    for shard in store.shards(f"quarantine/{pair.finer.name}").without(there.names):
-        _quarantine(store, pair, shard)
 
 
 def _quarantine(

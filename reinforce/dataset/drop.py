@@ -12,7 +12,7 @@ import contextlib
 import os
 import posixpath
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -99,7 +99,9 @@ def plan_drop(store: Store, patterns: Iterable[str]) -> DropPlan:
     and for a layer whose folder is a link.
     """
     manifest = find_manifest(store)
-    known = _known_layers(store, manifest)
+    listed = {name: entry for name, entry in (manifest or {}).get("layers", {}).items() if find_kind(name) is not None}
+    stored = {name for name in layers_with_folders(store) if name not in listed and any(_file_sizes(store, name))}
+    known = {name: listed.get(name, {}) for name in sorted({*listed, *stored}, key=deletion_order)}
     if not known:
         raise UserError(f"{store.url} is not a reinforced dataset: it has no {MANIFEST} and no layers.")
     views = [f"{VIEWS}/{name}" for name in view_folders(store)]
@@ -109,17 +111,28 @@ def plan_drop(store: Store, patterns: Iterable[str]) -> DropPlan:
         if not matches:
             raise UserError(f"{store.url} has no layer {pattern}; it has: {', '.join([*known, *views])}.")
         chosen |= matches
-    dropped = {view: _sizes_of_view(store, view) for view in views if view in chosen}
+    dropped = {}
+    for view in (view for view in views if view in chosen):
+        _check_links(store, [VIEWS], [view])
+        with store.storage_errors("listed", view):
+            files = store.fs.find(store.path(view), detail=True).values()
+            dropped[view] = [int(info["size"]) for info in files]
     others = [view for view in views if view not in dropped]
     chosen -= {*dropped}
     names = sorted(chosen, key=deletion_order)
     for name in names:
-        _check_links(store, name)
+        folders = [parts_of(name)[:depth] for depth in range(1, len(parts_of(name)) + 1)]
+        _check_links(store, *folders, *(["quarantine", *folder] for folder in ([], *folders)))
     sizes = {name: _file_sizes(store, name) for name in names}
     dependants = [name for name in with_dependants(names, known) if name not in chosen]
     if SAMPLES in chosen:  # without samples, no view can be made again
         dependants += others
-    refused = [line for view in others for line in _refused(store, view, chosen)] if SAMPLES not in chosen else []
+    refused = []
+    for view in others if SAMPLES not in chosen else ():
+        with contextlib.suppress(UserError):  # it is refused already
+            if needs := [name for name in read_view(store, view.removeprefix(f"{VIEWS}/")).inputs if name in chosen]:
+                made = f"{view} was made from {', '.join(needs)}"
+                refused.append(f"{made}: it stays, and is refused until a run computes the same again")
     return DropPlan(store.url, sizes, _orphans(manifest or {}, chosen), dependants, known, dropped, refused)
 
 
@@ -169,31 +182,6 @@ def _describe_files(sizes: Collection[int]) -> str:
     return f"{len(sizes):,} {'file' if len(sizes) == 1 else 'files'} ({format_bytes(sum(sizes))})"
 
 
-def _refused(store: Store, view: str, dropped: Collection[str]) -> Iterator[str]:
-    """A line on a view that is refused without the dropped layers."""
-    try:
-        needs = [name for name in read_view(store, view.removeprefix(f"{VIEWS}/")).inputs if name in dropped]
-    except UserError:  # it is refused already
-        return
-    if needs:
-        yield f"{view} was made from {', '.join(needs)}: it stays, and is refused until a run computes the same again"
-
-
-def _sizes_of_view(store: Store, view: str) -> list[int]:
-    """Bytes of the files of a view. Raises UserError if its folder is a link."""
-    for folder in (VIEWS, view) if store.local else ():
-        _check_link(store.path(folder))
-    with store.storage_errors("listed", view):
-        return [int(info["size"]) for info in store.fs.find(store.path(view), detail=True).values()]
-
-
-def _known_layers(store: Store, manifest: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
-    """The layers that ``dataset.json`` lists, with their entries, and others that have files."""
-    listed = {name: entry for name, entry in (manifest or {}).get("layers", {}).items() if find_kind(name) is not None}
-    stored = {name for name in layers_with_folders(store) if name not in listed and any(_file_sizes(store, name))}
-    return {name: listed.get(name, {}) for name in sorted({*listed, *stored}, key=deletion_order)}
-
-
 def layers_with_folders(store: Store) -> set[str]:
     """Names of the layers that have a folder, or one in the quarantine."""
     names = set()
@@ -217,30 +205,20 @@ def _file_sizes(store: Store, layer: str) -> tuple[list[int], list[int]]:
 
 def _orphans(manifest: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Mapping[str, Any]]:
     """Entries of the teachers and captioners of ``dropped`` layers that have no other layer, by dotted key."""
-    kept = {_owner(name) for name in manifest.get("layers", {}) if name not in dropped}
-    owners = sorted({_owner(name) for name in dropped} - kept)
+    owner = {name: (kind_of(name).section or "", model_of(name)) for name in {*manifest.get("layers", {}), *dropped}}
+    kept = {owner[name] for name in manifest.get("layers", {}) if name not in dropped}
+    owners = sorted({owner[name] for name in dropped} - kept)
     return {f"{kind}.{name}": manifest[kind][name] for kind, name in owners if name in manifest.get(kind, {})}
 
 
-def _owner(layer: str) -> tuple[str, str]:
-    """The section of ``dataset.json`` and the name of the model that made a layer."""
-    return kind_of(layer).section or "", model_of(layer)
-
-
-def _check_links(store: Store, layer: str) -> None:
-    """Raise UserError if the folder of a layer or of its quarantine is a link: the files in it belong to others."""
-    parts = parts_of(layer)
-    folders = [parts[:depth] for depth in range(1, len(parts) + 1)]
-    for folder in [*folders, *(["quarantine", *folder] for folder in ([], *folders))] if store.local else ():
-        _check_link(store.path(*folder))
-
-
-def _check_link(path: str) -> None:
-    if os.path.islink(path):
-        raise UserError(
-            f"{path} is a link to {os.path.realpath(path)}, and the files there may belong to another dataset. "
-            "Nothing was deleted. Remove the link, and drop the layer again."
-        )
+def _check_links(store: Store, *folders: Sequence[str]) -> None:
+    """Raise UserError if one of the folders of a layer or view is a link: the files in it belong to others."""
+    for path in (store.path(*folder) for folder in folders if store.local):
+        if os.path.islink(path):
+            raise UserError(
+                f"{path} is a link to {os.path.realpath(path)}, and the files there may belong to another dataset. "
+                "Nothing was deleted. Remove the link, and drop the layer again."
+            )
 
 
 def _delete_files(store: Store, *parts: str) -> None:

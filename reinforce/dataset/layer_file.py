@@ -228,8 +228,8 @@ class LayerFile:
                     digest.update(repr((*form, column.max_definition_level, leaf.num_values, shape)).encode())
                     with self._decode_errors():
                         for page in read_pages(chunk, leaf.num_values):
-                            form = (page.type, page.values, page.encoding, page.stored, page.checksum)
-                            digest.update(repr(form).encode())
+                            entry = (page.type, page.values, page.encoding, page.stored, page.checksum)
+                            digest.update(repr(entry).encode())
                             if page.checksum is None:
                                 digest.update(chunk[page.start : page.start + page.stored])
             self._source.fetch([])

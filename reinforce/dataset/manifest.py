@@ -1,4 +1,10 @@
-"""Validation of dataset.json, which may be untrusted. Keys of other versions are ignored."""
+"""dataset.json: its validation, since it may be untrusted, the layers and recipes, the teachers' logit scales, and how
+the recipes that it records differ from those of a config.
+
+It also has the hashes of the files of custom classes, which no fingerprint covers. A class whose file has changed while
+its ``version`` has not may give other outputs, so a run that would compute some rows of a model with one state of the
+file and some with another is refused, unless that is accepted.
+"""
 
 from __future__ import annotations
 
@@ -160,7 +166,16 @@ class RunRecord(_Part):
 
 def check_manifest(manifest: Mapping[str, Any], where: str) -> None:
     """Raise UserError if the content of a dataset.json is not what readers rely on."""
-    _check_names(manifest, where)
+    sections = [section for key in _SECTIONS if isinstance(section := manifest.get(key), dict)]
+    if len(sections) < len(_SECTIONS):
+        raise UserError(f"{where}: dataset.json is not that of a reinforced dataset. Restore it.")
+    layers, *models = sections
+    parts = [part for layer in layers for part in parts_of(layer)]
+    for name in (*parts, *(name for section in models for name in section)):  # they become parts of paths
+        if not LAYER_NAME.fullmatch(name):
+            raise UserError(
+                f"{where}: dataset.json has {escape(name[:100])!r}, which is not a valid layer name. Restore it."
+            )
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:
@@ -175,30 +190,11 @@ def check_run(summary: Mapping[str, Any], where: str) -> RunRecord:
         raise UserError(f"{where} is not valid: {_describe(error)}. Delete it.") from None
 
 
-def _check_names(manifest: Mapping[str, Any], where: str) -> None:
-    """Raise UserError if a name that becomes part of a path is not valid for a layer."""
-    sections = [section for key in _SECTIONS if isinstance(section := manifest.get(key), dict)]
-    if len(sections) < len(_SECTIONS):
-        raise UserError(f"{where}: dataset.json is not that of a reinforced dataset. Restore it.")
-    layers, *models = sections
-    parts = [part for layer in layers for part in parts_of(layer)]
-    for name in (*parts, *(name for section in models for name in section)):
-        if not LAYER_NAME.fullmatch(name):
-            raise UserError(
-                f"{where}: dataset.json has {escape(name[:100])!r}, which is not a valid layer name. Restore it."
-            )
-
-
 def _describe(error: ValidationError) -> str:
     found = error.errors(include_input=False, include_url=False)
     lines = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found[:_SHOWN_ERRORS]]
     return escape("; ".join(line[:200] for line in lines))
 
-
-# -- The code of custom classes: dataset.json has the hashes of their files, which no fingerprint covers.
-#
-# A class whose file has changed while its ``version`` has not may give other outputs, so a run that would compute some
-# rows of a model with one state of the file and some with another is refused, unless that is accepted.
 
 #: Key of the entry of a custom class with the hashes of the file that defines it, one for each change.
 CODE_KEY = "code"
@@ -253,14 +249,6 @@ class ClassCode:
             "changed": self.changed,
         }
 
-    def describe_change(self) -> str:
-        """Why the run would mix two states of the file."""
-        version = f"is still {self.identity['version']!r}" if "version" in self.identity else "is not set"
-        return (
-            f"{self.section[:-1]} {self.model}: the file of class {self.identity['class']} has changed since its "
-            f"layers were computed (hash {self.recorded[-1]} then, {self.now} now), and its `version` {version}"
-        )
-
 
 def class_codes(
     manifest: Mapping[str, Any] | None, layers: Mapping[str, Layer], stored: Iterable[str], computed: Iterable[str]
@@ -302,7 +290,14 @@ def recorded_code(entry: Mapping[str, Any], layer: Layer | None = None) -> Seque
 
 def check_classes(codes: Iterable[ClassCode], accepted: bool = False) -> list[str]:
     """Log lines of a run that mixes states of a class, if that is ``accepted``. Raises UserError otherwise."""
-    lines = [code.describe_change() for code in codes if code.changed and code.computed]
+    lines = []
+    for code in codes:
+        if code.changed and code.computed:
+            version = f"is still {code.identity['version']!r}" if "version" in code.identity else "is not set"
+            lines.append(
+                f"{code.section[:-1]} {code.model}: the file of class {code.identity['class']} has changed since its "
+                f"layers were computed (hash {code.recorded[-1]} then, {code.now} now), and its `version` {version}"
+            )
     if not lines or accepted:
         return [f"{line}; the new hash is recorded, as --accept-changed-classes says" for line in lines]
     raise UserError(
@@ -326,8 +321,6 @@ def code_lines(manifest: Mapping[str, Any]) -> list[str]:
         if len(hashes := recorded_code(entry)) > 1
     ]
 
-
-# -- dataset.json: the layers of a dataset, their recipes, and the teachers' logit scales.
 
 #: Key of a teacher's entry with the logit scales from before a tuned one was recorded.
 TUNED_KEY = "logit_scale_tuned"
@@ -386,25 +379,21 @@ def write_manifest(store: Store, manifest: Mapping[str, Any]) -> None:
     """
     written = {**manifest, DIGEST_KEY: manifest_digest(manifest)}
     store.write_json(written, MANIFEST)
-    if store.local:
-        return
-    try:
-        found = _read_back(store)
-    except StorageError:
-        store.write_json(written, MANIFEST)
-        found = _read_back(store)
+    found: Mapping[str, Any] | None = manifest
+    for again in () if store.local else (True, False):
+        try:
+            found = store.read_json(MANIFEST)
+            break
+        except (DamagedJson, StorageError) as error:
+            if not again and isinstance(error, DamagedJson):
+                raise StorageError(f"{error} The storage did not store what was written.") from error
+            if not again:
+                raise
+            store.write_json(written, MANIFEST)
     if not same_content(manifest, found):
         raise StorageError(
             f"{store.path(MANIFEST)} is not what was written: the storage lost it, or another command wrote it."
         )
-
-
-def _read_back(store: Store) -> dict[str, Any] | None:
-    """Read dataset.json. Raises StorageError also where it is damaged."""
-    try:
-        return store.read_json(MANIFEST)
-    except DamagedJson as error:
-        raise StorageError(f"{error} The storage did not store what was written.") from error
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
@@ -479,8 +468,11 @@ def update_manifest(
             "dim": of_model.get("dim") or before.get("dim"),
             "image": of_model.get("image") or before.get("image"),
         }
-    if moved := _moved((old or {}).get("moved", {}), config):
-        manifest["moved"] = moved
+    # Former folders of the source by where they are now; those of this config replace earlier places.
+    now = {canonical(new): canonical(former) for new, former in config.moved.items()}
+    moved = {new: former for new, former in (old or {}).get("moved", {}).items() if former not in now.values()}
+    if moved | now:
+        manifest["moved"] = moved | now
     for name in config.captioners:
         before, owner = manifest["captioners"].get(name, {}), ("captioners", name)
         manifest["captioners"][name] = {
@@ -518,12 +510,6 @@ def describe_difference(
     now = loaded.get((section, model))
     found = None if now is None else layer.kind.differs(before, now)
     return None if found is None else f"{section[:-1]} {model}: {found}"
-
-
-def _moved(before: Mapping[str, str], config: Config) -> dict[str, str]:
-    """Former folders of the source by where they are now; those of this config replace earlier places."""
-    now = {canonical(new): canonical(old) for new, old in config.moved.items()}
-    return {**{new: old for new, old in before.items() if old not in now.values()}, **now}
 
 
 def _logit_scale(before: Mapping[str, Any], of_config: float | None, of_model: float | None) -> dict[str, Any]:
@@ -594,8 +580,6 @@ def scale_notes(old: Mapping[str, Any] | None, config: Config) -> list[str]:
     return notes
 
 
-# -- What differs between the recipes that ``dataset.json`` records and those of a config.
-
 _VALUE_CHARS = 200  # of a value in a message
 _NAMES = 3  # of layers in a message
 
@@ -634,7 +618,15 @@ def difference_lines(
     """
     by_reason: dict[tuple[str, ...], list[str]] = {}
     for name in found:
-        by_reason.setdefault(_reasons(manifests[name], layers[name], found, where), []).append(name)
+        layer = layers[name]
+        lines = tuple(_differences(*layer.kind.recipes(layer, manifests[name]), where))
+        if not lines and not any(need in found for need in layer.needs):
+            entry = mapping_at(manifests[name], "layers", name)
+            now = {"count": layer.count, "dim": layer.dim, "dtype": layer.dtype, "texts": layer.texts}
+            known = [key for key, value in now.items() if value and entry.get(key)]
+            lines = tuple(_differences({key: entry[key] for key in known}, {key: now[key] for key in known}, where))
+            lines = lines or ("nothing in dataset.json explains the difference",)
+        by_reason.setdefault(lines, []).append(name)
     following = by_reason.pop((), [])
     for reason, (name, *others) in by_reason.items():
         yield f"  {name}: fingerprint {found[name]} in {where}, {layers[name].fingerprint} in this config"
@@ -651,19 +643,6 @@ def _some(names: list[str]) -> str:
     return f"{plural(len(names), 'more layer')} ({', '.join(names[:_NAMES])}{more})"
 
 
-def _reasons(manifest: Mapping[str, Any], layer: Layer, found: Mapping[str, str | None], where: str) -> tuple[str, ...]:
-    """Why a layer's fingerprint differs from that in a manifest, one line each; nothing if a layer that it is computed
-    from differs."""
-    lines = tuple(_differences(*layer.kind.recipes(layer, manifest), where))
-    if lines or any(name in found for name in layer.needs):
-        return lines
-    entry = mapping_at(manifest, "layers", layer.name)
-    now = {"count": layer.count, "dim": layer.dim, "dtype": layer.dtype, "texts": layer.texts}
-    known = [key for key, value in now.items() if value and entry.get(key)]
-    lines = tuple(_differences({key: entry[key] for key in known}, {key: now[key] for key in known}, where))
-    return lines or ("nothing in dataset.json explains the difference",)
-
-
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> Iterator[str]:
     """One line for each setting that has another value."""
     old, new = (dict(flatten(values)) for values in (before, now))
@@ -672,10 +651,6 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str) 
             json.dumps(values[key], ensure_ascii=False) if key in values else None for values in (old, new)
         )
         if first != second:  # as text, as in the fingerprint: 1 and 1.0 are different
-            yield f"{key}: {_shorten(first)} in {where}, {_shorten(second)} in this config"
-
-
-def _shorten(text: str | None) -> str:
-    if text is None:
-        return "not set"
-    return text if len(text) <= _VALUE_CHARS else f"{text[:_VALUE_CHARS]}..."
+            texts = ["not set" if text is None else text for text in (first, second)]
+            shown = [text if len(text) <= _VALUE_CHARS else f"{text[:_VALUE_CHARS]}..." for text in texts]
+            yield f"{key}: {shown[0]} in {where}, {shown[1]} in this config"

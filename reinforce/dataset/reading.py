@@ -134,7 +134,13 @@ class Dataset:
         self.layers = [SAMPLES, *(name for name in wanted if name in self.manifest["layers"])]
         listings = self.store.listings(self.layers)
         self.shards = self._complete_shards(listings, strict)
-        self.view = None if view is None else self._open_view(view)
+        self.view: View | None = None
+        if view is not None:
+            self.view = kept = open_view(self.store, self.manifest, view)
+            if newer := sum(shard not in kept.kept for shard in self.shards):
+                text = plural(newer, "shard")
+                _LOG.warning("%s: not read, because newer than view %s: %s", self.store.url, view, text)
+            self.shards = [shard for shard in self.shards if any(kept.kept.get(shard, ()))]
         sizes = {name: listing.sizes_of(self.shards) for name, listing in listings.items()}
         self._samples_bytes = dict(zip(self.shards, sizes[SAMPLES].tolist(), strict=True))
         self._total_bytes = dict(zip(self.shards, np.sum([*sizes.values()], axis=0).tolist(), strict=True))
@@ -164,23 +170,12 @@ class Dataset:
             _LOG.info("%s: %s; %s", self.store.url, read, notes[0])
         return found.complete
 
-    def _open_view(self, name: str) -> View:
-        view = open_view(self.store, self.manifest, name)
-        if newer := sum(shard not in view.kept for shard in self.shards):
-            _LOG.warning("%s: not read, because newer than view %s: %s", self.store.url, name, plural(newer, "shard"))
-        self.shards = [shard for shard in self.shards if any(view.kept.get(shard, ()))]
-        return view
-
     @property
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of each layer that is read."""
         return {name: self.manifest["layers"][name]["fingerprint"] for name in self.layers}
 
     def __len__(self) -> int:
-        return self._rows
-
-    @cached_property
-    def _rows(self) -> int:
         if self.view is not None:
             return sum(sum(self.view.kept[shard]) for shard in self.shards)
         return int(self._groups[:, 2].sum())
@@ -224,7 +219,7 @@ class Dataset:
         else:
             shards = [self.shards[index]]
         restricted = copy.copy(self)
-        for counted in ("_rows", "_groups", "samples"):
+        for counted in ("_groups", "samples"):
             restricted.__dict__.pop(counted, None)
         restricted.shards = shards
         return restricted
@@ -268,19 +263,14 @@ class Dataset:
         Reads the keys of one shard after the other, in ``data["NAME"].show(key)`` only those of a shard. Raises
         KeyError if no shard has the key.
         """
+        keys = replace(self._aligned({SAMPLES: ["key"]}), fingerprints={SAMPLES: self.fingerprints[SAMPLES]})
         for shard in self.shards:
-            for group, place in self._find(shard, key):
-                return self.rows(shard, group, [place])[0]
+            with keys.open(shard, whole=False) as files:
+                for group in range(files.row_groups):
+                    place = pc.index(files.row_group(group).samples["key"], key).as_py()
+                    if place >= 0:
+                        return self.rows(shard, group, [place])[0]
         raise KeyError(f"{self.store.url} has no sample {key!r} in {plural(len(self.shards), 'shard')}")
-
-    def _find(self, shard: str, key: str) -> Iterator[tuple[int, int]]:
-        """Row group and place of a key in a shard, if it has it."""
-        layers = replace(self._aligned({SAMPLES: ["key"]}), fingerprints={SAMPLES: self.fingerprints[SAMPLES]})
-        with layers.open(shard, whole=False) as files:
-            for group in range(files.row_groups):
-                place = pc.index(files.row_group(group).samples["key"], key).as_py()
-                if place >= 0:
-                    yield group, place
 
     def to_torch(self, transform: Callable[[Sample], Any] | None = None) -> TorchSamples:
         """A ``torch.utils.data.IterableDataset`` of ``transform(sample)``, or of the samples.
@@ -335,27 +325,23 @@ class Dataset:
 
     def _described_models(self) -> Iterator[tuple[str, str]]:
         """The selected models of each section, for people; sections besides these two only where they have some."""
-        yield "teachers", ", ".join(map(self._describe_teacher, self.teachers)) or "none"
-        yield "captioners", ", ".join(map(self._describe_captioner, self.captioners)) or "none"
+        layers, teachers = self.manifest["layers"], []
+        for name in self.teachers:
+            scale = self.manifest["teachers"][name].get("logit_scale")
+            images = layers.get(embeddings_layer(name, "images"))
+            layer = images or layers.get(embeddings_layer(name, TRUE_CAPTION)) or {}
+            details = [
+                f"dim {layer.get('dim')}",
+                f"K {images['count']}" if images else "texts only",
+                "no logit scale" if scale is None else f"logit scale {scale:g}",
+            ]
+            teachers.append(f"{name} ({', '.join(details)})")
+        captioners = [f"{name} (N {layers.get(captions_layer(name), {}).get('count')})" for name in self.captioners]
+        yield "teachers", ", ".join(teachers) or "none"
+        yield "captioners", ", ".join(captioners) or "none"
         yield from (
             (section, ", ".join(of)) for section, of in self.models.items() if of and section not in MODEL_SECTIONS
         )
-
-    def _describe_teacher(self, name: str) -> str:
-        scale = self.manifest["teachers"][name].get("logit_scale")
-        layers = self.manifest["layers"]
-        images = layers.get(embeddings_layer(name, "images"))
-        layer = images or layers.get(embeddings_layer(name, TRUE_CAPTION)) or {}
-        details = [
-            f"dim {layer.get('dim')}",
-            f"K {images['count']}" if images else "texts only",
-            "no logit scale" if scale is None else f"logit scale {scale:g}",
-        ]
-        return f"{name} ({', '.join(details)})"
-
-    def _describe_captioner(self, name: str) -> str:
-        layer = self.manifest["layers"].get(captions_layer(name), {})
-        return f"{name} (N {layer.get('count')})"
 
     @cached_property
     def _policies(self) -> ImagePolicies:

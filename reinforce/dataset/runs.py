@@ -1,8 +1,13 @@
-"""Keys that occur in several shards, found in a sample of their hashes of bounded size.
+"""What runs record in ``runs/<run>``: the shards that they finish, their progress and their summary.
 
-A key is in the sample if its hash is at most a limit. So a key is sampled in every shard that has it, and the share of
-repeated keys in the sample is that of the dataset. The limit sinks as the sample grows; small datasets are counted
-exactly.
+``shards.jsonl`` has one JSON object a line: the state of the source file with its modification time, and hashes of
+keys. Layer files have neither: they are functions of the content alone, and reading the footers of a large dataset
+takes minutes. ``progress.json``, which the driver writes every few seconds, is one small file, so that the status of a
+running job takes a few requests for a dataset of any size.
+
+Keys that occur in several shards are found in a sample of their hashes of bounded size. A key is in the sample if its
+hash is at most a limit. So a key is sampled in every shard that has it, and the share of repeated keys in the sample is
+that of the dataset. The limit sinks as the sample grows; small datasets are counted exactly.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import operator
 import os
 import socket
 import time
@@ -144,11 +150,6 @@ class KeySample:
 _NO_KEYS = ShardKeys(np.empty(0, np.uint64))
 
 
-# -- What a run records of the shards that it finishes: ``runs/<run>/shards.jsonl``, one JSON object a line.
-#
-# The state of the source file with its modification time, and hashes of keys. Layer files have neither: they are
-# functions of the content alone, and reading the footers of a large dataset takes minutes.
-
 _LOG = logging.getLogger(__name__)
 RECORDS_FILE = "shards.jsonl"
 _MAX_BYTES = 2**30  # of a run's records; a million shards take a third of it
@@ -245,8 +246,16 @@ def read_records(store: Storage) -> Records:
 
     Damaged lines are left out, and so is what is no file or has more than 1 GiB, and all if they may not be read.
     """
+    contents: dict[str, bytes] = {}  # the records of each run by their path
     try:
-        contents = _contents(store)
+        with store.storage_errors("read", "runs"):
+            found = list_whole(lambda: store.fs.glob(store.path("runs", "*", RECORDS_FILE), detail=True))
+            files = {path: info.get("size") or 0 for path, info in found.items() if info["type"] == "file"}
+            paths = sorted(path for path, size in files.items() if size <= _MAX_BYTES)
+            read: dict[str, bytes] = store.fs.cat(paths, on_error="omit") if paths else {}
+            for path, content in read.items():
+                whole = len(content) >= files[path]
+                contents[path] = content if whole else read_range(store.fs, path, 0, files[path])
     except StorageError as error:
         if not isinstance(error.__cause__, PermissionError):
             raise
@@ -262,23 +271,6 @@ def read_records(store: Storage) -> Records:
                 sources[record.shard] = record.source
     return Records(keys, sources)
 
-
-def _contents(store: Storage) -> dict[str, bytes]:
-    """The records of each run by their path."""
-    with store.storage_errors("read", "runs"):
-        found = list_whole(lambda: store.fs.glob(store.path("runs", "*", RECORDS_FILE), detail=True))
-        files = {path: info.get("size") or 0 for path, info in found.items() if info["type"] == "file"}
-        paths = sorted(path for path, size in files.items() if size <= _MAX_BYTES)
-        contents: dict[str, bytes] = store.fs.cat(paths, on_error="omit") if paths else {}
-        for path, content in contents.items():
-            if len(content) < files[path]:
-                contents[path] = read_range(store.fs, path, 0, files[path])
-    return contents
-
-
-# -- Progress of a run as its driver writes it every few seconds, ``runs/<run>/progress.json``, and as people see it.
-#
-# It is one small file, so that the status of a running job takes a few requests for a dataset of any size.
 
 PROGRESS_FILE = "progress.json"
 SUMMARY = "summary.json"
@@ -456,7 +448,8 @@ def workers_table(run: RunProgress) -> Table:
     for heading in ("worker", "on", "shard", "for", "stage", "for", "log"):
         table.add_column(heading, justify="right" if heading == "for" else "left", no_wrap=heading != "log")
     now = time.time()
-    for worker in sorted(run.workers, key=_since)[:WORKERS]:
+    since = [(min((one.since or one.leased for one in w.shards), default=float("inf")), w) for w in run.workers]
+    for _, worker in sorted(since, key=operator.itemgetter(0))[:WORKERS]:
         first = (str(worker.worker), f"{worker.host} pid {worker.pid}")
         for row, lease in enumerate(worker.shards or [LeaseProgress(shard="no shard", leased=now)]):
             waited = format_duration(max(0.0, now - lease.since)) if lease.stage else ""
@@ -464,7 +457,3 @@ def workers_table(run: RunProgress) -> Table:
             names, log = (first, worker.log) if row == 0 else (("", ""), "")
             table.add_row(*(Text(escape(cell)) for cell in (*names, *cells, log)))
     return table
-
-
-def _since(worker: WorkerProgress) -> float:
-    return min((lease.since or lease.leased for lease in worker.shards), default=float("inf"))

@@ -1,4 +1,9 @@
-"""What validation finds, and checks without opening layer files: dataset.json by itself, missing files, and orphans."""
+"""What validation finds: in dataset.json, in the listings, in the files of each shard, and in its source file now.
+
+A row that a layer could not serve is null and has a reason in the layer's quarantine, and no other row has one. With
+``--count``, samples of the source file are compared with the rows and the quarantine. The rows of a Parquet file are in
+its footer, of which some kilobytes are read. Other files are read as a whole.
+"""
 
 from __future__ import annotations
 
@@ -124,29 +129,25 @@ def check_recipes(manifest: Mapping[str, Any]) -> Iterator[Finding]:
 
     The digest covers logit scales and all else that no fingerprint covers.
     """
-    found = [*_wrong_fingerprints(manifest)]
-    yield from found
-    problem = None if found else changed_by_hand(manifest)
-    if problem is not None:
-        yield Finding("manifest", problem)
-
-
-def _wrong_fingerprints(manifest: Mapping[str, Any]) -> Iterator[Finding]:
-    if manifest.get("schema_version") != schemas.SCHEMA_VERSION:
-        return
+    known = manifest.get("schema_version") == schemas.SCHEMA_VERSION
     hidden = {*mapping_at(manifest, LABELS).get("hidden", ())}  # fingerprints cover settings that are not published
-    for name, entry in manifest["layers"].items():
+    as_stated = True
+    for name, entry in manifest["layers"].items() if known else ():
         layer = stored_layer(name, entry)
         if not hidden.isdisjoint((".".join(map(str, layer.owner)), f"layers.{name}")):
             continue
         computed = layer.kind.recorded_fingerprint(layer, manifest)
         if computed is not None and computed != entry["fingerprint"]:
+            as_stated = False
             yield Finding(
                 "manifest",
                 f"{MANIFEST}: the settings of {name} have fingerprint {computed}, its entry states "
                 f"{entry['fingerprint'][:40]}: one of them was changed. Restore {MANIFEST}.",
                 name,
             )
+    problem = changed_by_hand(manifest) if as_stated else None
+    if problem is not None:
+        yield Finding("manifest", problem)
 
 
 def check_codebooks(store: Store, manifest: Mapping[str, Any]) -> Iterator[Finding]:
@@ -218,11 +219,6 @@ def check_orphans(store: Store, listings: Mapping[str, Listing]) -> Iterator[Fin
         if listing:
             yield Finding("orphan", f"{layer} has {len(listing):,} files, but {MANIFEST} does not list it", layer)
 
-
-# -- Checks of the files of one shard: footers, checksums, keys and rows.
-#
-# A vector has norm 1 within 0.01 when it is stored; the storage type adds its own error. A row that a layer could not
-# serve is null and has a reason in the layer's quarantine, and no other row has one.
 
 _NO_HASHES: Hashes = np.empty(0, np.uint64)
 SHARD_CAPACITY = 2**20  # hashes of keys from one shard
@@ -312,18 +308,13 @@ class RowChecks:
     def problems(self, quarantined: Collection[str] | None) -> list[str]:
         """One phrase for each kind of problem; ``quarantined`` are the keys in the layer's quarantine of the shard, or
         None if they are not known."""
-        lines = [_describe(keys, what) for what, keys in self._wrong.items()]
-        if quarantined is None:
-            return lines
-        if unexplained := self._null.difference(quarantined):
-            lines.append(_describe(unexplained, "are null without a reason in the quarantine"))
-        if present := self._present.intersection(quarantined):
-            lines.append(_describe(present, "are in the quarantine although they have values"))
-        return lines
-
-
-def _describe(keys: Collection[str], what: str) -> str:
-    return f"{plural(len(keys), 'row')} {what} ({first_names(sorted(keys))})"
+        wrong: dict[str, Collection[str]] = dict(self._wrong)
+        if quarantined is not None:
+            wrong["are null without a reason in the quarantine"] = self._null.difference(quarantined)
+            wrong["are in the quarantine although they have values"] = self._present.intersection(quarantined)
+        return [
+            f"{plural(len(keys), 'row')} {what} ({first_names(sorted(keys))})" for what, keys in wrong.items() if keys
+        ]
 
 
 def check_shards(
@@ -358,10 +349,18 @@ class _ShardCheck:
 
     def run(self) -> CheckedShard:
         """Read all layers, the samples first. Other layers are not compared with damaged samples."""
-        found = self._found
+        found, name = self._found, self._shard.name
         for layer in sorted(self._manifest["layers"], key=lambda name: name != SAMPLES):
             if layer in self._shard.sizes:
-                refused = self._read_quarantine(layer)
+                refused: set[str] | Finding = set()  # the keys in its quarantine, or what is wrong with that
+                try:
+                    if layer in self._shard.quarantined:
+                        rows = self._store.quarantined(layer, name)
+                        refused = {row["key"] for row in rows if row["key"] is not None}
+                except DamagedQuarantine as error:
+                    refused = quarantine_finding(self._store, layer, name, error.args[1])
+                except (UserError, OSError) as error:
+                    refused = Finding("unreadable", str(error), layer, name)
                 found.findings += self._check(layer, refused)
                 found.findings += [refused] if isinstance(refused, Finding) else []
             if layer == SAMPLES and self._keys is not None:
@@ -370,23 +369,19 @@ class _ShardCheck:
                     self._keys = None
         return found
 
-    def _read_quarantine(self, layer: str) -> set[str] | Finding:
-        """The keys in a layer's quarantine of the shard, or what is wrong with it."""
-        name = self._shard.name
-        if layer not in self._shard.quarantined:
-            return set()
-        try:
-            return {row["key"] for row in self._store.quarantined(layer, name) if row["key"] is not None}
-        except DamagedQuarantine as error:
-            return quarantine_finding(self._store, layer, name, error.args[1])
-        except (UserError, OSError) as error:
-            return Finding("unreadable", str(error), layer, name)
-
     def _check(self, layer: str, refused: set[str] | Finding) -> Iterator[Finding]:
-        """Problems of a layer's file; ``refused`` is from ``_read_quarantine``."""
-        name = self._shard.name
+        """Problems of a layer's file; ``refused`` are the keys in its quarantine, or what is wrong with that."""
+        name, end = self._shard.name, self._ends.get(layer)
         try:
-            with layer_errors(self._store, layer, name), self._opened(layer) as file:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(layer_errors(self._store, layer, name))
+                if end is None:
+                    size = self._shard.sizes[layer]
+                    opened = self._store.open_layer(layer, name, whole=not self._quick, size=size)
+                    file = stack.enter_context(opened)
+                else:
+                    file = end
+                    check_footer(self._store.layer_path(layer, name), file.metadata, None)
                 footer = parse_footer(file.metadata)
                 if layer == SAMPLES:
                     self._found.footer = footer
@@ -401,15 +396,12 @@ class _ShardCheck:
                     yield from self._rows(layer, file, self._keys, refused)
         except MisalignedKeys as error:
             yield Finding("misplaced", str(error), layer, name)
-        except (UserError, OSError) as error:
-            yield _unreadable(error, layer, name)
-
-    def _opened(self, layer: str) -> contextlib.AbstractContextManager[LayerFile]:
-        end, shard = self._ends.get(layer), self._shard
-        if end is None:
-            return self._store.open_layer(layer, shard.name, whole=not self._quick, size=shard.sizes[layer])
-        check_footer(self._store.layer_path(layer, shard.name), end.metadata, None)
-        return contextlib.nullcontext(end)
+        except (UserError, OSError) as error:  # the file is damaged if its content was refused
+            cause = error if isinstance(error, RefusedFile) else error.__cause__
+            if isinstance(cause, RefusedFile):
+                yield Finding("damaged", str(error), *(cause.file or (layer, name)))
+            else:
+                yield Finding("unreadable", str(error), layer, name)
 
     def _why_misplaced(self, layer: str, footer: Mapping[str, str]) -> str | None:
         """Why a file is not the one of this layer and shard, by its footer."""
@@ -454,19 +446,6 @@ class _ShardCheck:
         name = self._shard.name
         return f"{self._store.layer_path(layer, name)}: {reason}. {compute_again(self._store.url, layer, name)}"
 
-
-def _unreadable(error: UserError | OSError, layer: str, shard: str) -> Finding:
-    """The finding for an error of reading: the file is damaged if its content was refused."""
-    cause = error if isinstance(error, RefusedFile) else error.__cause__
-    if not isinstance(cause, RefusedFile):
-        return Finding("unreadable", str(error), layer, shard)
-    return Finding("damaged", str(error), *(cause.file or (layer, shard)))
-
-
-# -- What ``reinforce validate`` does with a shard: the checks of its files, and of its source file as it is now.
-#
-# With ``--count``, samples of the source file are compared with the rows and the quarantine. The rows of a Parquet file
-# are in its footer, of which some kilobytes are read. Other files are read as a whole.
 
 _TOGETHER = 4  # shards of a thread, if only keys are read: their footers are checked together
 #: Threads of a process, for the latency of storage; on a local disk, more of them only wait for each other.
@@ -545,39 +524,47 @@ class ShardReader:
 
     def _read(self, store: Store, part: Sequence[ShardFiles], shards: Shards) -> list[CheckedShard]:
         checked = check_shards(store, self._manifest, self._quick, part, shards.limit)
-        for files, one in zip(part, checked, strict=True):
-            if self._sources:
-                self._look_at_source(files, one, shards.recorded.get(files.name))
+        for files, one in zip(part, checked, strict=True) if self._sources else ():
+            source, before, recorded = one.footer.get("source"), SourceState.from_footer(one.footer), None
+            one.source, one.changed = "unknown", ""
+            if source is not None and before.head is not None:
+                url, recorded = current_url(source, self._moved), shards.recorded.get(files.name)
+                one.source, one.changed, now = compare_source(url, before, self._roots)
+                known = recorded.state.stamp if recorded is not None and recorded.url == canonical(url) else None
+                if one.source == "same" and now is not None and known not in (None, now.stamp):
+                    one.source = "touched"
+            if self._count and one.source in ("same", "touched") and not one.findings:
+                compared = self._compare_count(files, one)
+                one.findings += compared or ()
+                one.counted = compared is not None
         return checked
 
-    def _look_at_source(self, files: ShardFiles, checked: CheckedShard, recorded: SourceRecord | None) -> None:
-        """Compare a shard with its source file, and if wanted their numbers of samples."""
-        source, before = checked.footer.get("source"), SourceState.from_footer(checked.footer)
-        checked.source, checked.changed = "unknown", ""
-        if source is not None and before.head is not None:
-            url = current_url(source, self._moved)
-            checked.source, checked.changed, now = compare_source(url, before, self._roots)
-            known = recorded.state.stamp if recorded is not None and recorded.url == canonical(url) else None
-            if checked.source == "same" and now is not None and known not in (None, now.stamp):
-                checked.source = "touched"
-        if self._count and checked.source in ("same", "touched") and not checked.findings:
-            compared = self._compare_count(files, checked)
-            checked.findings += compared or ()
-            checked.counted = compared is not None
-
     def _compare_count(self, files: ShardFiles, checked: CheckedShard) -> list[Finding] | None:
-        """A finding if a source file has another number of samples than its shard; None if that cannot be counted."""
+        """A finding if a source file has another number of samples than its shard; None if that cannot be counted.
+
+        The samples of a shard are its rows and those that are only in the quarantine of the samples layer.
+        """
         store, url = self._store, current_url(checked.footer["source"], self._moved)
         if self._manifest.get("input", {}).get("view"):  # of another dataset, which may have another by now
             return None
         refused = store.quarantined(SAMPLES, files.name) if SAMPLES in files.quarantined else []
-        stored = _count_stored(url, checked.rows, checked.keys, refused)
+        format_ = format_of_name(url)
+        table = format_ is not None and format_.is_table
+        if table and any(row["key"] is None and row["reason"] != Reason.SHARD_SAMPLES for row in refused):
+            return None  # a part of a table could not be read: the quarantine does not record how many rows it had
+        others = np.unique(
+            hash_keys(pa.array(sorted({row["key"] for row in refused if row["key"] is not None}), pa.string()))
+        )
+        stored = checked.rows + len(np.setdiff1d(others, checked.keys.hashes))
+        if table:
+            stored += sum(row["reason"] == Reason.DUPLICATE_KEY and row["key"] is not None for row in refused)
+        known = self._manifest.get("input", {}).get("limits", {})
+        limits = Limits.model_validate({name: value for name, value in known.items() if name in Limits.model_fields})
         try:
-            format_ = format_of_name(url) or find_format(DEFAULT)
-            there = None if stored is None else format_.count(url, _limits_of(self._manifest))
+            there = (format_ or find_format(DEFAULT)).count(url, limits)
         except Exception:  # each driver has its own exceptions
             return None
-        if stored is None or there is None:
+        if there is None:
             return None
         if stored == there:
             return []
@@ -599,25 +586,3 @@ def compare_source(url: str, before: SourceState, roots: ImageRoots) -> tuple[st
     if before.same_content(now) is False:
         return "changed", before.describe_change(now), now
     return "same", "", now
-
-
-def _count_stored(url: str, rows: int, keys: ShardKeys, quarantine: Sequence[Mapping[str, str | None]]) -> int | None:
-    """Samples of a shard of the dataset: its rows and those that are only in the quarantine of the samples layer.
-
-    ``keys`` are all hashes of its rows by ``hash_keys``. None if a part of a table could not be read: the
-    quarantine does not record how many rows it had.
-    """
-    format_ = format_of_name(url)
-    table = format_ is not None and format_.is_table
-    if table and any(row["key"] is None and row["reason"] != Reason.SHARD_SAMPLES for row in quarantine):
-        return None
-    refused = {row["key"] for row in quarantine if row["key"] is not None}
-    others = np.unique(hash_keys(pa.array(sorted(refused), pa.string())))
-    only = len(np.setdiff1d(others, keys.hashes))
-    repeated = sum(row["reason"] == Reason.DUPLICATE_KEY and row["key"] is not None for row in quarantine)
-    return rows + only + (repeated if table else 0)
-
-
-def _limits_of(manifest: Mapping[str, Any]) -> Limits:
-    known = manifest.get("input", {}).get("limits", {})
-    return Limits.model_validate({name: value for name, value in known.items() if name in Limits.model_fields})

@@ -52,23 +52,19 @@ class Shuffle:
 
     def ranges(self, parts: int) -> list[Ranges]:
         """Of each partition: its records in the file of each part, first and end [parts, 2]. Raises StorageError."""
-        heads = b"".join(self._read([(0, self._head)] * parts))
+        heads = b"".join(self._read([(0, (self.partitions + 1) * _END.itemsize)] * parts))
         ends = np.frombuffer(heads, _END).reshape(parts, self.partitions + 1)
         return [ends[:, number : number + 2] for number in range(self.partitions)]
 
     def read(self, ranges: Ranges) -> npt.NDArray[Any]:
         """The records of a partition, by part. Raises StorageError."""
         found = np.empty(int((ranges[:, 1] - ranges[:, 0]).sum(dtype=np.int64)), self.dtype)
-        first = 0
-        for content in self._read((self._head + self.dtype.itemsize * ranges.astype(np.int64)).tolist()):
+        first, head = 0, (self.partitions + 1) * _END.itemsize
+        for content in self._read((head + self.dtype.itemsize * ranges.astype(np.int64)).tolist()):
             records = np.frombuffer(content, self.dtype)
             found[first : first + len(records)] = records
             first += len(records)
         return found
-
-    @property
-    def _head(self) -> int:
-        return (self.partitions + 1) * _END.itemsize
 
     def _read(self, ranges: Sequence[Sequence[int]]) -> Iterator[bytes]:
         """The bytes of a range of the file of each part."""

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from torch import distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from reinforce.dataset.sample import Sample
-from reinforce.dataset.store import Store
-
-
-class _Shards(Protocol):
-    """The part of ``Dataset`` that is used here."""
-
-    store: Store
-
-    def __getitem__(self, index: slice, /) -> _Shards: ...
-    def __iter__(self) -> Iterator[Sample]: ...
 
 
 class TorchSamples(IterableDataset[Any]):
     """Samples of a dataset, with shards split over ranks and DataLoader workers; see ``Dataset.to_torch``."""
 
-    def __init__(self, data: _Shards, transform: Callable[[Sample], Any] | None = None) -> None:
-        self.data = data
+    def __init__(self, data: Any, transform: Callable[[Sample], Any] | None = None) -> None:
+        self.data = data  # a Dataset
         self.transform = transform
         self._rank, self._ranks = 0, 1
 

@@ -1,8 +1,14 @@
-"""``reinforce validate``: the files of a dataset and its views, keys, and the source files as they are now."""
+"""``reinforce validate``: the files of a dataset and its views, keys, and the source files as they are now.
+
+With ``--repair``, it sets the files aside that are at fault, so that the next run computes them again. Nothing is
+deleted. A file stays where a run could not replace it, or where dataset.json may be wrong instead of it. Samples come
+from the source, so theirs stay unless the source file can be read and has not changed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import random
 from collections import Counter
@@ -180,7 +186,7 @@ def validate(
     recorded = read_records(store).sources if sources else {}
     reader = ShardReader(url, manifest, quick, sources, count, processes)
     with contextlib.closing(reader), open_workers(use_ray=False, processes=processes) as workers:
-        batches = _batches(_shard_files(chosen, every, names), reader.batch, recorded, keys, count)
+        batches = _batches(chosen, every, names, reader.batch, recorded, keys, count)
         read = workers.map(reader.read, batches, ordered=True, name=Shards.describe, fix=_FIX)
         counted = 0
         for shard in itertools.chain.from_iterable(shards for _, shards in read):
@@ -223,20 +229,28 @@ def _check_sizes(
         yield Finding("damaged", message, file.layer, file.shard)
 
 
-def _shard_files(chosen: Listing, listings: Mapping[str, Listing], layers: Sequence[str]) -> Iterator[ShardFiles]:
-    """Listed files of some shards: layers and quarantine."""
+def _batches(
+    chosen: Listing,
+    listings: Mapping[str, Listing],
+    layers: Sequence[str],
+    size: int,
+    recorded: Mapping[str, SourceRecord],
+    keys: KeySample,
+    count: bool,
+) -> Iterator[Shards]:
+    """The listed files of some shards, in layers and quarantine, in batches of shards.
+
+    Counting needs all hashes of keys; otherwise those that are still sampled are enough.
+    """
     sizes = [listings[layer].sizes_of(chosen.names) for layer in layers]
     refused = [listings[f"quarantine/{layer}"].has(chosen.names) for layer in layers]
-    for place, name in enumerate(chosen):
-        present = {layer: int(size[place]) for layer, size in zip(layers, sizes, strict=True) if size[place] >= 0}
-        yield ShardFiles(name, present, [layer for layer, has in zip(layers, refused, strict=True) if has[place]])
-
-
-def _batches(
-    files: Iterator[ShardFiles], size: int, recorded: Mapping[str, SourceRecord], keys: KeySample, count: bool
-) -> Iterator[Shards]:
-    """The shards in batches. Counting needs all hashes of keys; otherwise those that are still sampled are enough."""
-    while batch := [*itertools.islice(files, size)]:
+    names = enumerate(chosen)
+    while places := [*itertools.islice(names, size)]:
+        batch = []
+        for place, name in places:
+            present = {layer: int(of[place]) for layer, of in zip(layers, sizes, strict=True) if of[place] >= 0}
+            quarantined = [layer for layer, has in zip(layers, refused, strict=True) if has[place]]
+            batch.append(ShardFiles(name, present, quarantined))
         known = {file.name: recorded[file.name] for file in batch if file.name in recorded}
         yield Shards(batch, known, ALL if count else keys.limit)
 
@@ -260,36 +274,30 @@ def _check_views(
         if lost := [shard for shard in view.counts if shard not in shards]:
             message = f"{store.url}: view {name} has {len(lost):,} shards without samples, such as {lost[0]}"
             findings.append(Finding("view", message, f"views/{name}"))
-        findings += _check_view(store, manifest, view, [shard for shard in chosen if shard in view.counts])
+        fingerprints = {SAMPLES: manifest["layers"][SAMPLES]["fingerprint"]}
+        aligned = AlignedLayers(store, fingerprints, {SAMPLES: ["key"]}, view=view.rows)
+        read = [shard for shard in chosen if shard in view.counts]
+        with ThreadPoolExecutor(_VIEW_THREADS) as pool:
+            messages = pool.map(functools.partial(_check_rows, aligned, view), read)
+            for shard, message in zip(read, messages, strict=True):
+                if message is not None:
+                    findings.append(Finding("view", message, f"views/{name}", shard))
     return findings, notes
 
 
-def _check_view(store: Store, manifest: Mapping[str, Any], view: View, shards: Collection[str]) -> Iterator[Finding]:
-    fingerprints = {SAMPLES: manifest["layers"][SAMPLES]["fingerprint"]}
-    aligned = AlignedLayers(store, fingerprints, {SAMPLES: ["key"]}, view=view.rows)
+def _check_rows(aligned: AlignedLayers, view: View, shard: str) -> str | None:
+    """What is wrong with the rows of a shard that a view keeps."""
+    try:
+        with aligned.open(shard, whole=False) as files:
+            kept = [files.row_group(number).samples.num_rows for number in range(files.row_groups)]
+    except StorageError:
+        raise
+    except UserError as error:
+        return str(error)
+    if kept == list(view.kept[shard]):
+        return None
+    return f"{aligned.store.url}: view {view.name} keeps other rows of {shard} than it states. Make it again."
 
-    def check(shard: str) -> str | None:
-        try:
-            with aligned.open(shard, whole=False) as files:
-                kept = [files.row_group(number).samples.num_rows for number in range(files.row_groups)]
-        except StorageError:
-            raise
-        except UserError as error:
-            return str(error)
-        if kept == list(view.kept[shard]):
-            return None
-        return f"{store.url}: view {view.name} keeps other rows of {shard} than it states. Make it again."
-
-    with ThreadPoolExecutor(_VIEW_THREADS) as pool:
-        for shard, message in zip(shards, pool.map(check, shards), strict=True):
-            if message is not None:
-                yield Finding("view", message, f"views/{view.name}", shard)
-
-
-# -- ``reinforce validate --repair``: sets the files aside that are at fault, so that the next run computes them again.
-#
-# Nothing is deleted. A file stays where a run could not replace it, or where dataset.json may be wrong instead of it.
-# Samples come from the source, so theirs stay unless the source file can be read and has not changed.
 
 #: Why a source file cannot replace samples, by its state.
 _WHY = {
@@ -386,7 +394,14 @@ def _only_copies(store: Store, manifest: Mapping[str, Any], shards: Iterable[str
     recorded = read_records(store).sources
     reasons = {}
     for shard in shards:
-        source, before = _source_of(store, manifest, shard)
+        source, before = None, SourceState(None, None)
+        for layer in manifest["layers"]:  # the footers of its files that are of this shard state it
+            with contextlib.suppress(RefusedFile, UserError, OSError):
+                with store.open_layer(layer, shard, whole=False) as file:
+                    footer = parse_footer(file.metadata)
+                if (found := footer.get("source")) and shard_name(found) == shard:
+                    source, before = found, SourceState.from_footer(footer)
+                    break
         if source is None and shard in recorded:
             source, before = recorded[shard].url, recorded[shard].state
         if source is None:
@@ -409,16 +424,3 @@ def _is_of_other(store: Store, layer: str, shard: str) -> bool:
     except (RefusedFile, UserError, OSError):
         return False
     return bool(source) and shard_name(str(source)) != shard
-
-
-def _source_of(store: Store, manifest: Mapping[str, Any], shard: str) -> tuple[str | None, SourceState]:
-    """URL and state of the source file of a shard, by the footers of its files that are of this shard."""
-    for layer in manifest["layers"]:
-        try:
-            with store.open_layer(layer, shard, whole=False) as file:
-                footer = parse_footer(file.metadata)
-        except (RefusedFile, UserError, OSError):
-            continue
-        if (source := footer.get("source")) and shard_name(source) == shard:
-            return source, SourceState.from_footer(footer)
-    return None, SourceState(None, None)

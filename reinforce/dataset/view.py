@@ -56,7 +56,7 @@ class ViewRows:
         with pq.ParquetWriter(buffer, schema, use_dictionary=["left_out"], **options) as writer:
             for keys, reasons in groups:
                 writer.write_table(pa.table([keys, reasons], schema=schema))
-        store.write_bytes(buffer.getvalue(), *self._path(shard))
+        store.write_bytes(buffer.getvalue(), *rows_path(self.name, self.fingerprint, shard))
         return digest_of(buffer.getvalue())
 
     def read(self, store: Store, shard: str) -> list[pa.Table]:
@@ -68,21 +68,17 @@ class ViewRows:
             file = LayerFile(pa.BufferReader(content), len(content), file=(f"{FOLDER}/{self.name}", shard))
             return [file.read_row_group(group, names, use_threads=False) for group in range(file.num_row_groups)]
 
-        names = schemas.view_schema().names
+        names, path = schemas.view_schema().names, rows_path(self.name, self.fingerprint, shard)
         try:
-            return store.read_parsed(parse, *self._path(shard), limit=_MAX_BYTES)
+            return store.read_parsed(parse, *path, limit=_MAX_BYTES)
         except FileNotFoundError as error:
             raise UserError(f"{store.url}: view {self.name} has no rows of {shard}. Make it again.") from error
         except RefusedFile as error:
-            path = store.path(*self._path(shard))
-            raise UserError(f"{path} cannot be read ({error}). Make the view again.") from error
+            raise UserError(f"{store.path(*path)} cannot be read ({error}). Make the view again.") from error
 
     @property
     def folder(self) -> str:
-        return "/".join(self._path("")[:-1])
-
-    def _path(self, shard: str) -> tuple[str, ...]:
-        return rows_path(self.name, self.fingerprint, shard)
+        return "/".join(rows_path(self.name, self.fingerprint, "")[:-1])
 
 
 @dataclass(frozen=True)
@@ -177,21 +173,23 @@ class View:
             else f"{name} was dropped {since}"
             for name, before in changed.items()
         ]
-        return lines or [*self._changed_content(store)]
-
-    def _changed_content(self, store: Store) -> Iterator[str]:
+        if lines:
+            return lines
         shards = sorted(self.counts)
         states = states_of(store, self.inputs, shards)
         doubtful = [n for n, state in enumerate(states) if not state or state != self.files.states[n]]
         layers = {name: self.files.columns.get(name) for name in self.inputs}
         with ThreadPoolExecutor(_COMPARED_AT_ONCE) as pool:
-            now = prefetch(pool, lambda n: find_content(store, layers, shards[n]), doubtful, 2 * _COMPARED_AT_ONCE)
-            changed = [shards[n] for n, content in zip(doubtful, now, strict=True) if content != self.files.contents[n]]
-        if changed:
-            yield (
-                f"{plural(len(changed), 'shard')} {'have' if changed[1:] else 'has'} other content, or no file, in "
-                f"{', '.join(self.inputs)} since view {self.name} was made ({first_names(changed)})"
-            )
+            found = prefetch(pool, lambda n: find_content(store, layers, shards[n]), doubtful, 2 * _COMPARED_AT_ONCE)
+            others = [
+                shards[n] for n, content in zip(doubtful, found, strict=True) if content != self.files.contents[n]
+            ]
+        if not others:
+            return []
+        return [
+            f"{plural(len(others), 'shard')} {'have' if others[1:] else 'has'} other content, or no file, in "
+            f"{', '.join(self.inputs)} {since} ({first_names(others)})"
+        ]
 
 
 def view_fingerprint(
@@ -336,6 +334,8 @@ def read_view(store: Store, name: str) -> View:
                 return read_view(store, name)
             raise UserError(f"{path} has no file of shards any more. Make the view again.") from error
         columns = {column: table[column].to_pylist() for column in ("shard", "rows", "kept")}
+        contents, states, digests = (table[name].to_numpy().tobytes() for name in ("content", "state", "digest"))
+        read = {str(layer): [str(one) for one in names] for layer, names in description["columns"].items()}
         view = View(
             name,
             fingerprint,
@@ -345,7 +345,7 @@ def read_view(store: Store, name: str) -> View:
             dict(zip(columns["shard"], columns["rows"], strict=True)),
             dict(zip(columns["shard"], columns["kept"], strict=True)),
             description["report"],
-            _view_files(description["columns"], table),
+            ViewFiles(read, array("Q", contents), array("q", states), array("Q", digests)),
         )
         same = fingerprint == view_fingerprint(view.rules, view.seed, view.inputs, view.counts, view.files)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -353,12 +353,6 @@ def read_view(store: Store, name: str) -> View:
     if not same:
         raise UserError(f"{path} does not have its fingerprint: it was changed. Make it again with reinforce select.")
     return view
-
-
-def _view_files(columns: Mapping[str, Sequence[str]], table: pa.Table) -> ViewFiles:
-    contents, states, digests = (table[name].to_numpy().tobytes() for name in ("content", "state", "digest"))
-    named = {str(layer): [str(name) for name in names] for layer, names in columns.items()}
-    return ViewFiles(named, array("Q", contents), array("q", states), array("Q", digests))
 
 
 def _read_shards(store: Store, name: str, fingerprint: str, digest: str) -> pa.Table:
