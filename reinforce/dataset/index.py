@@ -390,14 +390,3 @@ def digest_keys(keys: pa.ChunkedArray | pa.Array) -> bytes:
     digest = hashlib.blake2b(lengths.astype("<i8").tobytes(), digest_size=16)
     digest.update(values[offsets[0] : offsets[-1]].tobytes())
     return digest.digest()
-
-
-def _flat(keys: pa.ChunkedArray | pa.Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-    """The keys as offsets [keys + 1] into bytes."""
-    array: Any = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
-    array = array.cast(pa.large_string())
-    _, offsets, data = array.buffers()
-    if not len(array) or offsets is None:
-        return np.zeros(len(array) + 1, np.int64), np.empty(0, np.uint8)
-    values = np.empty(0, np.uint8) if data is None else np.frombuffer(data, np.uint8)
-    return np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1], values

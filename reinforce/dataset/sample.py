@@ -467,10 +467,3 @@ class Samples(Sequence[Sample]):
             tables = self._kept.get((shard, in_file), functools.partial(self._data.row_group, shard, in_file))
             samples += self._data.samples_of(shard, tables, [place])
         return samples
-
-    def _read(self, group: int, place: int) -> Sample:
-        number, in_file, _ = self._places.groups[group].tolist()
-        shard = self._data.shards[number]
-        tables = self._kept.get((shard, in_file), lambda: self._data.row_group(shard, in_file))
-        [sample] = self._data.samples_of(shard, tables, [place])
-        return sample

@@ -552,16 +552,15 @@ class ShardReader:
         table = format_ is not None and format_.is_table
         if table and any(row["key"] is None and row["reason"] != Reason.SHARD_SAMPLES for row in refused):
             return None  # a part of a table could not be read: the quarantine does not record how many rows it had
-        others = np.unique(
-            hash_keys(pa.array(sorted({row["key"] for row in refused if row["key"] is not None}), pa.string()))
-        )
+        keys = {row["key"] for row in refused if row["key"] is not None}
+        others = np.unique(hash_keys(pa.array(sorted(keys), pa.string())))
         stored = checked.rows + len(np.setdiff1d(others, checked.keys.hashes))
         if table:
             stored += sum(row["reason"] == Reason.DUPLICATE_KEY and row["key"] is not None for row in refused)
         known = self._manifest.get("input", {}).get("limits", {})
-        limits = Limits.model_validate({name: value for name, value in known.items() if name in Limits.model_fields})
+        known = {name: value for name, value in known.items() if name in Limits.model_fields}
         try:
-            there = (format_ or find_format(DEFAULT)).count(url, limits)
+            there = (format_ or find_format(DEFAULT)).count(url, Limits.model_validate(known))
         except Exception:  # each driver has its own exceptions
             return None
         if there is None:

@@ -82,8 +82,3 @@ class Captions(LayerKind):
 
     def content(self, layer: Layer) -> Content:
         return Content(plural(layer.count, "caption"), card=f"{layer.count} synthetic captions")
-
-
-def _recipe(samples: str, model: Mapping[str, Any]) -> dict[str, Any]:
-    """What the fingerprint covers: that of the samples, and the identity of the captioner."""
-    return {"samples": samples, "model": model}

@@ -239,19 +239,3 @@ def _dim_of(teacher: str | None, codec: Codec, dim: int) -> int:
         return codec.dim(dim)
     except ValueError as error:
         raise UserError(f"teachers.{teacher}.codec: {error}") from None
-
-
-def _recipe(
-    source: str, model: Mapping[str, Any], dtype: str | None, codebook: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """What the fingerprint covers besides the kind: that of the layer it is computed from, the identity of the
-    teacher, and the codec, with its codebook if it has one."""
-    fitted = {} if codebook is None else {"codebook": dict(codebook)}
-    return {"source": source, "model": model, "dtype": dtype, **fitted}
-
-
-def _norm_tolerance(table: pa.Table, shape: list[int]) -> Any:
-    """How far the norm of a stored vector may be from 1; for int8 [rows, count], from the step of each vector."""
-    if "scales" not in table.column_names:
-        return vectors.NORM_TOLERANCE + _FLOAT_ERROR
-    return vectors.NORM_TOLERANCE + vectors.tensor_rows(table["scales"])[0] * (0.5 * np.sqrt(shape[1]))

@@ -234,12 +234,3 @@ class ClassProbabilities(LayerKind):
         of = "crops" if layer.recipe["sees"] == "crops" else "images"
         many = f"{of}, {layer.count} × the {layer.recipe['top']} most likely of {layer.dim} classes"
         return Content(f"[{layer.count}, {layer.recipe['top']}] of {layer.dim} classes", many, many)
-
-
-def _cosines(one: Probabilities, other: Probabilities) -> Floats:
-    """Cosines [rows, K] of two sides, with the rest as one more class; a class counts as 0 where it is not stored."""
-    shared = one.classes[..., :, None] == other.classes[..., None, :]
-    dot = np.einsum("rki,rkij,rkj->rk", one.values, shared, other.values) + one.rest * other.rest
-    norms = [np.sqrt((side.values**2).sum(axis=2) + side.rest**2) for side in (one, other)]
-    cosines: Floats = (dot / np.maximum(norms[0] * norms[1], np.finfo(np.float32).tiny)).astype(np.float32)
-    return cosines

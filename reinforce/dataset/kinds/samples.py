@@ -132,27 +132,3 @@ def true_captions(samples: pa.Table) -> list[list[str]]:
     if schemas.TRUE_CAPTIONS in samples.column_names:
         return [texts or [] for texts in samples[schemas.TRUE_CAPTIONS].to_pylist()]
     return [[] if text is None else [text] for text in samples["caption"].to_pylist()]
-
-
-def _input_recipe(config: Config) -> dict[str, Any]:
-    # The first two say which files are read, and reduce_to is recorded in the name of the image policy.
-    recipe = config.input.model_dump(mode="json", exclude={"format", "images_from", "reduce_to"})
-    recipe["captions"] = config.input.caption_fields
-    for name in _LATER_KEYS:
-        if recipe[name] is None:
-            del recipe[name]
-    for name in _LATER_LIMITS:
-        if recipe["limits"][name] == Limits.model_fields[name].default:
-            del recipe["limits"][name]
-    return recipe
-
-
-def _augmentations_recipe(config: Config) -> dict[str, Any]:
-    if reads_crops(config):
-        return {"published": PUBLISHED_FORMAT, "count": config.augmentations.count, "size": config.augmentations.size}
-    # The backend is recorded among the policies.
-    recipe = config.augmentations.model_dump(mode="json", exclude={"backend", "own"})
-    if (name := config.labels_of_crops) is not None:
-        labels = config.labels[name]
-        recipe["labels"] = {"samples": labels.taken.samples, "join": labels.join}
-    return recipe

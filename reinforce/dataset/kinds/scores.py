@@ -369,8 +369,3 @@ class Scores(LayerKind):
 
     def content(self, layer: Layer) -> Content:
         return Content(", ".join(layer.names))
-
-
-def _recipe(sources: Mapping[str, str], score: Mapping[str, Any]) -> dict[str, Any]:
-    """What the fingerprint covers: those of the layers it is computed from, and the identity of the scorer."""
-    return {"sources": dict(sources), "score": dict(score)}
