@@ -12,7 +12,7 @@ import contextlib
 import functools
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -30,21 +30,21 @@ from reinforce.errors import StorageError, UserError
 from reinforce.labels.index import (
     DESCRIPTION,
     FOLDER,
+    FORMAT,
     INDEXED,
     KEY,
     MAX_BITS,
     SHARDS,
+    VERSION,
     Hashes,
     IdentityIndex,
     columns_of_identities,
     damaged,
-    description,
     find_index,
     hash_identities,
     identities,
     index_fingerprint,
     lone_keys,
-    partition_name,
     partition_of,
 )
 from reinforce.processes.parallel import MapWorkers, open_workers
@@ -96,14 +96,6 @@ def _planned(dataset: Store, store: Store) -> tuple[IdentityIndex, pa.Table]:
     ), table
 
 
-def _finished(planned: IdentityIndex) -> IdentityIndex | None:
-    """The index in the folder of a planned one if it is that; None also for a damaged one."""
-    with contextlib.suppress(UserError):
-        if (found := find_index(planned.store)) is not None and found.fingerprint == planned.fingerprint:
-            return found
-    return None
-
-
 def build_index(
     url: str, output: str | None = None, *, images: bool = True, use_ray: bool = True, address: str | None = None
 ) -> IdentityIndex:
@@ -113,23 +105,37 @@ def build_index(
     """
     store = Store(url if output is None else output)
     planned, table = _planned(Store(url), store)
-    found = _finished(planned)
-    if found is not None:
-        return found
+    with contextlib.suppress(UserError):  # also of a damaged index
+        if (found := find_index(store)) is not None and found.fingerprint == planned.fingerprint:
+            return found
     parts = _parts(planned.shards, planned.groups)
     source, target = as_seen_by_workers(url), as_seen_by_workers(url if output is None else output)
     build = Build(source, target, planned.samples, planned.fingerprint, planned.bits, parts, images)
     with open_workers(address, use_ray) as workers:
         counts = _build(store, build, workers)
-    index = replace(planned, kinds=_in_order(counts, "kinds"), repeated=_in_order(counts, "repeated"))
+    kinds, repeated = (
+        {kind: counts[what, kind] for kind in INDEXED if counts[what, kind]} for what in ("kinds", "repeated")
+    )
     store.write_table(table, *build.path(f"{SHARDS}.parquet"), row_group_size=4096)
-    store.write_json(description(index), FOLDER, DESCRIPTION)
-    _clean(store, build, index.kinds)
-    return index
-
-
-def _in_order(counts: Counts, what: str) -> dict[str, int]:
-    return {kind: counts[what, kind] for kind in INDEXED if counts[what, kind]}
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": planned.fingerprint,
+        "samples": planned.samples,
+        "bits": planned.bits,
+        "kinds": kinds,
+        "repeated": repeated,
+        "shards": len(planned.shards),
+        "rows": sum(map(sum, planned.groups)),
+    }
+    store.write_json(description, FOLDER, DESCRIPTION)
+    # Remove the parts, kinds without entries, and indexes of other states of the dataset.
+    others = {*store.names(FOLDER)} - {DESCRIPTION, build.fingerprint}
+    unused = [build.path(name) for name in store.names(*build.path()) if name not in (f"{SHARDS}.parquet", *kinds)]
+    for path in [*unused, *((FOLDER, name) for name in others)]:
+        with contextlib.suppress(FileNotFoundError, StorageError), store.storage_errors("removed", *path):
+            store.fs.rm(store.path(*path), recursive=True)
+    return replace(planned, kinds=kinds, repeated=repeated)
 
 
 def _parts(shards: Sequence[str], groups: Sequence[Sequence[int]]) -> tuple[tuple[int, tuple[str, ...]], ...]:
@@ -156,7 +162,7 @@ def _count(kind: str, hashes: Hashes) -> Counts:
 
 def _build(store: Store, build: Build, workers: MapWorkers) -> Counts:
     """Write what is missing of the parts and partitions; count the entries of all partitions."""
-    names = [*map(partition_name, range(2**build.bits))]
+    names = [f"{number:05d}" for number in range(2**build.bits)]
     kept = {*store.shards("/".join(build.path(INDEXED[-1])))}
     counts: Counts = Counter()
     if len(kept) < len(names):
@@ -241,12 +247,3 @@ def merge_partition(build: Build, partition: tuple[str, Ranges]) -> Counts:
         )
         counts.update(_count(kind, of_kind["hash"]))
     return counts
-
-
-def _clean(store: Store, build: Build, kinds: Collection[str]) -> None:
-    """Remove the parts, kinds without entries, and indexes of other states of the dataset."""
-    others = {*store.names(FOLDER)} - {DESCRIPTION, build.fingerprint}
-    unused = [build.path(name) for name in store.names(*build.path()) if name not in (f"{SHARDS}.parquet", *kinds)]
-    for path in [*unused, *((FOLDER, name) for name in others)]:
-        with contextlib.suppress(FileNotFoundError, StorageError), store.storage_errors("removed", *path):
-            store.fs.rm(store.path(*path), recursive=True)

@@ -1,7 +1,13 @@
-"""Identities of the images of a samples layer, by kind, and their hashes.
+"""Identities of the images of a samples layer, by kind, and their index: in which shard and row an image is.
 
 Published labels have a column for each kind. Of other datasets, ``uid``, ``sha256`` and ``url`` are in the metadata of
 a sample, and the digest is that of the encoded image.
+
+``identities/index.json`` names a folder ``identities/<fingerprint>/``, in which ``shards.parquet`` lists the shards,
+which are numbered in this order, with the rows of their row groups. ``<kind>/<number>.parquet`` is a partition: the
+entries (hash, number of the shard, row in it) of all hashes that begin with the bits of its number, sorted by hash. So
+a lookup reads the row groups that can have its hashes. Equal hashes are not proof: compare the identities of the row.
+An untrusted index can name wrong rows, but no files.
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
+from typing import Annotated, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import quote, urlsplit
 
 import numpy as np
@@ -138,12 +144,6 @@ def hash_text(text: str) -> int:
     return image_digest(text.encode("utf-8", "surrogatepass"))
 
 
-# -- Files of labels that cannot be read: asked for several times, and remembered by name.
-#
-# A file that does not exist is asked for as often as a source shard, with the same pauses, because a store may answer
-# 404 for a file that it has. After that, its rows have no labels. What the storage refuses or fails to send is an error
-# of the storage, for which the run waits.
-
 _MOST_SECONDS = 60.0  # of pauses of one reader: a step of a shard must not seem to hang
 _ABSENT: set[tuple[str, str]] = set()  # URL of labels and file: a process waits once for each
 T = TypeVar("T")
@@ -180,6 +180,10 @@ def naming_file(store: Store, layer: str, shard: str) -> Iterator[None]:
 @dataclass
 class LabelFiles:
     """Reads files of labels in at most ``attempts``. ``unread`` are those that could not be read, with the reason.
+
+    A file that does not exist is asked for as often as a source shard, with the same pauses, because a store may answer
+    404 for a file that it has. After that, its rows have no labels. What the storage refuses or fails to send is an
+    error of the storage, for which the run waits.
 
     ``check`` raises StorageError if the labels do not exist any more.
     """
@@ -234,15 +238,6 @@ class LabelFiles:
         return found
 
 
-# -- The index of a dataset's identities: in which shard and row an image with an identity is.
-#
-# ``identities/index.json`` names a folder ``identities/<fingerprint>/``, in which ``shards.parquet`` lists the shards,
-# which are numbered in this order, with the rows of their row groups. ``<kind>/<number>.parquet`` is a partition: the
-# entries (hash, number of the shard, row in it) of all hashes that begin with the bits of its number, sorted by hash.
-# So a lookup reads the row groups that can have its hashes.
-#
-# Equal hashes are not proof: compare the identities of the row. An untrusted index can name wrong rows, but no files.
-
 FOLDER, DESCRIPTION, SHARDS = "identities", "index.json", "shards"
 FORMAT, VERSION = "identity-index", 1
 MAX_BITS = 16
@@ -282,10 +277,6 @@ def index_fingerprint(samples: str, bits: int, shards: pa.Table) -> str:
     return compute_fingerprint({"identities": [FORMAT, VERSION, samples, bits, listed]})
 
 
-def partition_name(number: int) -> str:
-    return f"{number:05d}"
-
-
 def damaged(path: str, error: Exception, fix: str = _FIX) -> UserError:
     """The error of a file of an index that cannot be read."""
     return UserError(f"{path} is damaged ({escape(str(error)[:200])}). {fix}")
@@ -308,6 +299,7 @@ class IdentityIndex:
     shards: list[str]
     groups: list[list[int]]
     repeated: dict[str, int]
+    _whole: set[str] = field(default_factory=set, compare=False, repr=False)  # kinds whose partitions have all entries
 
     @property
     def folder(self) -> str:
@@ -355,62 +347,52 @@ class IdentityIndex:
                 found.append((np.repeat(order[first:last], count), entries.shards[at], entries.rows[at]))
         return Found(*(np.concatenate(columns) for columns in zip(*found, strict=True)))
 
-    def _read(self, kind: str, number: int, hashes: Hashes) -> Iterator[Entries]:
-        """The row groups of a partition that can have some sorted ``hashes``."""
-        layer, name = f"{self.folder}/{kind}", partition_name(number)
-        try:
-            opened = self.store.open_layer(layer, name, whole=False)
-            with naming_file(self.store, layer, name), opened as file:
-                for group in range(file.num_row_groups):
-                    if _can_have(file, group, hashes):
-                        yield self._checked(file.read_row_group(group, _NAMES, use_threads=False))
-        except StorageError:
-            raise
-        except FileNotFoundError:
-            self._check_absent(kind, name)
-        except (RefusedFile, ValueError, pa.ArrowException) as error:
-            raise damaged(self.store.layer_path(layer, name), error) from error
-
     def _check_absent(self, kind: str, name: str) -> None:
         """Raise MissingLabels if a partition that does not exist is not one without entries."""
         if kind in self._whole:
             return
         layer = f"{self.folder}/{kind}"
         listed = self.store.shards(layer)
+
+        def count(other: str) -> int:
+            with contextlib.suppress(FileNotFoundError):
+                opened = self.store.open_layer(layer, other, whole=False)
+                with naming_file(self.store, layer, other), opened as file:
+                    return int(file.metadata.num_rows)
+            return 0
+
         with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-            entries = sum(pool.map(lambda other: self._entries(layer, other), listed))
+            entries = sum(pool.map(count, listed))
         if name in listed or entries != self.kinds[kind]:
             raise MissingLabels(f"{self.store.layer_path(layer, name)} does not exist any more. Restore it. {_FIX}")
         self._whole.add(kind)
 
-    @functools.cached_property
-    def _whole(self) -> set[str]:
-        """Kinds whose partitions have all entries."""
-        return set()
-
-    def _entries(self, layer: str, name: str) -> int:
-        with contextlib.suppress(FileNotFoundError):
+    def _read(self, kind: str, number: int, hashes: Hashes) -> Iterator[Entries]:
+        """The row groups of a partition that can have some sorted ``hashes``."""
+        layer, name = f"{self.folder}/{kind}", f"{number:05d}"
+        try:
             opened = self.store.open_layer(layer, name, whole=False)
             with naming_file(self.store, layer, name), opened as file:
-                return int(file.metadata.num_rows)
-        return 0
-
-    def _checked(self, table: pa.Table) -> Entries:
-        entries = Entries(*(table[name].cast(type_).to_numpy() for name, type_ in zip(_NAMES, _TYPES, strict=True)))
-        inside = (entries.shards >= 0) & (entries.shards < len(self.shards)) & (entries.rows >= 0)
-        if not inside.all() or (entries.hashes[1:] < entries.hashes[:-1]).any():
-            raise ValueError("its entries are not sorted, or name no shard")
-        return entries
-
-
-def _can_have(file: LayerFile, group: int, hashes: Hashes) -> bool:
-    """Whether a row group can have some of the sorted ``hashes``, by its statistics if it has some."""
-    column = file.metadata.row_group(group).column(0)
-    if not column.is_stats_set or not column.statistics.has_min_max:
-        return True
-    least, most = (np.uint64(int(bound) % 2**_HASH_BITS) for bound in (column.statistics.min, column.statistics.max))
-    at = int(np.searchsorted(hashes, least))
-    return at < len(hashes) and bool(hashes[at] <= most)
+                for group in range(file.num_row_groups):
+                    statistics = file.metadata.row_group(group).column(0).statistics
+                    if statistics is not None and statistics.has_min_max:
+                        least, most = (np.uint64(int(b) % 2**_HASH_BITS) for b in (statistics.min, statistics.max))
+                        at = int(np.searchsorted(hashes, least))
+                        if at == len(hashes) or hashes[at] > most:
+                            continue
+                    table = file.read_row_group(group, _NAMES, use_threads=False)
+                    columns = (table[name].cast(type_).to_numpy() for name, type_ in zip(_NAMES, _TYPES, strict=True))
+                    entries = Entries(*columns)
+                    inside = (entries.shards >= 0) & (entries.shards < len(self.shards)) & (entries.rows >= 0)
+                    if not inside.all() or (entries.hashes[1:] < entries.hashes[:-1]).any():
+                        raise ValueError("its entries are not sorted, or name no shard")
+                    yield entries
+        except StorageError:
+            raise
+        except FileNotFoundError:
+            self._check_absent(kind, name)  # it may be one without entries
+        except (RefusedFile, ValueError, pa.ArrowException) as error:
+            raise damaged(self.store.layer_path(layer, name), error) from error
 
 
 _SCHEMA = schemas.identities_schema()
@@ -490,18 +472,3 @@ def _read_shards(store: Store, fingerprint: str) -> pa.Table:
     except (RefusedFile, ValueError, pa.ArrowException) as error:
         raise damaged(store.path(*parts), error) from error
     return table
-
-
-def description(index: IdentityIndex) -> dict[str, Any]:
-    """The content of index.json."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "fingerprint": index.fingerprint,
-        "samples": index.samples,
-        "bits": index.bits,
-        "kinds": index.kinds,
-        "repeated": index.repeated,
-        "shards": len(index.shards),
-        "rows": sum(map(sum, index.groups)),
-    }

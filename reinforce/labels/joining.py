@@ -156,8 +156,6 @@ class Joining:
             why[number] = Why(ABSENT, f"none with its {named or KEY}")
         return joined, why
 
-    # -- candidates
-
     def _find(self, kind: str, numbers: Sequence[int]) -> Rows:
         """The candidates of samples. A copy in the order of the rows needs the index once for each row group."""
         found: Rows = {}
@@ -190,12 +188,15 @@ class Joining:
         for other in KINDS if many else ():
             known = self._entries(other, many) if other != kind else {}
             for number in many:
-                both = _common(found[number], known.get(number, _NO_ROWS))
+                few, most = sorted((found[number], known.get(number, _NO_ROWS)), key=len)  # both are sorted
+                both = few[np.take(most, np.searchsorted(most, few), mode="clip") == few]
                 found[number] = both if len(both) else found[number]
-        return {
-            number: None if len(rows) > MAX_CANDIDATES and kind not in PROOFS else _rows(rows[:MAX_CANDIDATES])
-            for number, rows in found.items()
-        }
+        several: Rows = {}
+        for number, codes in found.items():
+            few = codes[:MAX_CANDIDATES]
+            rows = [RowOf(code >> _ROW_BITS, code & (1 << _ROW_BITS) - 1) for code in few.tolist()]
+            several[number] = None if len(codes) > MAX_CANDIDATES and kind not in PROOFS else rows
+        return several
 
     def _entries(self, kind: str, numbers: Iterable[int]) -> dict[int, Codes]:
         """The distinct rows with the hash of each sample that has some, as sorted codes."""
@@ -203,8 +204,6 @@ class Joining:
         texts = [*dict.fromkeys(self._own[number][kind] for number in stating)]  # one that many state is looked up once
         rows = self._rows.entries(kind, texts) if texts else {}
         return {number: rows[text] for number in stating if (text := self._own[number][kind]) in rows}
-
-    # -- rows
 
     def _read(self, kind: str, rows: Rows) -> tuple[dict[int, dict[RowOf, Identity]], dict[int, str]]:
         """Identities of the candidates of each sample, and why one cannot be read."""
@@ -243,19 +242,6 @@ class Joining:
         return choose(own, fitting) or Why(AMBIGUOUS, why_ambiguous(kind))
 
 
-def _common(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Values that are in both of two sorted arrays."""
-    few, many = sorted((one, other), key=len)
-    return few[np.take(many, np.searchsorted(many, few), mode="clip") == few]
-
-
-def _rows(codes: npt.NDArray[np.int64]) -> list[RowOf]:
-    return [RowOf(code >> _ROW_BITS, code & (1 << _ROW_BITS) - 1) for code in codes.tolist()]
-
-
-# -- rows of a tar
-
-
 class TarRows(Candidates):
     """The samples of a tar, with what they state. ``join`` is the weakest kind that may join: one of KINDS, or KEY."""
 
@@ -283,7 +269,9 @@ class TarRows(Candidates):
         """The row of each sample, or why it has none."""
         own = {number: {**one.identity, KEY: one.key} for number, one in enumerate(samples)}
         found, why = Joining(self, own).join(self._joins)
-        why |= {number: self._why_none(own[number]) for number, one in why.items() if one.what == ABSENT}
+        for number, stated in own.items():
+            if number in why and why[number].what == ABSENT:
+                why[number] = self._why_none(stated)
         return [found[number] if number in found else why[number] for number in own]
 
     def _why_none(self, own: Identity) -> Why:
@@ -305,9 +293,6 @@ class TarRows(Candidates):
 def _listed(names: Iterable[str]) -> str:
     *others, last = names
     return f"{', '.join(others)} or {last}" if others else last
-
-
-# -- rules
 
 
 def choose(own: Identity, candidates: Sequence[tuple[T, Identity]]) -> T | None:

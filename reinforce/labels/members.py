@@ -77,36 +77,33 @@ class MemberReader:
         arrays = functools.cache(functools.partial(_arrays, members))
         for layer in self.layers:
             try:
-                if not layer.kind.vectors:
-                    values[layer.name] = self._captions(layer, members)
+                if layer.kind.vectors:
+                    crops = layer.texts is None and records is not None
+                    if crops and [*self.augmentations(members, *LARGEST_IMAGE)] != from_records(records or ()):
+                        text = f"the crops of its vectors, in {PARAMETERS}, are not those of the stored sample"
+                        raise Unreadable(text)
+                    values[layer.name] = self._vectors(layer, arrays())
                     continue
-                if layer.texts is None and records is not None:
-                    self._check_crops(members, records)
-                values[layer.name] = self._vectors(layer, arrays())
+                name, document = str(self.config.captioners[str(layer.model)].model), _json(members, CAPTIONS)
+                texts = document.get(name)
+                if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                    raise Unreadable(f"no list {name!r} of texts in {CAPTIONS}, which has: {list_names(document)}")
+                if len(texts) < layer.count:
+                    raise Unreadable(f"{len(texts)} captions in {name!r}, expected {layer.count}: set `captions`")
+                most = self.config.input.limits.caption_chars
+                values[layer.name] = [clean_text(text, most) for text in texts[: layer.count]]
             except Unreadable as error:
                 values[layer.name] = Refusal(key, Reason.REINFORCEMENT_BROKEN, str(error))
         return values
 
-    def _check_crops(self, members: Members, records: Sequence[Mapping[str, Any]]) -> None:
-        """Raise Unreadable if the crops of the vectors are not ``records``."""
-        if [*self.augmentations(members, *LARGEST_IMAGE)] != from_records(records):
-            raise Unreadable(f"the crops of its vectors, in {PARAMETERS}, are not those of the stored sample")
-
-    def _captions(self, layer: Layer, members: Members) -> list[str]:
-        """The layer's captions. Raises Unreadable."""
-        name = self._list_of(str(layer.model))
-        document = _json(members, CAPTIONS)
-        texts = document.get(name)
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise Unreadable(f"no list {name!r} of texts in {CAPTIONS}, which has: {list_names(document)}")
-        if len(texts) < layer.count:
-            raise Unreadable(f"{len(texts)} captions in {name!r}, expected {layer.count}: set `captions`")
-        return [clean_text(text, self.config.input.limits.caption_chars) for text in texts[: layer.count]]
-
     def _vectors(self, layer: Layer, arrays: Mapping[str, Floats]) -> Floats:
         """The layer's unit vectors [count, dim]: some rows and columns of one of a sample's arrays. Raises
         Unreadable."""
-        name, first = self._array_of(layer, arrays)
+        name, first = (_IMAGES if layer.texts is None else _TEXTS), 0
+        if layer.texts not in (None, TRUE_CAPTION):
+            own = str(self.config.captioners[str(layer.texts)].model)
+            followed = own == _UNTAGGED and f"{own}_emb" not in arrays  # they follow that of the true caption
+            name, first = (_TEXTS, 1) if followed else (f"{own}_emb", 0)
         if name not in arrays:
             raise Unreadable(f"no vectors {name!r}, only: {list_names(arrays)}")
         teacher = self.config.teachers[str(layer.model)]
@@ -122,18 +119,6 @@ class MemberReader:
         part = arrays[name][first : first + layer.count, columns[0] : columns[1]]
         unit: Floats = part / checked_norms(part, f"{name}, columns {columns[0]} to {columns[1]}")
         return unit
-
-    def _array_of(self, layer: Layer, arrays: Mapping[str, Floats]) -> tuple[str, int]:
-        """The name of the array with a layer's vectors, and the first of its rows that has one."""
-        if layer.texts in (None, TRUE_CAPTION):
-            return (_IMAGES if layer.texts is None else _TEXTS), 0
-        own = self._list_of(str(layer.texts))
-        followed = own == _UNTAGGED and f"{own}_emb" not in arrays
-        return (_TEXTS, 1) if followed else (f"{own}_emb", 0)
-
-    def _list_of(self, captioner: str) -> str:
-        """The list of synthetic captions that a captioner of the config names."""
-        return str(self.config.captioners[captioner].model)
 
 
 def checked_norms(values: Floats, where: str) -> Floats:
@@ -175,16 +160,14 @@ def parse_augmentation(record: Any, size: int, width: int, height: int) -> Augme
         return Augmentation(box, size, None)
     if not isinstance(ops, list) or len(ops) > MAX_OPS:
         raise Unreadable(f"{PARAMETERS}: {str(ops)[:80]!r} is not a list of operations")
-    return Augmentation(box, size, tuple(map(_parse_op, ops)))
-
-
-def _parse_op(pair: Any) -> Op:
-    if isinstance(pair, list) and len(pair) == 2:
-        index, magnitude = pair
+    parsed = []
+    for pair in ops:
+        index, magnitude = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
         exists = type(index) is int and 0 <= index < len(OPS)
-        if exists and type(magnitude) in (int, float) and abs(magnitude) <= _MAX_MAGNITUDE:
-            return Op(OPS[index], float(np.float32(magnitude)))
-    raise Unreadable(f"{PARAMETERS}: {str(pair)[:80]!r} is not an operation")
+        if not exists or type(magnitude) not in (int, float) or not abs(magnitude) <= _MAX_MAGNITUDE:
+            raise Unreadable(f"{PARAMETERS}: {str(pair)[:80]!r} is not an operation")
+        parsed.append(Op(OPS[index], float(np.float32(magnitude))))
+    return Augmentation(box, size, tuple(parsed))
 
 
 def parse_vectors(name: str, data: bytes) -> dict[str, Floats]:
@@ -198,27 +181,21 @@ def parse_vectors(name: str, data: bytes) -> dict[str, Floats]:
 
 
 def _parse_npz(data: bytes) -> dict[str, Floats]:
+    """The two-dimensional float arrays. A header's shape counts only if the data has its size."""
     arrays = {}
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     with zipfile.ZipFile(io.BytesIO(data)) as file:
         _check_size(sum(info.file_size for info in file.infolist()))
         for info in file.infolist():
             with file.open(info) as member:
-                array = _parse_npy(member.read(info.file_size))  # unpacks no more than the size that was checked
-            if array is not None:
+                content = io.BytesIO(member.read(info.file_size))  # unpacks no more than the size that was checked
+            shape, column_major, dtype = readers[np.lib.format.read_magic(content)](content)
+            start, size = content.tell(), len(content.getbuffer())
+            if dtype.kind == "f" and len(shape) == 2 and math.prod(shape) * dtype.itemsize == size - start:
+                flat = np.frombuffer(content.getbuffer(), dtype, offset=start)
+                array = flat.reshape(shape, order="F" if column_major else "C").astype(np.float32)
                 arrays[info.filename.removesuffix(".npy")] = array
     return arrays
-
-
-def _parse_npy(data: bytes) -> Floats | None:
-    """A two-dimensional float array, or None. The header's shape counts only if the data has its size."""
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, column_major, dtype = read(file)
-    if dtype.kind != "f" or len(shape) != 2 or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
-        return None
-    flat = np.frombuffer(data, dtype, offset=file.tell())
-    return flat.reshape(shape, order="F" if column_major else "C").astype(np.float32)
 
 
 def _parse_pth(data: bytes) -> dict[str, Floats]:
@@ -248,8 +225,6 @@ def list_names(names: Iterable[object]) -> str:
     """The first few names, for messages."""
     return ", ".join(map(str, list(names)[:10]))[:200] or "nothing"
 
-
-# -- Interface of labels of the rows of a shard, from a dataset or from tars of DataCompDR.
 
 #: Names of counts besides kinds and KEY: of another image; without a counterpart; with the key of one, but nothing
 #: that confirms it; with several that nothing distinguishes; with labels that cannot be read.
@@ -407,9 +382,6 @@ def describe_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{counts[name]:,} {word}" for name, word in words.items() if counts.get(name))
 
 
-# -- The augmentation records of labels that are a dataset, fitted to a local image of another size.
-
-
 @dataclass(frozen=True)
 class LabelCrops:
     """An image of ``width`` x ``height`` pixels that was labelled, with its augmentation records if these are taken."""
@@ -449,13 +421,13 @@ def parse_records(
     records = stored or ()
     if len(records) < count:
         raise Unreadable(f"{len(records)} augmentation records, expected {count}")
-    return tuple(_parse(record, size, width, height) for record in records[:count])
-
-
-def _parse(record: Mapping[str, Any], size: int, width: int, height: int) -> Augmentation:
-    if record["size"] != size:
-        raise Unreadable(f"crops of size {record['size']}, expected {size}")
-    crop, ops = record["crop"], record["ops"]
-    if ops is not None:
-        ops = [[OPS.index(op["name"]) if op["name"] in OPS else None, op["magnitude"]] for op in ops]
-    return parse_augmentation([[crop["top"], crop["left"], crop["height"], crop["width"]], ops], size, width, height)
+    found = []
+    for record in records[:count]:
+        if record["size"] != size:
+            raise Unreadable(f"crops of size {record['size']}, expected {size}")
+        crop, ops = record["crop"], record["ops"]
+        if ops is not None:
+            ops = [[OPS.index(op["name"]) if op["name"] in OPS else None, op["magnitude"]] for op in ops]
+        box = [crop["top"], crop["left"], crop["height"], crop["width"]]
+        found.append(parse_augmentation([box, ops], size, width, height))
+    return tuple(found)

@@ -1,4 +1,10 @@
-"""Labels in the tars of DataCompDR, DFNDR and RayGen: one tar for each shard of the source, which may be that shard."""
+"""The labels of the samples of a shard, in the tars of DataCompDR, DFNDR and RayGen, or in a dataset.
+
+There is one tar for each shard of the source, which may be that shard. Labels that are a dataset are found by identity
+in an index, and read a row group at a time. They are untrusted: files are read as a dataset's are, with their bounds,
+and only by the names of shards that the index lists in their own folder. What an index states is a hint: each
+candidate's row is compared.
+"""
 
 from __future__ import annotations
 
@@ -168,28 +174,23 @@ class TarLabels(LabelSet):
                 detail = "reinforced, but no sample of the source's shard is of its image"
                 yield Refusal(identity[KEY], Reason.NO_IMAGE, detail)
 
-    def _check(self) -> None:
-        """Raise UserError if some layer is unreadable in all of the first samples."""
-        errors = [self._errors(self._labels(row, KEY)) for row in range(min(_CHECKED_SAMPLES, len(self._members)))]
-        for layer in errors[0] if errors else ():
-            if all(layer in others for others in errors):
-                raise UserError(
-                    f"{layer}: cannot be read from any of the first {len(errors)} samples of {canonical(self._url)}: "
-                    f"{errors[0][layer]}"
-                )
-
-    def _errors(self, labels: PackedLabels) -> dict[str, str]:
-        """Values of a sample that cannot be read, by layer, independently of its image."""
-        values = labels.unpacked(self._reader, "")
-        errors = {name: value.detail for name, value in values.items() if isinstance(value, Refusal)}
-        try:
-            labels.crops(self._reader, *LARGEST_IMAGE)
-        except Unreadable as error:
-            return {SAMPLES: str(error), **errors}
-        return errors
-
     def preview(self, samples: Sequence[Wanted], where: str) -> list[str]:
-        self._check()
+        every: list[dict[str, str]] = []  # what of the first samples cannot be read, independently of their images
+        for row in range(min(_CHECKED_SAMPLES, len(self._members))):
+            labels = self._labels(row, KEY)
+            values = labels.unpacked(self._reader, "")
+            errors = {name: value.detail for name, value in values.items() if isinstance(value, Refusal)}
+            try:
+                labels.crops(self._reader, *LARGEST_IMAGE)
+            except Unreadable as error:
+                errors = {SAMPLES: str(error), **errors}
+            every.append(errors)
+        for layer in every[0] if every else ():
+            if all(layer in others for others in every):
+                raise UserError(
+                    f"{layer}: cannot be read from any of the first {len(every)} samples of {canonical(self._url)}: "
+                    f"{every[0][layer]}"
+                )
         refused = [one.refusal for one in self.find(samples) if one.refusal is not None]
         if not samples or not self._members:
             return []
@@ -215,11 +216,6 @@ def _disk_errors() -> Iterator[None]:
             f"reinforcements cannot be copied to {tempfile.gettempdir()}: {error}; make room there, or set TMPDIR."
         ) from error
 
-
-# -- The labels of the samples of a shard: found by identity in an index, and read a row group at a time.
-#
-# Labels are untrusted. Files are read as a dataset's are, with their bounds, and only by the names of shards that the
-# index lists in their own folder. What an index states is a hint: each candidate's row is compared.
 
 _CACHED_BYTES = 128 * 2**20  # of decoded row groups
 _OPEN_FILES = 16
@@ -314,7 +310,8 @@ class _StoredSet(LabelSet):
         self._joins = JOINS[: JOINS.index(self._labels.join) + 1]
         self.has_digests = DIGEST in self._index.kinds
         self._true_captions = next((layer.count for layer in layers if layer.texts == TRUE_CAPTION), 0)
-        self._stored_captions = next((self._count(layer) for layer in layers if layer.texts == TRUE_CAPTION), 0)
+        true = (self._labels.taken.layers[layer.name] for layer in layers if layer.texts == TRUE_CAPTION)
+        self._stored_captions = next((int(entry["count"]) for entry in true), 0)
         columns = ["width", "height", *(["augmentations"] if self._crops else [])]
         columns += ["caption", TRUE_CAPTIONS] if self._true_captions else []
         check = functools.partial(read_fingerprint, store)
@@ -354,7 +351,13 @@ class _StoredSet(LabelSet):
         values: dict[int, dict[str, LabelValue]] = {number: {} for number in rows}
         for layer in self._layers:  # each row group is read once, even where it alone fills the cache
             for number, row in rows.items():
-                values[number][layer.name] = self._value_or_why(layer, row, samples[number].key)
+                key = samples[number].key
+                try:
+                    value = self._value(layer, row)
+                except ValueError as error:
+                    value = Refusal(key, Reason.REINFORCEMENT_BROKEN, f"{row.where}: {error}")
+                null = Refusal(key, Reason.NOT_REINFORCED, f"{row.where}: null")
+                values[number][layer.name] = null if value is None else value
         for number in range(len(samples)):
             if number in refusals:
                 yield RowLabels(self.name, {layer.name: refusals[number] for layer in self._layers})
@@ -364,24 +367,18 @@ class _StoredSet(LabelSet):
                 self.name, values[number], places[number].kind, image=image, captions=texts, count=self._true_captions
             )
 
-    # -- joining
-
     def join(self, samples: Sequence[Wanted]) -> tuple[dict[int, Joined], dict[int, Why]]:
         """The row of each sample that has labels, and why others have none; counts them."""
-        own = {number: self._identity(sample) for number, sample in enumerate(samples)}
+        own: dict[int, Identity] = {}
+        for number, sample in enumerate(samples):
+            identity = dict(sample.identity)
+            if self.has_digests and sample.image is not None:
+                digest = sample.image if isinstance(sample.image, int) else image_digest(sample.image)
+                identity[DIGEST] = f"{digest:016x}"
+            own[number] = identity | ({KEY: sample.key} if KEY in self._joins else {})
         found, why = Joining(self._files, own, (ValueError,)).join(self._joins)
         self.counts.update(found[number].kind if number in found else why[number].what for number in own)
         return found, why
-
-    def _identity(self, sample: Wanted) -> dict[str, str]:
-        """Identities of a sample, with the digest of its image if the labels have digests, and its key if keys join."""
-        found = dict(sample.identity)
-        if self.has_digests and sample.image is not None:
-            digest = sample.image if isinstance(sample.image, int) else image_digest(sample.image)
-            found[DIGEST] = f"{digest:016x}"
-        return found | ({KEY: sample.key} if KEY in self._joins else {})
-
-    # -- values
 
     def _read(self, at: Joined, key: str) -> _Row | Refusal:
         """A row of labels, or why it has nothing for the sample ``key``."""
@@ -389,35 +386,20 @@ class _StoredSet(LabelSet):
         group, row = self._index.row_group(at.shard, at.row)
         where = f"labels: {shard}, row {at.row}"
         try:
-            samples = self._files.samples(shard, group)
-            image = self._image(samples, row)
+            samples = self._files.samples(shard, group)[0]
+            width, height = (samples[side][row].as_py() or 0 for side in ("width", "height"))
+            if min(width, height) < 1:
+                raise Unreadable(f"an image of {width} x {height}")
+            records: tuple[Augmentation, ...] = ()
+            if self._crops:
+                policy = self._config.augmentations
+                stored = samples["augmentations"][row].as_py()
+                records = parse_records(stored, policy.count, policy.size, width, height)
+            image = LabelCrops(records, width, height)
             texts = true_captions(samples.slice(row, 1))[0] if self._true_captions else ()
         except ValueError as error:  # also of texts that are no UTF-8
             return Refusal(key, Reason.REINFORCEMENT_BROKEN, f"{where}: {error}")
         return _Row(where, shard, group, row, samples["key"][row].as_py(), samples.num_rows, image, texts)
-
-    def _value_or_why(self, layer: Layer, row: _Row, key: str) -> LabelValue:
-        """The value of a layer in a row of labels, for the sample ``key``."""
-        try:
-            value = self._value(layer, row)
-        except ValueError as error:
-            return Refusal(key, Reason.REINFORCEMENT_BROKEN, f"{row.where}: {error}")
-        return Refusal(key, Reason.NOT_REINFORCED, f"{row.where}: null") if value is None else value
-
-    def _image(self, samples: pa.Table, row: int) -> LabelCrops:
-        """The image of a row, with its records if they are taken. Raises Unreadable."""
-        policy = self._config.augmentations
-        width, height = (samples[side][row].as_py() or 0 for side in ("width", "height"))
-        if min(width, height) < 1:
-            raise Unreadable(f"an image of {width} x {height}")
-        records: tuple[Augmentation, ...] = ()
-        if self._crops:
-            records = parse_records(samples["augmentations"][row].as_py(), policy.count, policy.size, width, height)
-        return LabelCrops(records, width, height)
-
-    def _count(self, layer: Layer) -> int:
-        """Values of a row in the labels."""
-        return int(self._labels.taken.layers[layer.name]["count"])
 
     def _value(self, layer: Layer, row: _Row) -> LabelValue | None:
         """The value of a row, None where it is null. Raises Unreadable."""
@@ -426,7 +408,9 @@ class _StoredSet(LabelSet):
             raise Unreadable(f"{layer.name} does not have the rows of its samples")
         value = values[row.number]
         if isinstance(value, np.ndarray):
-            least = self._count(layer) if layer.texts == TRUE_CAPTION else layer.count
+            least = layer.count
+            if layer.texts == TRUE_CAPTION:
+                least = int(self._labels.taken.layers[layer.name]["count"])
             width = layer.dim if layer.codebook is None else value.shape[1]
             if value.shape[0] < least or value.shape[1] != width:
                 raise Unreadable(f"{layer.name} has vectors {[*value.shape]}, expected {[least, layer.dim]}")
@@ -453,9 +437,21 @@ class _Files(IndexedRows):
         self._open: OrderedDict[tuple[str, str], tuple[contextlib.ExitStack, LayerFile]] = OrderedDict()
         self._groups: OrderedDict[tuple[str, str, int], tuple[Any, int]] = OrderedDict()  # with their bytes
 
-    def samples(self, shard: str, group: int) -> pa.Table:
-        """The samples of a row group, without images."""
-        return self._cached(SAMPLES, shard, group, self._read_samples)[0]
+    def samples(self, shard: str, group: int) -> tuple[pa.Table, list[Identity], dict[str, dict[str, int]]]:
+        """The samples of a row group without images, what they state, and the first row of each value by kind."""
+
+        def read(file: LayerFile, group: int) -> tuple[Any, int]:
+            columns = ["key", *self._columns, *columns_of_identities(file.footer[1], images=False)]
+            table = file.read_row_group(group, columns, use_threads=False)
+            found = [{KEY: key, **one} for key, one in zip(table["key"].to_pylist(), stated(table), strict=True)]
+            rows: dict[str, dict[str, int]] = {}
+            for row, one in enumerate(found):
+                for kind, value in one.items():
+                    rows.setdefault(kind, {}).setdefault(value, row)
+            return (table, found, rows), 4 * table.nbytes
+
+        samples: tuple[pa.Table, list[Identity], dict[str, dict[str, int]]] = self._cached(SAMPLES, shard, group, read)
+        return samples
 
     def near(self, kind: str, values: Sequence[str]) -> dict[int, RowOf]:
         """The rows of ``values`` that are in a row group that was read last, by place in ``values``."""
@@ -469,11 +465,10 @@ class _Files(IndexedRows):
 
     def stated(self, row: RowOf) -> Identity:
         group, number = self.index.row_group(*row)
-        found = self._cached(SAMPLES, self.index.shards[row.shard], group, self._read_samples)[1]
+        found = self.samples(self.index.shards[row.shard], group)[1]
         if number >= len(found):
             raise RefusedFile(f"row group {group} has {len(found)} rows, and others by the index")
-        identity: Identity = found[number]
-        return identity
+        return found[number]
 
     def values(self, layer: Layer, shard: str, group: int) -> tuple[pa.ChunkedArray, Any]:
         """The keys and values of a row group of a layer."""
@@ -488,17 +483,6 @@ class _Files(IndexedRows):
             return (table["key"], values), table.nbytes + values.nbytes
 
         return self._cached(layer.name, shard, group, read)
-
-    def _read_samples(self, file: LayerFile, group: int) -> tuple[Any, int]:
-        names = file.footer[1]
-        columns = ["key", *self._columns, *columns_of_identities(names, images=False)]
-        table = file.read_row_group(group, columns, use_threads=False)
-        found = [{KEY: key, **one} for key, one in zip(table["key"].to_pylist(), stated(table), strict=True)]
-        rows: dict[str, dict[str, int]] = {}
-        for row, one in enumerate(found):
-            for kind, value in one.items():
-                rows.setdefault(kind, {}).setdefault(value, row)
-        return (table, found, rows), 4 * table.nbytes
 
     def _cached(self, layer: str, shard: str, group: int, read: Any) -> Any:
         place = (layer, shard, group)

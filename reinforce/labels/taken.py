@@ -62,29 +62,29 @@ def with_labels(config: Config) -> Config:
 
 def labelled(config: Config, layers: Iterable[Layer]) -> Iterable[Layer]:
     """The layers of a config, with the labels that they are taken of; without those that nothing makes. All values of
-    a published layer without other labels are in `reinforcements`, which also decide the rows of the samples."""
+    a published layer without other labels are in `reinforcements`, which also decide the rows of the samples.
+
+    Raises UserError if a layer does not have the shape of its labels, or fewer crops. The vectors of true captions are
+    those of a sample's captions, which may be more or fewer.
+    """
     owners = {layer: name for name, labels in config.labels.items() for layer in labels.taken.layers}
     for layer in layers:
         section, model = layer.owner
         if config.reinforcements is not None:
             yield replace(layer, labels=REINFORCEMENTS) if layer.published or layer.name == SAMPLES else layer
         elif layer.name in owners:
-            entry = config.labels[owners[layer.name]].taken.layers[layer.name]
-            yield replace(_fitting(layer, entry, f"labels.{owners[layer.name]}"), labels=owners[layer.name])
+            name = owners[layer.name]
+            entry = config.labels[name].taken.layers[layer.name]
+            count, dim = entry["count"], entry.get("dim")
+            counted = layer.count if layer.texts != TRUE_CAPTION else count
+            if (counted > count if layer.kind.crops else counted != count) or layer.dim not in (None, dim):
+                own = f"{[layer.count, layer.dim]} in this config"
+                raise UserError(f"labels.{name}: {layer.name} is {[count, dim]} there, and {own}")
+            yield replace(layer, dim=dim, labels=name)
         elif layer.name == SAMPLES and config.labels_of_crops is not None:
             yield replace(layer, labels=config.labels_of_crops)
         elif not isinstance(getattr(config, str(section), {}).get(model), LabelTeacherSpec):
             yield layer
-
-
-def _fitting(layer: Layer, entry: Mapping[str, Any], where: str) -> Layer:
-    """A layer with the dimension of labels. Raises UserError unless it has their shape, or fewer crops. The vectors of
-    true captions are those of a sample's captions, which may be more or fewer."""
-    count, dim = entry["count"], entry.get("dim")
-    counted = layer.count if layer.texts != TRUE_CAPTION else count
-    if (counted > count if layer.kind.crops else counted != count) or layer.dim not in (None, dim):
-        raise UserError(f"{where}: {layer.name} is {[count, dim]} there, and {[layer.count, layer.dim]} in this config")
-    return replace(layer, dim=dim)
 
 
 def _take(where: str, labels: Labels, manifest: Mapping[str, Any]) -> Taken:
@@ -149,46 +149,38 @@ def _with_models(where: str, config: Config, manifest: Mapping[str, Any], taken:
         identity = dict(mapping_at(known, "model"))
         identity.pop("labels", None)
         spec = models.get(name)
-        if spec is None:
-            spec = _spec_of(section, name, identity, known, entry, taken)
-            config = config.model_copy(update={section: {**models, name: spec}})
-        elif not isinstance(spec, LabelTeacherSpec | LabelCaptionerSpec):
-            _check_same(f"{section}.{name}", where, spec.describe().identity, identity)
+        if isinstance(spec, LabelTeacherSpec | LabelCaptionerSpec):
+            continue
+        if spec is not None:
+            own = spec.describe().identity
+            unequal = [key for key in {*own, *identity} - {"precision", "labels"} if own.get(key) != identity.get(key)]
+            if unequal:
+                shown = "; ".join(
+                    f"{key}: {escape(str(identity.get(key))[:80])} there, {str(own.get(key))[:80]} here"
+                    for key in sorted(unequal)[:4]
+                )
+                raise UserError(
+                    f"{section}.{name} is not the model of {where} ({shown}), and their outputs would be mixed. Give "
+                    "it another name, or remove it: samples without labels are null then"
+                )
             if section == "teachers" and spec.storage != entry["dtype"]:
                 raise UserError(f"{section}.{name}.codec: set {entry['dtype']}, as {where} has it")
+            continue
+        if section == "captioners":  # a model that only labels have
+            info = ModelInfo(None, images=True, texts=False, identity=identity)
+            spec = LabelCaptionerSpec(family="published", model=name, captions=entry["count"], info=info)
+        else:
+            made = [one for one in taken.layers if kind_of(one).section == section and model_of(one) == name]
+            sides = {inputs_of(one) for one in made}
+            texts = bool(sides - {"images"})
+            spec = LabelTeacherSpec(
+                family="published",
+                model=name,
+                logit_scale=known.get("logit_scale"),
+                codec=entry["dtype"],
+                **({"codec_sample": entry["codebook"]["sample"]} if "codebook" in entry else {}),
+                info=ModelInfo(entry["dim"], images="images" in sides, texts=texts, identity=identity),
+                image=known.get("image"),
+            )
+        config = config.model_copy(update={section: {**models, name: spec}})
     return config
-
-
-def _spec_of(
-    section: str, name: str, identity: dict[str, Any], known: Mapping[str, Any], entry: Mapping[str, Any], taken: Taken
-) -> LabelTeacherSpec | LabelCaptionerSpec:
-    """A model that only labels have."""
-    if section == "captioners":
-        info = ModelInfo(None, images=True, texts=False, identity=identity)
-        return LabelCaptionerSpec(family="published", model=name, captions=entry["count"], info=info)
-    own = [layer for layer in taken.layers if kind_of(layer).section == section and model_of(layer) == name]
-    sides = {inputs_of(layer) for layer in own}
-    info = ModelInfo(entry["dim"], images="images" in sides, texts=bool(sides - {"images"}), identity=identity)
-    return LabelTeacherSpec(
-        family="published",
-        model=name,
-        logit_scale=known.get("logit_scale"),
-        codec=entry["dtype"],
-        **({"codec_sample": entry["codebook"]["sample"]} if "codebook" in entry else {}),
-        info=info,
-        image=known.get("image"),
-    )
-
-
-def _check_same(model: str, where: str, own: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Raise UserError if the model of a config is not that of labels."""
-    unequal = [key for key in {*own, *theirs} - {"precision", "labels"} if own.get(key) != theirs.get(key)]
-    if unequal:
-        shown = "; ".join(
-            f"{key}: {escape(str(theirs.get(key))[:80])} there, {str(own.get(key))[:80]} here"
-            for key in sorted(unequal)[:4]
-        )
-        raise UserError(
-            f"{model} is not the model of {where} ({shown}), and their outputs would be mixed. Give it another name, "
-            "or remove it: samples without labels are null then"
-        )
