@@ -174,8 +174,10 @@ def scores_schema(names: Sequence[str]) -> pa.Schema:
 
 def view_schema() -> pa.Schema:
     """Schema of ``views/<name>/rows-<fingerprint>/<shard>.parquet``: a row for each sample, in their order."""
-    description = "number and name of the rule that leaves the sample out; null where it is kept"
-    return pa.schema([_KEY, _field("left_out", pa.string(), description)])
+    reason = "number and name of the rule that leaves the sample out; null where it is kept"
+    values = "by which each rule `keep` without `within` decides, in the order of the rules; NaN where there is none"
+    lists = _field("values", pa.list_(pa.float32()), values, nullable=False)
+    return pa.schema([_KEY, _field("left_out", pa.string(), reason), lists])
 
 
 def view_shards_schema() -> pa.Schema:

@@ -47,20 +47,20 @@ class ViewRows:
     name: str
     fingerprint: str
 
-    def write(self, store: Store, shard: str, groups: Sequence[tuple[pa.Array, pa.Array]]) -> int:
-        """Write why each row of a shard is left out, null where it is kept; ``groups`` are keys and reasons by row
-        group. Returns the digest of the file."""
+    def write(self, store: Store, shard: str, groups: Sequence[tuple[pa.Array, pa.Array, pa.Array]]) -> int:
+        """Write why each row of a shard is left out, null where it is kept; ``groups`` are keys, reasons and lists of
+        values by row group. Returns the digest of the file."""
         buffer = io.BytesIO()
         schema = schemas.view_schema()
         options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
         with pq.ParquetWriter(buffer, schema, use_dictionary=["left_out"], **options) as writer:
-            for keys, reasons in groups:
-                writer.write_table(pa.table([keys, reasons], schema=schema))
+            for columns in groups:
+                writer.write_table(pa.table([*columns], schema=schema))
         store.write_bytes(buffer.getvalue(), *rows_path(self.name, self.fingerprint, shard))
         return digest_of(buffer.getvalue())
 
-    def read(self, store: Store, shard: str) -> list[pa.Table]:
-        """Key and ``left_out`` of each row of a shard, by row group. Raises UserError."""
+    def read(self, store: Store, shard: str, values: bool = False) -> list[pa.Table]:
+        """Key and ``left_out`` of each row of a shard, and ``values`` on request, by row group. Raises UserError."""
 
         def parse(content: bytes) -> list[pa.Table]:
             if not _row_digests(self, store).check(shard, content):
@@ -68,7 +68,8 @@ class ViewRows:
             file = LayerFile(pa.BufferReader(content), len(content), file=(f"{FOLDER}/{self.name}", shard))
             return [file.read_row_group(group, names, use_threads=False) for group in range(file.num_row_groups)]
 
-        names, path = schemas.view_schema().names, rows_path(self.name, self.fingerprint, shard)
+        names = schemas.view_schema().names if values else ["key", "left_out"]
+        path = rows_path(self.name, self.fingerprint, shard)
         try:
             return store.read_parsed(parse, *path, limit=_MAX_BYTES)
         except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Statistics of the text of captions: length, diversity, duplicates, and how they end."""
+"""Statistics of the text of captions: length, diversity, duplicates, how they end, and their similarity to images."""
 
 from __future__ import annotations
 
@@ -63,6 +63,8 @@ def text_statistics(rows: Sequence[Sequence[str] | None], self_bleu: bool = True
     lengths = Counter(map(len, captions.elements()))
     distinct = {str(n): _distinct(words, n) for n in (1, 2, 3)}
     total = captions.total()
+    several = [texts for texts in images if len(texts) > 1]
+    others = [[*texts[:i], *texts[i + 1 :]] for texts in several for i in range(len(texts))]
     return {
         "rows": len(rows),
         "captions": total,
@@ -70,7 +72,7 @@ def text_statistics(rows: Sequence[Sequence[str] | None], self_bleu: bool = True
         "words": _ratio(sum(length * count for length, count in lengths.items()), total),
         "distinct": {n: of_all for n, (of_all, _) in distinct.items()},
         "distinct_within_image": {n: within for n, (_, within) in distinct.items()},
-        "self_bleu": _self_bleu(images) if self_bleu else None,
+        "self_bleu": bleu([text for texts in several for text in texts], others) if self_bleu and several else None,
         "duplicates_within_image": _ratio(total - images_with.total(), total),
         "duplicates_across_images": _ratio(sum(captions[c] for c, count in images_with.items() if count > 1), total),
         "no_end_mark": _ratio(sum(_END_MARK.search(text) is None for texts in images for text in texts), total),
@@ -93,13 +95,6 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     return float(score.score) / 100
 
 
-def _self_bleu(images: Sequence[Sequence[str]]) -> float | None:
-    """BLEU-4 of captions against the others of their image; None if no image has two captions."""
-    several = [texts for texts in images if len(texts) > 1]
-    others = [[*texts[:i], *texts[i + 1 :]] for texts in several for i in range(len(texts))]
-    return bleu([text for texts in several for text in texts], others) if several else None
-
-
 def _distinct(images: Sequence[Sequence[tuple[str, ...]]], n: int) -> tuple[float | None, list[float | None]]:
     """Distinct / all n-grams of words: of all captions, and of the first 1, 2, ... of an image, mean over images."""
     every, count = set[tuple[str, ...]](), 0
@@ -119,8 +114,6 @@ def _distinct(images: Sequence[Sequence[tuple[str, ...]]], n: int) -> tuple[floa
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
-
-# -- Figures and charts of captions: lengths, diversity, duplicates, and similarity to their images.
 
 _LONGEST = 0.995  # of the captions are in the chart of lengths; the rest would stretch it
 _WORDS = 3  # of a frequent n-gram
@@ -145,18 +138,17 @@ def text_figures(rows: Rows) -> dict[str, TextFigures]:
         TRUE_CAPTION: [texts or None for texts in rows.captions],
         **rows.synthetic,
     }
-    return {name: _figures(found) for name, found in texts.items()}
-
-
-def _figures(rows: list[list[str] | None]) -> TextFigures:
-    clean = [None if texts is None else [text for text in texts if text is not None] for texts in rows]
-    grams: Counter[tuple[str, ...]] = Counter()
-    for text in (text for texts in clean for text in texts or ()):
-        words = WORD.findall(text.lower())
-        grams.update(zip(*(words[n:] for n in range(_WORDS)), strict=False))
-    frequent = sorted(grams.items(), key=lambda gram: (-gram[1], gram[0]))[:_FREQUENT]
-    summary = text_statistics(clean, self_bleu=installed("sacrebleu"))
-    return TextFigures(summary, tuple((" ".join(gram), count) for gram, count in frequent if count > 1))
+    found = {}
+    for name, rows_of in texts.items():
+        clean = [None if of is None else [text for text in of if text is not None] for of in rows_of]
+        grams: Counter[tuple[str, ...]] = Counter()
+        for text in (text for of in clean for text in of or ()):
+            words = WORD.findall(text.lower())
+            grams.update(zip(*(words[n:] for n in range(_WORDS)), strict=False))
+        frequent = sorted(grams.items(), key=lambda gram: (-gram[1], gram[0]))[:_FREQUENT]
+        summary = text_statistics(clean, self_bleu=installed("sacrebleu"))
+        found[name] = TextFigures(summary, tuple((" ".join(gram), count) for gram, count in frequent if count > 1))
+    return found
 
 
 def similarities(rows: Rows) -> dict[str, dict[str, np.ndarray]]:

@@ -108,7 +108,10 @@ class Duplicates:
         return {"trained": np.array(len(vectors))}
 
     def of(self, group: Group) -> npt.NDArray[Any]:
-        values, valid = self.rule.vectors(group) if self.buckets.dim else digests(group.tables[SAMPLES], group.shard)
+        if self.rule.layer is not None:
+            values, valid = neighbours.mean_vectors(group.tables[self.rule.layer])
+        else:
+            values, valid = digests(group.tables[SAMPLES], group.shard)
         group.codes[group.kept & ~valid] = 2 * self.rule.number + 1
         kept = np.flatnonzero(group.kept)
         records = np.zeros(len(kept), self.buckets.dtype)
@@ -142,7 +145,19 @@ class Duplicates:
     def compare(self, number: int, ranges: Ranges) -> Arrays:
         """Find the places of the worse duplicates of a bucket, for their chunks."""
         records = self.records.read(ranges)
-        out = _near(records, self.threshold) if self.rule.layer else _equal(records)
+        out = np.zeros(len(records), np.bool_)  # those with a better one near them, or of equal digest
+        if self.rule.layer:
+            order = np.argsort(records["cell"], kind="stable")
+            ends = np.flatnonzero(np.diff(records["cell"][order], append=-1))
+            for cell in np.split(order, ends[:-1] + 1):
+                of = records[cell]
+                out[cell] = neighbours.worse_duplicates(
+                    of["vector"], of["home"], of["best"], of["place"], self.threshold
+                )
+        else:
+            order = np.lexsort((records["place"], -records["best"], records["digest"]))
+            in_order = records["digest"][order]
+            out[order[1:]] = in_order[1:] == in_order[:-1]
         places = np.unique(records["place"][out])
         self.worse.write(number, np.searchsorted(self.firsts, places, side="right") - 1, [places])
         return {"worse": np.array(len(places))}
@@ -178,23 +193,3 @@ def digests(samples: pa.Table, shard: str) -> tuple[npt.NDArray[np.uint64], npt.
         )
     column = samples[schemas.IMAGE_DIGEST].combine_chunks()
     return column.fill_null(0).to_numpy(), np.asarray(column.is_valid())
-
-
-def _near(records: npt.NDArray[Any], threshold: float) -> npt.NDArray[np.bool_]:
-    """Mask of records with a better one near them."""
-    out = np.zeros(len(records), np.bool_)
-    order = np.argsort(records["cell"], kind="stable")
-    ends = np.flatnonzero(np.diff(records["cell"][order], append=-1))
-    for cell in np.split(order, ends[:-1] + 1):
-        of = records[cell]
-        out[cell] = neighbours.worse_duplicates(of["vector"], of["home"], of["best"], of["place"], threshold)
-    return out
-
-
-def _equal(records: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Mask of records with a better one of equal digest."""
-    order = np.lexsort((records["place"], -records["best"], records["digest"]))
-    digests = records["digest"][order]
-    out = np.zeros(len(records), np.bool_)
-    out[order[1:]] = digests[1:] == digests[:-1]
-    return out

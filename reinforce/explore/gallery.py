@@ -1,4 +1,5 @@
-"""The facts of a dataset that need no rows: layers, bytes, quarantine and runs."""
+"""The facts of a dataset that need no rows: layers, bytes, quarantine and runs; and the samples that the gallery shows:
+which ones, in which of its tabs, and their pictures."""
 
 from __future__ import annotations
 
@@ -92,8 +93,16 @@ def read_overview(data: Dataset, seed: int) -> Overview:
         for files, content in [(readable[layer.name], layer.kind.content(layer))]
     )
     quarantine = _quarantine(store, {name: every[f"quarantine/{name}"] for name in entries}, seed, problems)
-    runs = tuple(_runs(store, problems))
-    return Overview(len(readable[SAMPLES]), facts, quarantine, runs, tuple(problems))
+    runs = []
+    for name in list_runs(store)[:_RUNS]:
+        try:
+            if (summary := read_summary(store, name)) is not None:
+                time = _RUN_TIME.match(name)
+                started = "{}-{}-{} {}:{} UTC".format(*time.groups()) if time else name
+                runs.append((started, check_run(summary, store.path("runs", name))))
+        except UserError as error:
+            problems.append(str(error))
+    return Overview(len(readable[SAMPLES]), facts, quarantine, tuple(runs), tuple(problems))
 
 
 def _quarantine(store: Store, files: Mapping[str, Listing], seed: int, problems: list[str]) -> Quarantine:
@@ -117,19 +126,6 @@ def _quarantine(store: Store, files: Mapping[str, Listing], seed: int, problems:
     in_turn = (item for nth in itertools.zip_longest(*by_reason.values()) for item in nth if item is not None)
     return Quarantine(sum(map(len, files.values())), read, ordered, tuple(itertools.islice(in_turn, _ITEMS)))
 
-
-def _runs(store: Store, problems: list[str]) -> Iterator[tuple[str, RunRecord]]:
-    for name in list_runs(store)[:_RUNS]:
-        try:
-            if (summary := read_summary(store, name)) is not None:
-                time = _RUN_TIME.match(name)
-                started = "{}-{}-{} {}:{} UTC".format(*time.groups()) if time else name
-                yield started, check_run(summary, store.path("runs", name))
-        except UserError as error:
-            problems.append(str(error))
-
-
-# -- The samples that the gallery shows: which ones, in which of its tabs, and their pictures.
 
 _RANDOM, _RANKED, _NULL = 96, 24, 24  # samples in the random tab, in each ranked tab, and among null rows
 _SIDE, _REPLAY_SIDE = 420, 144  # pixels
@@ -251,15 +247,11 @@ def make_cards(
         for number, (layer, value) in enumerate(sample.values.items()):
             if stem and len(colours := kind_of(layer).pictures(value, SHOWN_REPLAYS)):
                 grids[layer] = f"{stem}-grids-{number}.webp"
-                write(grids[layer], webp(_side_by_side(colours)))
+                times = max(1, _REPLAY_SIDE // colours.shape[1])  # each is enlarged to the height of crops
+                strip = np.concatenate(colours.repeat(times, axis=1).repeat(times, axis=2), axis=1)
+                write(grids[layer], webp(Image.fromarray(strip)))
         cards.append(Card(row, shard, ShownSample.of(sample), ranks[row], agreed, stem, problem, refused, grids))
     return sorted(cards, key=lambda card: card.ranks["key"])
-
-
-def _side_by_side(pictures: np.ndarray) -> Image.Image:
-    """Pictures [n, h, w, 3] in a row, each enlarged to the height of crops."""
-    times = max(1, _REPLAY_SIDE // pictures.shape[1])
-    return Image.fromarray(np.concatenate(pictures.repeat(times, axis=1).repeat(times, axis=2), axis=1))
 
 
 @dataclass(frozen=True)

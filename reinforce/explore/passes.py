@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,8 @@ from reinforce.explore.rules import BoundRule, Codes, Group, Ordered, Search, la
 _CHUNK_ROWS, _CHUNK_SHARDS = 2**18, 64
 _THREADS = 8  # of a process that reads an object store
 _T = TypeVar("_T")
+#: Of a row group: its shard, the keys, codes and lists of values of its rows.
+_Written: TypeAlias = "tuple[str, pa.Array, Codes, pa.Array]"
 _local = threading.local()
 
 
@@ -77,7 +79,8 @@ class Measure(Protocol[_T]):
 class Pass(Generic[_T]):
     """Applies ``pending`` rules to the rows of a chunk, and measures those that are kept.
 
-    ``before`` is the stage whose codes it starts from, ``after`` the one that gets its own, if it changes some.
+    ``before`` is the stage whose codes it starts from, ``after`` the one that gets its own, if it changes some. The
+    values of rules that are ``read`` are computed, too. Without a ``measure`` the rules are only applied.
     """
 
     parts: Parts
@@ -85,7 +88,8 @@ class Pass(Generic[_T]):
     before: str | None
     after: str | None
     pending: Sequence[BoundRule]
-    measure: Measure[_T]
+    measure: Measure[_T] | None
+    read: Sequence[BoundRule] = ()
 
     def __call__(self, number: int, chunk: ShardChunk) -> Arrays:
         codes = np.zeros(chunk.rows, np.uint16)
@@ -97,12 +101,14 @@ class Pass(Generic[_T]):
         found = [*pool.map(self._measure, chunk.shards, firsts, np.split(codes, ends[:-1]))]
         if self.after is not None:
             self.parts.save(self.after, number, {"codes": codes})
-        return self.measure.result(number, chunk, [one for of_shard in found for one in of_shard], self.parts)
+        every = [one for of_shard in found for one in of_shard]
+        return {} if self.measure is None else self.measure.result(number, chunk, every, self.parts)
 
     def _measure(self, shard: str, start: int, codes: Codes) -> list[_T]:
         """What is found in each row group of a shard, whose ``codes`` are updated; it begins at row ``start``."""
         found, first = [], 0
-        rules = [*self.pending, *([self.measure.rule] if self.measure.rule else [])]
+        measured = None if self.measure is None else self.measure.rule
+        rules = [*self.pending, *self.read, *([measured] if measured else [])]
         expressions = [one for rule in rules for one in rule.expressions]
         texts = [one.text for one in expressions]
         names = set().union(*(rule.sample_columns for rule in rules))
@@ -119,7 +125,8 @@ class Pass(Generic[_T]):
                 group = Group(shard, start + first, tables, dict(zip(texts, values, strict=True)), of_group)
                 for rule in self.pending:
                     rule.apply(group)
-                found.append(self.measure.of(group))
+                if self.measure is not None:
+                    found.append(self.measure.of(group))
                 first += rows
         if first != len(codes):
             raise UserError(
@@ -152,19 +159,6 @@ def digest_contents(parts: Parts, columns: Columns, number: int, chunk: ShardChu
 
 
 @dataclass(frozen=True)
-class ApplyRules:
-    """Measures nothing: the pass applies the pending rules, whose codes are kept."""
-
-    rule: None = None
-
-    def of(self, group: Group) -> None:
-        pass
-
-    def result(self, number: int, chunk: ShardChunk, found: Sequence[None], parts: Parts) -> Arrays:
-        return {}
-
-
-@dataclass(frozen=True)
 class CountValues:
     """Counts the values of a rule that may be the one above which it keeps samples."""
 
@@ -184,24 +178,30 @@ class CountValues:
 
 @dataclass(frozen=True)
 class WriteRows:
-    """Writes why each row is left out, and counts: rows of each row group with each code."""
+    """Writes why each row is left out, with the value by which each of ``valued`` rules decides, and counts: rows of
+    each row group with each code."""
 
     view: ViewRows
     labels: Sequence[str | None]
+    valued: Sequence[BoundRule] = ()
     rule: None = None
 
-    def of(self, group: Group) -> tuple[str, pa.Array, Codes]:
-        return group.shard, group.keys, group.codes
+    def of(self, group: Group) -> _Written:
+        columns = [group.values[rule.value.text] for rule in self.valued if rule.value is not None]
+        floats = [one.cast(pa.float64(), safe=False).cast(pa.float32(), safe=False) for one in columns]
+        rows = np.empty((len(group.codes), len(floats)), np.float32)
+        for n, one in enumerate(floats):
+            rows[:, n] = one.fill_null(np.nan).to_numpy(zero_copy_only=False)
+        offsets = pa.array(np.arange(len(rows) + 1) * rows.shape[1], pa.int32())
+        return group.shard, group.keys, group.codes, pa.ListArray.from_arrays(offsets, pa.array(rows.ravel()))
 
-    def result(
-        self, number: int, chunk: ShardChunk, found: Sequence[tuple[str, pa.Array, Codes]], parts: Parts
-    ) -> Arrays:
+    def result(self, number: int, chunk: ShardChunk, found: Sequence[_Written], parts: Parts) -> Arrays:
         reasons = pa.array(self.labels, pa.string())
-        of_shard: dict[str, list[tuple[pa.Array, pa.Array]]] = {shard: [] for shard in chunk.shards}
-        for shard, keys, codes in found:
-            of_shard[shard].append((keys, reasons.take(pa.array(codes))))
+        of_shard: dict[str, list[tuple[pa.Array, pa.Array, pa.Array]]] = {shard: [] for shard in chunk.shards}
+        for shard, keys, codes, values in found:
+            of_shard[shard].append((keys, reasons.take(pa.array(codes)), values))
         digests = [self.view.write(parts.store, shard, groups) for shard, groups in of_shard.items()]
-        counts: list[npt.NDArray[np.int64]] = [np.bincount(codes, minlength=len(reasons)) for _, _, codes in found]
+        counts: list[npt.NDArray[np.int64]] = [np.bincount(codes, minlength=len(reasons)) for _, _, codes, _ in found]
         return {
             "digests": np.array(digests, np.uint64),
             "groups": np.array([len(groups) for groups in of_shard.values()]),

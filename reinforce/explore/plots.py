@@ -1,4 +1,5 @@
-"""Similar images among those that were looked at, and how many samples each class has."""
+"""The charts of a report, from the rows that were looked at, drawn by matplotlib as inline SVG; similar images among
+them, and how many samples each class has."""
 
 from __future__ import annotations
 
@@ -20,7 +21,6 @@ from schemas.seeds import permutation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.ticker import Formatter
 
 _PAIRS = 24  # that are shown
 _SHOWN, _NEAREST = 24, 6  # images, and the nearest ones of each
@@ -91,16 +91,17 @@ def find_neighbours(rows: Rows, order: Sequence[int]) -> list[tuple[int, Mapping
     """The first rows of ``order``, each with the nearest rows and their cosines, the nearest first: by each teacher
     that encodes images alone, by the mean vectors of crops."""
     vectors = {teacher: normalized(rows.image_vectors(teacher)) for teacher in rows.image_teachers}
-    return [(row, {teacher: _nearest(of, row) for teacher, of in vectors.items()}) for row in order[:_SHOWN]]
-
-
-def _nearest(vectors: np.ndarray, row: int) -> list[tuple[int, float]]:
-    """The rows of the nearest of unit vectors [R, D] with their cosines, of those that are finite."""
-    cosines = vectors @ vectors[row]
-    cosines[row] = np.nan
-    finite = np.flatnonzero(np.isfinite(cosines))
-    nearest = finite[np.argsort(-cosines[finite], kind="stable")][:_NEAREST]
-    return [(int(one), float(cosines[one])) for one in nearest]
+    found = []
+    for row in order[:_SHOWN]:
+        by_teacher = {}
+        for teacher, unit in vectors.items():
+            cosines = unit @ unit[row]
+            cosines[row] = np.nan
+            finite = np.flatnonzero(np.isfinite(cosines))
+            nearest = finite[np.argsort(-cosines[finite], kind="stable")][:_NEAREST]
+            by_teacher[teacher] = [(int(one), float(cosines[one])) for one in nearest]
+        found.append((row, by_teacher))
+    return found
 
 
 def similarity_charts(rows: Rows, seed: int) -> Iterator[Chart]:
@@ -116,8 +117,6 @@ def similarity_charts(rows: Rows, seed: int) -> Iterator[Chart]:
             text = "Mean cosines of crops. Where they do not differ, the teacher cannot tell these images apart."
             yield distribution(teacher, text, "cosine", "pairs", found)
 
-
-# -- The charts of a report, from the rows that were looked at, drawn by matplotlib as inline SVG.
 
 BINS = 40  # of a histogram
 _AREA_BINS = 8
@@ -202,7 +201,10 @@ def distribution(title: str, text: str, x_label: str, unit: str, named: Mapping[
     every = np.concatenate([*named.values()])
     edges = np.linspace(every.min(), max(every.max(), every.min() + 1e-3), BINS + 1)
     heads = [unit, "number", "mean", "deviation", "5 %", "median", "95 %"]
-    table = [[name, f"{len(v):,}", f"{v.mean():.3f}", f"{v.std():.3f}", *_quantiles(v)] for name, v in named.items()]
+    table = []
+    for name, v in named.items():
+        quantiles = (f"{quantile:.3f}" for quantile in np.quantile(v, (0.05, 0.5, 0.95)))
+        table.append([name, f"{len(v):,}", f"{v.mean():.3f}", f"{v.std():.3f}", *quantiles])
     return histograms(title, text, x_label, unit, named, edges, heads, table)
 
 
@@ -219,12 +221,14 @@ def histograms(
     """Histograms of values of several names; those of true captions are a filled area."""
 
     def draw(axes: Axes) -> None:
+        from matplotlib.ticker import PercentFormatter
+
         for number, (name, found) in enumerate(named.items()):
             style = line_style(number - (TRUE_LABEL in named)) if name != TRUE_LABEL else {"color": TRUE_COLOUR}
             if name == TRUE_LABEL or len(named) == 1:
                 style |= {"fill": True, "alpha": 0.42}
             axes.stairs(np.histogram(found, edges)[0] / len(found), edges, label=name, **style)
-        axes.yaxis.set_major_formatter(_percent())
+        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
     return Chart(title, text, x_label, f"share of {unit}", heads, table, draw)
 
@@ -232,16 +236,6 @@ def histograms(
 def line_style(number: int) -> dict[str, Any]:
     """The style of a line by its number, distinct also without colours."""
     return {"color": reports.colour(number), "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.6}
-
-
-def _percent() -> Formatter:
-    from matplotlib.ticker import PercentFormatter
-
-    return PercentFormatter(1, symbol=" %")
-
-
-def _quantiles(values: np.ndarray) -> list[str]:
-    return [f"{quantile:.3f}" for quantile in np.quantile(values, (0.05, 0.5, 0.95))]
 
 
 def area_chart(rows: Rows) -> Chart | None:
@@ -264,10 +258,12 @@ def area_chart(rows: Rows) -> Chart | None:
         return None
 
     def draw(axes: Axes) -> None:
+        from matplotlib.ticker import PercentFormatter
+
         for number, (area, mean, low, high) in ((number, line.T) for number, line in lines.items()):
             axes.plot(area, mean, label=rows.teachers[number], marker="o", markersize=4, **line_style(number))
             axes.fill_between(area, low, high, color=reports.colour(number), alpha=0.13, linewidth=0)
-        axes.xaxis.set_major_formatter(_percent())
+        axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
     return Chart(
         "Crop size",

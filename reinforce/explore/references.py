@@ -19,7 +19,7 @@ from reinforce.config import Config, load_config
 from reinforce.dataset.aligned import AlignedLayers, check_completeness
 from reinforce.dataset.layers import SAMPLES, embeddings_layer, mapping_at
 from reinforce.dataset.manifest import find_manifest, read_manifest
-from reinforce.dataset.store import Listing, Store
+from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.explore import neighbours
 from reinforce.explore.config import Decontaminate
@@ -96,7 +96,8 @@ def _embedded(url: str, spec: Decontaminate, view: str, reinforce: Reinforce | N
 
 def _find(url: str, teacher: str, manifest: Mapping[str, Any]) -> OtherDataset:
     store = Store(url)
-    model = _without_labels(mapping_at(manifest, "teachers", teacher, "model"))
+    # Whether a run has computed the vectors of a model or has taken them from labels makes no difference.
+    model = {**mapping_at(manifest, "teachers", teacher, "model"), "labels": None}
     recipe = f"with the teacher {teacher}, and the `augmentations` and the image policy of this dataset"
     if model.get("family") == "published":  # no run computes it
         recipe = f"with the published vectors of {teacher}, and the image policy of this dataset"
@@ -107,7 +108,7 @@ def _find(url: str, teacher: str, manifest: Mapping[str, Any]) -> OtherDataset:
         )
     other = read_manifest(store)
     teachers = {name: mapping_at(other, "teachers", name, "model") for name in other["teachers"]}
-    names = [name for name, identity in teachers.items() if _without_labels(identity) == model]
+    names = [name for name, identity in teachers.items() if {**identity, "labels": None} == model]
     layers = [embeddings_layer(name, "images") for name in names]
     found = [layer for layer in layers if layer in other["layers"]]
     differing = [
@@ -128,11 +129,6 @@ def _find(url: str, teacher: str, manifest: Mapping[str, Any]) -> OtherDataset:
     with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
         contents = [*prefetch(pool, digest, completeness.complete, 2 * _READ_AT_ONCE)]
     return OtherDataset(url, found[0], fingerprints, completeness.complete, contents)
-
-
-def _without_labels(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Identity of a model, whether a run has computed its vectors or has taken them from labels."""
-    return {key: value for key, value in model.items() if key != "labels"}
 
 
 def _policy(manifest: Mapping[str, Any], name: str) -> Any:
@@ -165,28 +161,20 @@ def read_reference(parts: Parts, stage: str, number: int, datasets: Sequence[Oth
                     counts["null"][place] += np.count_nonzero(~valid)
                     if shard in quarantine[f"quarantine/{SAMPLES}"]:
                         keys.setdefault(shard, set()).update(files.read_unchecked(SAMPLES, index)["key"].to_pylist())
-        refused, shards = _count_refused(store, dataset, quarantine, keys)
-        counts["refused"][place], counts["shards"][place] = refused, shards
+        quarantined = set()
+        for layer in (SAMPLES, dataset.layer):
+            for shard, rows in store.quarantined_rows(layer, quarantine[f"quarantine/{layer}"]):
+                if any(row["key"] is None for row in rows):
+                    quarantined.add(shard)
+                if layer == SAMPLES:  # those of the other layer have a row that is null
+                    counts["refused"][place] += len({row["key"] for row in rows} - {None} - keys.get(shard, set()))
+        counts["shards"][place] = len(quarantined)
     vectors = np.concatenate(found)
     if not len(vectors):
         names = ", ".join(redact(one.url) for one in datasets)
         raise UserError(f"against: {names} has no embeddings of images. Name datasets that have some.")
     parts.save(stage, number, {"vectors": vectors})
     return {"vectors": np.array(len(vectors)), **counts}
-
-
-def _count_refused(
-    store: Store, dataset: OtherDataset, quarantine: Mapping[str, Listing], keys: Mapping[str, set[str]]
-) -> tuple[int, int]:
-    """Samples in the quarantine that have no row, and shards that are quarantined; ``keys`` are those of rows."""
-    refused, shards = 0, set()
-    for layer in (SAMPLES, dataset.layer):
-        for shard, rows in store.quarantined_rows(layer, quarantine[f"quarantine/{layer}"]):
-            if any(row["key"] is None for row in rows):
-                shards.add(shard)
-            if layer == SAMPLES:  # those of the other layer have a row that is null
-                refused += len({row["key"] for row in rows} - {None} - keys.get(shard, set()))
-    return refused, len(shards)
 
 
 def check_found(

@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from reinforce.dataset.vectors import NORM_TOLERANCE
 from reinforce.dataset.view import open_view
 from reinforce.errors import UserError
 from reinforce.explore import captions, plots
-from reinforce.explore import plots as contents
 from reinforce.explore.captions import DEFINITIONS
 from reinforce.explore.gallery import (
     Card,
@@ -102,18 +101,25 @@ def inspect(
     overview = read_overview(data, seed)
     selection = select(data, limit, seed, None if sides is None else sides.view)
     rows = read_rows(data, selection, sides)
-    items = _by_key(overview.quarantine.items)
+    items: dict[tuple[str, str], list[Quarantined]] = {}  # of samples, by shard and key
+    for item in overview.quarantine.items:
+        if item.key is not None:
+            items.setdefault((item.shard, item.key), []).append(item)
     files: dict[str, bytes] = {}
     at_quantiles = {row for values in rows.scores().values() for _, row in quantile_rows(values)}
     tabs = choose(rows, seed, set(items), at_quantiles)
     cards = make_cards(data, rows, tabs, items, files.__setitem__)
-    nearest, similar = _nearest(rows, tabs["random"]), contents.find_similar(rows)
+    nearest: list[tuple[Place, list[tuple[str, list[tuple[str, Place]]]]]] = []  # with cosines, by teacher
+    for row, by_teacher in plots.find_neighbours(rows, tabs["random"]) if rows.image_teachers else ():
+        lines = [(name, [(f"{cosine:.3f}", rows.places[one]) for one, cosine in of]) for name, of in by_teacher.items()]
+        nearest.append((rows.places[row], lines))
+    similar = plots.find_similar(rows)
     wanted = {place for one, found in nearest for place in (one, *(other for _, of in found for _, other in of))}
     wanted |= {rows.places[row] for pair in (similar.pairs if similar else ()) for row in pair[:2]}
     wanted |= {place for rule in (sides.rules if sides else ()) for side in rule.sides for _, place in side.shown}
     thumbnails = draw_thumbnails(data, rows, cards, wanted, files.__setitem__)
     texts, cosines = captions.text_figures(rows), captions.similarities(rows)
-    charts = [*contents.similarity_charts(rows, seed)]
+    charts = [*plots.similarity_charts(rows, seed)]
     problems = [*overview.problems, *dict.fromkeys(rows.problems)]
     about: dict[str, Any] = {
         "version": version, "teachers": data.teachers, "captioners": data.captioners, "limit": limit, "seed": seed,
@@ -127,10 +133,16 @@ def inspect(
         "sides": sides,
         "thumbnails": thumbnails,
     }
+    described = [
+        (section[:-1], name, mapping_at(data.manifest, *entry_keys(section, name)))
+        for section, names in data.models.items()
+        for name in names
+    ]
+    manifest = json.dumps(data.manifest, indent=2, ensure_ascii=False)
     found = {
-        "summary": _summary(data, overview, problems),
+        "summary": {"overview": overview, "problems": problems, "models": described, "manifest": manifest},
         "gallery": _gallery(overview, rows, cards),
-        "contents": {"similar": similar, "classes": contents.count_classes(rows)},
+        "contents": {"similar": similar, "classes": plots.count_classes(rows)},
         **({"captions": _captions(rows, texts, cosines)} if rows.has_texts else {}),
         **({"neighbours": {"nearest": nearest, **_charts(similarity=charts)}} if rows.image_teachers else {}),
         "plots": _plots(rows),
@@ -153,47 +165,15 @@ def inspect(
         "captions": captions.captions_summary(texts, cosines),
     }
     folder.publish(files, about)
+    lines = [*report_lines(sides.view)] if sides else []
+    for (layer, name), values in rows.scores().items():
+        at = [f"{share} {values[row]:.4g} ({rows.keys[row][:_KEY_CHARS]})" for share, row in quantile_rows(values)]
+        lines += [f"{layer}: {name}: {', '.join(at)}"] if at else []
     return Inspected(
         folder.storage.url, len(rows), selection.samples, selection.exact, len(selection.groups),
         len(selection.by_shard()), sum(card.picture is not None for card in cards), len(problems),
-        (*(report_lines(sides.view) if sides else ()), *_quantile_lines(rows)),
+        tuple(lines),
     )  # fmt: skip
-
-
-def _quantile_lines(rows: Rows) -> Iterator[str]:
-    """The values of each score at some quantiles, and the samples that have them."""
-    for (layer, name), values in rows.scores().items():
-        found = [f"{share} {values[row]:.4g} ({rows.keys[row][:_KEY_CHARS]})" for share, row in quantile_rows(values)]
-        if found:
-            yield f"{layer}: {name}: {', '.join(found)}"
-
-
-def _by_key(items: Sequence[Quarantined]) -> dict[tuple[str, str], list[Quarantined]]:
-    """Quarantined items of samples by shard and key."""
-    found: dict[tuple[str, str], list[Quarantined]] = {}
-    for item in items:
-        if item.key is not None:
-            found.setdefault((item.shard, item.key), []).append(item)
-    return found
-
-
-def _nearest(rows: Rows, order: Sequence[int]) -> list[tuple[Place, list[tuple[str, list[tuple[str, Place]]]]]]:
-    """Samples, each with the nearest ones and their cosines by teacher."""
-    found = []
-    for row, by_teacher in contents.find_neighbours(rows, order) if rows.image_teachers else ():
-        lines = [(name, [(f"{cosine:.3f}", rows.places[one]) for one, cosine in of]) for name, of in by_teacher.items()]
-        found.append((rows.places[row], lines))
-    return found
-
-
-def _summary(data: Dataset, overview: Overview, problems: Sequence[str]) -> dict[str, Any]:
-    models = [
-        (section[:-1], name, mapping_at(data.manifest, *entry_keys(section, name)))
-        for section, names in data.models.items()
-        for name in names
-    ]
-    manifest = json.dumps(data.manifest, indent=2, ensure_ascii=False)
-    return {"overview": overview, "problems": problems, "models": models, "manifest": manifest}
 
 
 def _gallery(overview: Overview, rows: Rows, cards: Sequence[Card]) -> dict[str, Any]:
@@ -269,7 +249,8 @@ class _ReportFolder:
             )
         if found is not None and found.get("kind") != _KIND:
             raise UserError(f"{self.storage.path(_CONTENTS)} is of another program. Name another folder.")
-        self._before = {name for name in (found or {}).get("files", []) if _is_ours(name)}
+        names = (found or {}).get("files", [])
+        self._before = {name for name in names if isinstance(name, str) and _WRITTEN.fullmatch(name)}
 
     def publish(self, files: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
         """Write the files of a report by name, and remove those of an earlier one that it does not have."""
@@ -280,21 +261,13 @@ class _ReportFolder:
         if self.storage.local:
             for name, data in written.items():
                 write_file(data, self.storage.path(name))
-        else:
-            self._upload(written)
+        else:  # files that have their names: drivers take the type, which a browser needs, from the ending
+            with tempfile.TemporaryDirectory(prefix="reinforce-") as folder:
+                for name, data in written.items():
+                    path = Path(folder, name)
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_bytes(data)
+                with self.storage.storage_errors("written", _FIRST):
+                    self.storage.put_folder(folder)
         for name in sorted(self._before - set(names)):
             self.storage.remove(name)
-
-    def _upload(self, files: Mapping[str, bytes]) -> None:
-        """Put files that have their names: drivers take the type, which a browser needs, from the ending."""
-        with tempfile.TemporaryDirectory(prefix="reinforce-") as folder:
-            for name, data in files.items():
-                path = Path(folder, name)
-                path.parent.mkdir(exist_ok=True)
-                path.write_bytes(data)
-            with self.storage.storage_errors("written", _FIRST):
-                self.storage.put_folder(folder)
-
-
-def _is_ours(name: Any) -> bool:
-    return isinstance(name, str) and _WRITTEN.fullmatch(name) is not None

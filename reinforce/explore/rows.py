@@ -1,4 +1,10 @@
-"""The row groups of a report: a seeded sample, of seeded shards."""
+"""The rows of a report: those of a seeded sample of row groups, kept as a few numbers and texts each.
+
+Targets are those of a batch as a student would get them: how certain each teacher is, and how far teachers agree. For a
+batch of B pairs, teacher t at scale s gives P = softmax(s I_t X_t^T) for images, and the transpose for texts. The
+entropy of P is divided by log B: 0 is one-hot, 1 uniform. The agreement of a sample is 1 - the Jensen-Shannon
+divergence of the teachers' P at their scales / log T; both are means over the two directions.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +28,6 @@ from reinforce.dataset.reading import Dataset
 from reinforce.dataset.vectors import Floats, agreements, entropies, normalized, softmax
 from reinforce.dataset.view import View
 from reinforce.errors import UserError
-from reinforce.explore.expressions import Expression, LimitedExpressions, LimitError
 from reinforce.images.backends import known_operations
 from reinforce.source.samples import parse_json
 from schemas import TRUE_CAPTIONS
@@ -83,26 +88,29 @@ def select(data: Dataset, limit: int, seed: int, view: View | None = None) -> Se
     for shard in (data.shards[place] for place in permutation(len(data.shards), seed, "inspected shards").tolist()):
         if len(opened) >= min(_SHARDS, limit) and total >= limit:
             break
+        store, fingerprint = data.store, data.fingerprints[SAMPLES]
         try:
-            opened[shard] = _rows_of_groups(data, shard)
+            opening = store.open_layer(SAMPLES, shard, fingerprint, whole=False)
+            with layer_errors(store, SAMPLES, shard), opening as file:
+                groups = range(file.num_row_groups)
+                opened[shard] = [file.metadata.row_group(number).num_rows for number in groups]
         except UserError as error:
             problems.append(str(error))
             continue
         total += sum(opened[shard])
-    groups = _in_order(data, _cut(opened, limit, seed))
-    samples, exact = _count_samples(data, {shard: sum(rows) for shard, rows in opened.items()})
-    return Selection(groups, samples, exact, tuple(problems))
+    exact, samples = len(opened) == len(data.shards), total
+    if not exact:
+        index = read_index(data.store, SAMPLES, data.fingerprints[SAMPLES]).table
+        known = index.filter(pc.is_in(index["shard"], value_set=pa.array(data.shards, pa.string())))
+        samples, exact = pc.sum(known["rows"]).as_py() or 0, len(known) == len(data.shards)
+        if not exact:
+            samples = round((samples + total) / max(1, len(known) + len(opened)) * len(data.shards))
+    return Selection(_in_order(data, _cut(opened, limit, seed)), samples, exact, tuple(problems))
 
 
 def _in_order(data: Dataset, groups: list[Group]) -> tuple[Group, ...]:
     places = {shard: place for place, shard in enumerate(data.shards)}
     return tuple(sorted(groups, key=lambda group: (places[group.shard], group.number)))
-
-
-def _rows_of_groups(data: Dataset, shard: str) -> list[int]:
-    store, fingerprint = data.store, data.fingerprints[SAMPLES]
-    with layer_errors(store, SAMPLES, shard), store.open_layer(SAMPLES, shard, fingerprint, whole=False) as file:
-        return [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
 
 
 def _cut(opened: dict[str, list[int]], limit: int, seed: int) -> list[Group]:
@@ -116,24 +124,6 @@ def _cut(opened: dict[str, list[int]], limit: int, seed: int) -> list[Group]:
         limit -= group.rows
     return chosen
 
-
-def _count_samples(data: Dataset, opened: dict[str, int]) -> tuple[int, bool]:
-    """The number of samples of the dataset, and whether it is exact."""
-    if len(opened) == len(data.shards):
-        return sum(opened.values()), True
-    index = read_index(data.store, SAMPLES, data.fingerprints[SAMPLES]).table
-    known = index.filter(pc.is_in(index["shard"], value_set=pa.array(data.shards, pa.string())))
-    rows = pc.sum(known["rows"]).as_py() or 0
-    if len(known) == len(data.shards):
-        return rows, True
-    mean = (rows + sum(opened.values())) / max(1, len(known) + len(opened))
-    return round(mean * len(data.shards)), False
-
-
-# -- Samples on both sides of each rule of a view: some that it leaves out, and some that it keeps.
-#
-# Where a rule keeps the largest values, these are the samples with the values next to its threshold; else random ones.
-# A view may be untrusted: its expressions are computed with limits of time and memory.
 
 _SHOWN = 12  # samples of each side
 LEFT_OUT, KEPT, NO_VALUE = "left out", "kept", "left out, without a value"
@@ -162,22 +152,26 @@ class Side:
 
 @dataclass
 class RuleSides:
-    """A rule of a view, the ``line`` of the view's report on it, and its sides."""
+    """A rule of a view, the ``line`` of the view's report on it, and its sides. ``value`` is the place of its values
+    among those that the view has of each row, None if it has none of the rule."""
 
     number: int
     rule: Mapping[str, Any]
     line: Mapping[str, Any]
-    expression: Expression | None
+    value: int | None
     sides: tuple[Side, ...] = field(default_factory=lambda: (Side(LEFT_OUT), Side(KEPT), Side(NO_VALUE)))
 
     @property
     def text(self) -> str:
         return json.dumps(self.rule, ensure_ascii=False)
 
-    def add(self, group: Group, codes: np.ndarray, null: np.ndarray, order: np.ndarray, value: np.ndarray) -> None:
-        """Add the rows of a row group: ``codes`` number the rule that leaves a row out, 0 for none."""
+    def add(self, group: Group, codes: np.ndarray, null: np.ndarray, order: np.ndarray, stored: np.ndarray) -> None:
+        """Add the rows of a row group: ``codes`` number the rule that leaves a row out, 0 for none, and ``stored`` are
+        the values of the view [rows, N]."""
         threshold = self.line.get("threshold")
-        values = value if self.expression is not None and isinstance(threshold, int | float) else None
+        values = None
+        if self.value is not None and isinstance(threshold, int | float):
+            values = stored[:, self.value].astype(np.float64)
         distances = order if values is None else np.where(np.isnan(values), order, np.abs(values - threshold))
         out, kept, without = self.sides
         here = codes == self.number
@@ -187,23 +181,24 @@ class RuleSides:
 
 
 class Sides:
-    """The sides of all rules of a view, from the row groups that are added."""
+    """Samples on both sides of each rule of a view, some that it leaves out and some that it keeps, from the row groups
+    that are added.
+
+    Where a rule keeps the largest values, these are the samples with the values next to its threshold; else random
+    ones. A view may be untrusted: its expressions are not computed, and values are those that it has.
+    """
 
     def __init__(self, data: Dataset, view: View, seed: int) -> None:
         self.view, self._seed = view, seed
-        self.problems: list[str] = []
-        self._limited = LimitedExpressions(data.manifest)
         if len(view.rules) != len(view.report):
             raise UserError(f"{data.store.url}: view {view.name} does not state what each rule takes. Make it again.")
+        keeps = (rule.get("keep") for rule in view.rules)
+        valued = [place for place, keep in enumerate(keeps) if keep and not keep.get("within")]
+        self._count = len(valued)
         self.rules = [
-            RuleSides(number, rule, line, self._expression(data, number, rule))
-            for number, (rule, line) in enumerate(zip(view.rules, view.report, strict=True), 1)
+            RuleSides(place + 1, rule, line, valued.index(place) if place in valued else None)
+            for place, (rule, line) in enumerate(zip(view.rules, view.report, strict=True))
         ]
-
-    @property
-    def columns(self) -> list[str]:
-        """Columns of the samples that the expressions of rules need."""
-        return sorted({name for rule in self.rules if rule.expression for name in rule.expression.sample_columns})
 
     def add(self, group: Group, tables: Mapping[str, pa.Table], reasons: pa.Table) -> np.ndarray:
         """Add a row group; returns the places of the rows that the view keeps. Raises UserError."""
@@ -218,47 +213,14 @@ class Sides:
         null = pc.fill_null(pc.ends_with(left_out, ": null"), False).to_numpy()
         salt = hashlib.blake2b(f"{self._seed} {group.shard}".encode(), digest_size=8).hexdigest()
         order = hash_array(keys.to_numpy(), hash_key=salt, categorize=False).astype(np.float64)
+        lists = reasons["values"].combine_chunks()
+        if lists.null_count or (np.asarray(lists.value_lengths()) != self._count).any():
+            raise UserError(f"view {self.view.name} does not have a value for each of its rules. Make it again.")
+        stored = lists.flatten().to_numpy(zero_copy_only=False).reshape(len(lists), self._count)
         for rule in self.rules:
-            rule.add(group, codes, null, order, self._values(rule, tables))
+            rule.add(group, codes, null, order, stored)
         return np.flatnonzero(codes == 0)
 
-    def close(self) -> None:
-        """End the process that computes expressions."""
-        self._limited.__exit__()
-
-    def _expression(self, data: Dataset, number: int, rule: Mapping[str, Any]) -> Expression | None:
-        """The expression by which a rule keeps the largest values; None if it has none, or one that is not computed."""
-        keep = rule.get("keep")
-        if not keep or keep.get("within"):  # each group has its own threshold
-            return None
-        try:
-            found = self._limited.check(str(keep["by"]), f"rules.{number - 1}.keep.by")
-        except LimitError as error:
-            self._report(number, error)
-            return None
-        except UserError:  # without duckdb, samples are shown without values
-            return None
-        return found if found.layers <= {*data.layers} else None
-
-    def _values(self, rule: RuleSides, tables: Mapping[str, pa.Table]) -> np.ndarray:
-        if rule.expression is not None:
-            try:
-                return self._limited.values(rule.expression, tables)
-            except UserError as error:  # also one that fails on a sample
-                self._report(rule.number, error)
-                rule.expression = None
-        return np.zeros(0)
-
-    def _report(self, number: int, error: UserError) -> None:
-        self.problems.append(f"view {self.view.name}, rule {number}: samples are shown without values: {error}")
-
-
-# -- The rows that a report looks at: read a row group at a time, and kept as a few numbers and texts a row.
-#
-# Targets are those of a batch as a student would get them: how certain each teacher is, and how far teachers agree. For
-# a batch of B pairs, teacher t at scale s gives P = softmax(s I_t X_t^T) for images, and the transpose for texts. The
-# entropy of P is divided by log B: 0 is one-hot, 1 uniform. The agreement of a sample is 1 - the Jensen-Shannon
-# divergence of the teachers' P at their scales / log T; both are means over the two directions.
 
 _COLUMNS = ["key", "caption", TRUE_CAPTIONS, "width", "height", "augmentations", "metadata"]
 #: Fields of metadata that may have the class of a sample, in the order of preference.
@@ -312,7 +274,7 @@ class Targets:
     def add(self, rows: Mapping[str, tuple[Floats, Floats]]) -> None:
         """Add rows: by teacher, the vectors [R, D] of the first augmentation and of the true caption; NaN if null."""
         self._rows.append(dict(rows))
-        self._waiting += _length(rows)
+        self._waiting += len(next(iter(rows.values()))[0]) if rows else 0
         while self._waiting >= 2 * BATCH:  # what remains in the end is a batch of at least this size
             self._take(BATCH)
 
@@ -338,9 +300,6 @@ class Targets:
         self._rows = [{teacher: (images[count:], texts[count:]) for teacher, (images, texts) in joined.items()}]
         self._waiting -= count
         batch = {teacher: (images[:count], texts[:count]) for teacher, (images, texts) in joined.items()}
-        self._measure(batch, count)
-
-    def _measure(self, batch: Mapping[str, tuple[Floats, Floats]], count: int) -> None:
         agreement = np.full(count, np.nan)
         valid = np.ones(count, bool)
         for images, texts in batch.values():
@@ -350,11 +309,12 @@ class Targets:
             for teacher, values in cosines.items():
                 measured = self._entropies.setdefault(teacher, [])
                 if len(measured) < _ENTROPY_BATCHES:
-                    measured.append(np.array([_mean_entropy(values, scale) for scale in SCALES]))
+                    both = ([entropies(softmax(one)).mean() for one in (s * values, s * values.T)] for s in SCALES)
+                    measured.append(np.array([float(np.mean(one) / np.log(len(values))) for one in both]))
             scaled = [scale * cosines[t] for t, scale in self.scales.items() if scale is not None]
             if len(scaled) > 1:
-                both = [agreements([softmax(one) for one in side]) for side in (scaled, [one.T for one in scaled])]
-                agreement[valid] = np.mean(both, axis=0)
+                agreed = [agreements([softmax(one) for one in side]) for side in (scaled, [one.T for one in scaled])]
+                agreement[valid] = np.mean(agreed, axis=0)
         self.agreement.append(agreement)
 
 
@@ -429,12 +389,24 @@ def read_rows(data: Dataset, selection: Selection, sides: Sides | None = None) -
 
     With ``sides``, only the rows that its view keeps; kept and excluded rows are added to ``sides``.
     """
-    rows = _empty(data)
-    rows.problems += selection.problems
-    layers = AlignedLayers(data.store, data.fingerprints, {SAMPLES: [*_COLUMNS, *(sides.columns if sides else ())]})
+    inputs, stored = ("images", TRUE_CAPTION, *data.captioners), data.manifest["layers"]
+    encoded = {name: {one for one in inputs if embeddings_layer(name, one) in data.layers} for name in data.teachers}
+    both = [name for name, of in encoded.items() if {"images", TRUE_CAPTION} <= of]
+    alone = [name for name, of in encoded.items() if of == {"images"}]
+    rows = Rows(
+        [*data.teachers],
+        [*data.captioners],
+        Targets({name: data.manifest["teachers"][name].get("logit_scale") for name in both}),
+        synthetic={name: [] for name in data.captioners},
+        layers={name: LayerFigures() for name in data.layers if name != SAMPLES},
+        image_teachers={name: stored[embeddings_layer(name, "images")]["count"] for name in alone},
+        compared=next((name for name, of in encoded.items() if "images" in of), None),
+        problems=[*selection.problems],
+    )
+    layers = AlignedLayers(data.store, data.fingerprints, {SAMPLES: _COLUMNS})
     for shard, groups in selection.by_shard().items():
         try:
-            reasons = sides.view.rows.read(data.store, shard) if sides else None
+            reasons = sides.view.rows.read(data.store, shard, values=True) if sides else None
             with layers.open(shard, whole=False) as files:
                 for group in groups:
                     tables = files.read(group.number)
@@ -446,26 +418,7 @@ def read_rows(data: Dataset, selection: Selection, sides: Sides | None = None) -
         except UserError as error:
             rows.problems.append(str(error))
     rows.targets.finish()
-    if sides:
-        sides.close()
-        rows.problems += sides.problems
     return rows
-
-
-def _empty(data: Dataset) -> Rows:
-    inputs, stored = ("images", TRUE_CAPTION, *data.captioners), data.manifest["layers"]
-    sides = {name: {one for one in inputs if embeddings_layer(name, one) in data.layers} for name in data.teachers}
-    both = [name for name, of in sides.items() if {"images", TRUE_CAPTION} <= of]
-    alone = [name for name, of in sides.items() if of == {"images"}]
-    return Rows(
-        [*data.teachers],
-        [*data.captioners],
-        Targets({name: data.manifest["teachers"][name].get("logit_scale") for name in both}),
-        synthetic={name: [] for name in data.captioners},
-        layers={name: LayerFigures() for name in data.layers if name != SAMPLES},
-        image_teachers={name: stored[embeddings_layer(name, "images")]["count"] for name in alone},
-        compared=next((name for name, of in sides.items() if "images" in of), None),
-    )
 
 
 def _add(rows: Rows, group: Group, places: np.ndarray, tables: Mapping[str, pa.Table]) -> None:
@@ -551,11 +504,7 @@ def _augmentations(samples: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     crops = np.asarray(crop.field("width")).astype(np.float64) * np.asarray(crop.field("height"))
     pixels = samples["width"].to_numpy().astype(np.float64) * samples["height"].to_numpy()
     areas = crops[places] / np.maximum(pixels, 1)[:, None]
-    return areas.astype(np.float32), _operation_bits(records.field("ops"))[places]
-
-
-def _operation_bits(operations: pa.ListArray) -> np.ndarray:
-    """For each record, a bit for each of ``known_operations`` that it has."""
+    operations = records.field("ops")
     bits = np.zeros(len(operations), np.int32)
     names = pc.index_in(operations.values.field("name"), value_set=pa.array(known := known_operations()))
     bit = np.asarray(names.fill_null(len(known)))
@@ -564,14 +513,4 @@ def _operation_bits(operations: pa.ListArray) -> np.ndarray:
     for nth in range(int(lengths.max(initial=0))):
         has = lengths > nth
         bits[has] |= (1 << bit[starts[has] + nth]).astype(np.int32)
-    return bits
-
-
-def _length(rows: Mapping[str, tuple[Floats, Floats]]) -> int:
-    return len(next(iter(rows.values()))[0]) if rows else 0
-
-
-def _mean_entropy(cosines: Floats, scale: float) -> float:
-    """Mean entropy of a teacher's targets in both directions / log B."""
-    found = [entropies(softmax(one)).mean() for one in (scale * cosines, scale * cosines.T)]
-    return float(np.mean(found) / np.log(len(cosines)))
+    return areas.astype(np.float32), bits[places]

@@ -1,14 +1,15 @@
-"""The n-th largest of very many numbers of each group, exactly, from counts that shards add up.
+"""Rules of a selection: checked against a dataset, and applied to row groups.
 
-A number is an unsigned integer whose order is its own. Each pass over the shards counts the numbers by 16 of its bits,
-from the highest ones, among those whose higher bits are already known; so two passes find a float32. Where few numbers
-are left, a pass counts them by all of their bits.
+A rule may need the n-th largest of very many numbers of each group, exactly, from counts that shards add up. A number
+is an unsigned integer whose order is its own. Each pass over the shards counts the numbers by 16 of its bits, from the
+highest ones, among those whose higher bits are already known; so two passes find a float32. Where few numbers are left,
+a pass counts them by all of their bits.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -31,10 +32,6 @@ HASH_BITS = 48
 
 Ordered = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]
-
-
-def _none() -> Ordered:
-    return np.empty(0, np.uint64)
 
 
 def ordered(values: npt.NDArray[Any]) -> Ordered:
@@ -70,7 +67,7 @@ class Counts(NamedTuple):
     @staticmethod
     def sum(parts: Iterable[Counts]) -> Counts:
         """Counts of all parts; they are added up whenever as many have come as there are in the sum."""
-        waiting = [Counts(_none(), _none(), np.empty(0, np.int64))]
+        waiting = [Counts(np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.int64))]
         for part in parts:
             waiting.append(part)
             if sum(len(one.bits) for one in waiting[1:]) > len(waiting[0].bits):
@@ -97,8 +94,8 @@ class Search:
     """
 
     left: int
-    groups: Ordered = field(default_factory=_none)
-    prefix: Ordered = field(default_factory=_none)
+    groups: Ordered = field(default_factory=lambda: np.empty(0, np.uint64))
+    prefix: Ordered = field(default_factory=lambda: np.empty(0, np.uint64))
     wanted: Integers = field(default_factory=lambda: np.empty(0, np.int64))
     few: bool = False
 
@@ -143,8 +140,6 @@ class Search:
         places = np.minimum(np.searchsorted(self.groups, groups), len(self.groups) - 1)
         return np.asarray((self.groups[places] == groups) & (values >= self.prefix[places]))
 
-
-# -- Rules of a selection: checked against a dataset, and applied to row groups.
 
 Codes = npt.NDArray[np.uint16]
 Mask = npt.NDArray[np.bool_]
@@ -212,12 +207,6 @@ class BoundRule:
         return drawn or (self.spec.keep.top if self.spec.keep else None)
 
     @property
-    def bits(self) -> int:
-        if self.value is None:
-            return HASH_BITS
-        return 8 * np.dtype(self.value.dtype).itemsize
-
-    @property
     def expressions(self) -> list[Expression]:
         return [one for one in (self.value, self.within) if one is not None]
 
@@ -238,7 +227,8 @@ class BoundRule:
             valid = np.asarray(values.is_valid())
             keeps = values.fill_null(False).to_numpy(zero_copy_only=False)
         elif self.reference is not None:
-            vectors, valid = self.vectors(group)
+            assert self.layer is not None
+            vectors, valid = mean_vectors(group.tables[self.layer])
             keeps = np.ones(len(valid), np.bool_)
             alive = valid & group.kept
             keeps[alive] = ~self.reference.contains(vectors[alive])
@@ -277,11 +267,6 @@ class BoundRule:
         values = numbers(group.values[self.value.text], self.value.text)
         return np.where(np.isnan(values), -np.inf, values)
 
-    def vectors(self, group: Group) -> tuple[npt.NDArray[np.float16], Mask]:
-        """The vectors that it compares [rows, D], and whether a row has one [rows]."""
-        assert self.layer is not None
-        return mean_vectors(group.tables[self.layer])
-
 
 def _draw(seed: int, shard: str, keys: npt.NDArray[Any]) -> Ordered:
     """Numbers of ``HASH_BITS`` by which samples are drawn, the largest first; a key is unique in its shard only."""
@@ -290,19 +275,11 @@ def _draw(seed: int, shard: str, keys: npt.NDArray[Any]) -> Ordered:
     return hashes >> np.uint64(64 - HASH_BITS)
 
 
-def _drawn_with(drawn: Together) -> dict[tuple[str, str], tuple[str, str] | None]:
-    """As which sample each one of a group is drawn: the first of the group, none of a large one."""
-    found: dict[tuple[str, str], tuple[str, str] | None] = {}
-    for names in drawn.together:
-        places = [(shard, key) for shard, _, key in (sample.partition("/") for sample in names)]
-        found |= dict.fromkeys(places, None if 2 * len(places) > drawn.count else places[0])
-    return found
-
-
 def bind(number: int, spec: Rule, seed: int, manifest: Mapping[str, Any]) -> BoundRule:
     """Check a rule against a dataset. Raises UserError."""
     where = f"rules.{number - 1}"
     rule = BoundRule(number, spec, seed)
+    drawn_with: dict[tuple[str, str], tuple[str, str] | None] = {}
     if spec.where is not None:
         return replace(rule, value=check(spec.where, manifest, f"{where}.where", "boolean"))
     if spec.keep is not None:
@@ -323,7 +300,11 @@ def bind(number: int, spec: Rule, seed: int, manifest: Mapping[str, Any]) -> Bou
         layer = _image_layer(spec.decontaminate.teacher, manifest, f"{where}.decontaminate.teacher")
         return replace(rule, layer=layer)
     drawn = spec.sample or spec.all_but
-    return replace(rule, drawn_with=_drawn_with(drawn)) if isinstance(drawn, Together) else rule
+    for names in drawn.together if isinstance(drawn, Together) else ():
+        # A group is drawn as its first sample, a large one not at all.
+        places = [(shard, key) for shard, _, key in (sample.partition("/") for sample in names)]
+        drawn_with |= dict.fromkeys(places, None if 2 * len(places) > int(rule.top or 0) else places[0])
+    return replace(rule, drawn_with=drawn_with)
 
 
 def _image_layer(teacher: str, manifest: Mapping[str, Any], where: str) -> str:
@@ -343,13 +324,3 @@ def _image_layer(teacher: str, manifest: Mapping[str, Any], where: str) -> str:
 def layers_of(rules: Iterable[BoundRule]) -> list[str]:
     """The samples, and then all layers that rules read."""
     return [SAMPLES, *sorted(set().union(*(rule.layers for rule in rules)))]
-
-
-def columns_of_layers(rules: Iterable[BoundRule]) -> dict[str, list[str]]:
-    """The columns that rules read, of layers of which they read only some."""
-    return {SAMPLES: sorted({"key"}.union(*(rule.sample_columns for rule in rules)))}
-
-
-def labels(rules: Sequence[BoundRule]) -> list[str | None]:
-    """The text of a view for each code."""
-    return [None, None, *(text for rule in rules for text in (rule.label, f"{rule.label}: null"))]

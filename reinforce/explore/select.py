@@ -1,7 +1,13 @@
-"""One selection of a view at a time: two of one name would remove each other's parts and rows.
+"""``reinforce select``: apply rules to all samples of a dataset, and write a view.
 
-A local dataset has a lock file for each view. In an object store a selection creates ``views/<name>/selection.json`` by
-a conditional put, and writes it again while it runs; one that was killed expires.
+Work is done by chunks of shards. What must be known of all samples, such as the value above which a share of them lies,
+is found from counts that chunks add up, and duplicates in buckets of similar samples, so no process has all rows. What
+is finished is kept under ``views/<name>/parts-<fingerprint>`` until the view is written. This fingerprint covers the
+states of the files that are read, so that finished parts are used only while the files are the same.
+
+There is one selection of a view at a time: two of one name would remove each other's parts and rows. A local dataset
+has a lock file for each view. In an object store a selection creates ``views/<name>/selection.json`` by a conditional
+put, and writes it again while it runs; one that was killed expires.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +47,6 @@ from reinforce.explore.duplicates import Buckets, Duplicates, training_places
 from reinforce.explore.neighbours import Reference
 from reinforce.explore.parts import Arrays, Parts
 from reinforce.explore.passes import (
-    ApplyRules,
     CountValues,
     Measure,
     Pass,
@@ -57,7 +62,7 @@ from reinforce.explore.references import (
     find_datasets,
     read_reference,
 )
-from reinforce.explore.rules import BoundRule, Counts, Search, bind, columns_of_layers, labels, layers_of, number
+from reinforce.explore.rules import HASH_BITS, BoundRule, Counts, Search, bind, layers_of, number
 from reinforce.processes.parallel import open_workers
 from reinforce.source.urls import FOLDER
 from reinforce.storage import ClaimFile, lock_file
@@ -86,7 +91,7 @@ def lock_view(store: Store, view: str) -> Iterator[Callable[[], None]]:
     stopped = threading.Event()
 
     def check() -> None:
-        if not _is_held(claim):
+        if (claim.read() or {}).get("token") != claim.token:
             raise UserError(f"{busy} (it began while this one did not reach the storage). {fix}")
 
     thread = threading.Thread(target=_renew, args=(claim, stopped), daemon=True)
@@ -103,15 +108,11 @@ def _renew(claim: ClaimFile, stopped: threading.Event) -> None:
     """Write a claim again until the event is set, or until another selection has taken it."""
     while not stopped.wait(_RENEWED):
         try:
-            if not _is_held(claim):
+            if (claim.read() or {}).get("token") != claim.token:
                 return
             claim.renew()
         except UserError as error:  # StorageError among them; it is tried again
             _LOG.warning("%s", error)
-
-
-def _is_held(claim: ClaimFile) -> bool:
-    return (claim.read() or {}).get("token") == claim.token
 
 
 def _has_ended(claim: Mapping[str, Any]) -> bool:
@@ -120,16 +121,8 @@ def _has_ended(claim: Mapping[str, Any]) -> bool:
     return isinstance(pid, int) and pid != os.getpid() and not psutil.pid_exists(pid)
 
 
-# -- ``reinforce select``: apply rules to all samples of a dataset, and write a view.
-#
-# Work is done by chunks of shards. What must be known of all samples, such as the value above which a share of them
-# lies, is found from counts that chunks add up, and duplicates in buckets of similar samples, so no process has all
-# rows. What is finished is kept under ``views/<name>/parts-<fingerprint>`` until the view is written. This fingerprint
-# covers the states of the files that are read, so that finished parts are used only while the files are the same.
-
 _MAX_GROUPS = 2**16
 _PARTS_VERSION = 2  # of the results of parts
-_T = TypeVar("_T")
 _Log = Callable[[str], None]
 
 
@@ -151,7 +144,16 @@ def select(
     with lock_view(store, config.name) as check_lock:
         parts, view = _apply_rules(store, manifest, config, log, address, processes, reinforce)
         check_lock()
-        problem = _why_not_written(store, view)
+        problem = None
+        now = states_of(store, view.inputs, [*view.counts])
+        if changed := [one for one, then, at in zip(view.counts, view.files.states, now, strict=True) if then != at]:
+            problem = (
+                f"{store.url}: files of {first_names(changed)} have changed since this selection began; view "
+                f"{view.name} is not written. Run it again."
+            )
+        elif not len(view):
+            last = next(line["rule"] for line in reversed(view.report) if line["rows"])
+            problem = f"the rules keep no sample: rule {last} leaves out the last; view {view.name} is not written"
         if problem is None:
             write_view(store, view)
         else:  # only an earlier view keeps its rows
@@ -179,8 +181,13 @@ def _apply_rules(
     against = {number: find_datasets(spec, manifest, folder, reinforce) for number, spec in compared.items()}
     inputs = {name: str(manifest["layers"][name]["fingerprint"]) for name in layers_of(rules)}
     shards = _complete_shards(store, inputs, log)
-    written = [_written(rule, against.get(rule.number, {})) for rule in rules]
-    columns = columns_of_layers(rules)
+    written = [rule.spec.model_dump(mode="json", exclude_none=True) for rule in rules]
+    for of_rule, datasets in against.items():
+        entry = written[of_rule - 1]["decontaminate"]
+        entry.pop("config", None)  # the fingerprints say what it has led to
+        entry["against"] = {url: dataset.written() for url, dataset in datasets.items()}
+    # The columns that rules read, of layers of which they read only some.
+    columns = {SAMPLES: sorted({"key"}.union(*(rule.sample_columns for rule in rules)))}
     states = states_of(store, inputs, [*shards])
     groups = row_group_table(store, inputs[SAMPLES], shards)
     recipe = {"version": _PARTS_VERSION, "rules": written, "seed": config.seed, "inputs": inputs, "columns": columns}
@@ -201,23 +208,6 @@ def _apply_rules(
     return parts, View(config.name, fingerprint, written, config.seed, inputs, rows, kept, report, files)
 
 
-def _why_not_written(store: Store, view: View) -> str | None:
-    """Why a view is not written, if it is not: a file is another one than when the selection began, or it is empty."""
-    assert view.files is not None
-    shards = [*view.counts]
-    now = states_of(store, view.inputs, shards)
-    changed = [shard for shard, one, other in zip(shards, view.files.states, now, strict=True) if one != other]
-    if changed:
-        return (
-            f"{store.url}: files of {first_names(changed)} have changed since this selection began; view {view.name} "
-            "is not written. Run it again."
-        )
-    if not len(view):
-        last = next(line["rule"] for line in reversed(view.report) if line["rows"])
-        return f"the rules keep no sample: rule {last} leaves out the last; view {view.name} is not written"
-    return None
-
-
 def report_lines(view: View) -> Iterator[str]:
     """Lines about what each rule of a view excluded."""
     for line in view.report:
@@ -230,14 +220,6 @@ def report_lines(view: View) -> Iterator[str]:
             above += f"; compared with {line['references']:,} images, and {without:,} have no vector"
         yield f"{line['rule']}: {line['left_out']:,} of {line['rows']:,} samples are left out{null}{above}"
     yield f"view {view.name}: {len(view):,} of {sum(view.counts.values()):,} samples are kept"
-
-
-def _written(rule: BoundRule, against: Mapping[str, OtherDataset]) -> dict[str, Any]:
-    written = rule.spec.model_dump(mode="json", exclude_none=True)
-    if against:
-        written["decontaminate"].pop("config", None)  # the fingerprints say what it has led to
-        written["decontaminate"]["against"] = {url: dataset.written() for url, dataset in against.items()}
-    return written
 
 
 def _complete_shards(store: Store, inputs: Iterable[str], log: _Log) -> dict[str, int]:
@@ -324,12 +306,14 @@ class _Selection:
         """Write the rows of all shards -> rows of each row group that are kept, by shard, rows with each code, and the
         digest of each file. An expression fails before the first of them is written."""
         if any(rule.expressions for rule in self.pending):
-            list(self._pass("applied", ApplyRules()))
+            list(self._pass("applied", None))
         self.log(f"writing {plural(len(self.shards), 'shard')}")
         kept: dict[str, array[int]] = {}  # they take a tenth of the memory of lists
-        names = labels(self.rules)
+        # The text of a view for each code.
+        names = [None, None, *(text for rule in self.rules for text in (rule.label, f"{rule.label}: null"))]
+        valued = [rule for rule in self.rules if rule.spec.keep is not None and rule.within is None]
         codes, digests = np.zeros(len(names), np.int64), array("Q")
-        results = self._pass("rows", WriteRows(view, names), save=False)
+        results = self._pass("rows", WriteRows(view, names, valued), save=False, read=valued)
         for chunk, result in zip(self.chunks, results, strict=True):
             of_shards = np.split(result["kept"], np.cumsum(result["groups"])[:-1])
             kept |= {shard: array("i", of.tobytes()) for shard, of in zip(chunk.shards, of_shards, strict=True)}
@@ -338,7 +322,7 @@ class _Selection:
         return kept, codes, digests
 
     def _find_values(self, rule: BoundRule, top: int | float) -> Search:
-        search = Search(rule.bits)
+        search = Search(HASH_BITS if rule.value is None else 8 * np.dtype(rule.value.dtype).itemsize)
         while search.left:
             results = self._pass(f"{rule.number}-counts-{search.left}", CountValues(rule, search))
             counts = Counts.sum(Counts(**result) for result in results)
@@ -370,12 +354,15 @@ class _Selection:
         list(self.compute(found.stage("duplicates-entered"), enter, chunks))
         self.codes = after
 
-    def _pass(self, stage: str, measure: Measure[_T], save: bool | None = None) -> Iterator[Arrays]:
+    def _pass(
+        self, stage: str, measure: Measure[Any] | None, save: bool | None = None, read: Sequence[BoundRule] = ()
+    ) -> Iterator[Arrays]:
         """Apply what is pending to all chunks, and measure -> the result of each chunk.
 
-        ``save`` is whether the codes are kept for the next pass; by default if something was pending.
+        ``save`` is whether the codes are kept for the next pass; by default if something was pending. ``read`` are
+        rules whose values are measured.
         """
         after = f"{stage}-codes" if (bool(self.pending) if save is None else save) else None
-        task = Pass(self.parts, self.inputs, self.codes, after, tuple(self.pending), measure)
+        task = Pass(self.parts, self.inputs, self.codes, after, tuple(self.pending), measure, tuple(read))
         yield from self.compute(stage, task, self.chunks)
         self.codes, self.pending = after or self.codes, []

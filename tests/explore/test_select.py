@@ -7,6 +7,7 @@ import multiprocessing
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,17 +22,18 @@ from hypothesis import strategies as st
 import reinforce
 from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.store import Store
-from reinforce.dataset.view import list_views
+from reinforce.dataset.view import list_views, view_fingerprint, write_view
 from reinforce.errors import UserError
 from reinforce.explore import passes
 from reinforce.explore import rules as thresholds
 from reinforce.explore.expressions import check
+from reinforce.explore.report import inspect
 from reinforce.explore.rules import Counts, Search, number, ordered
 from reinforce.explore.select import report_lines
 from tests.helpers.commands import Command
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.reinforced import manifest_to_change, reinforce_here, rewrite
-from tests.helpers.views import keys_of, make_view, reasons_of
+from tests.helpers.views import keys_of, make_view, reasons_of, rows_of
 
 SHARDS, ROWS = 3, 20
 SCORES = {"match": {"similarity": "red", "texts": ["caption", "namer"]}, "sizes": {"facts": ["words", "bytes"]}}
@@ -115,6 +117,28 @@ def test_keep_takes_samples_with_the_largest_values_of_all_or_each_group(url: st
     assert line.get("groups", 1) == len(groups) == (3 if within else 1)
     if not within and line["left_out"] > 3:
         assert line["threshold"] == pytest.approx(min(best)[0])
+
+
+def test_a_view_has_the_values_of_each_keep_and_inspect_computes_no_expression_of_it(url: str, tmp_path: Path) -> None:
+    by = "scores.match.caption_mean"
+    view = make_view(url, {"keep": {"top": 0.9, "by": by}}, "width > 0", {"keep": {"top": 20, "by": "width / 7"}})
+    stored = [row["values"] for row in rows_of(url)]
+    expected = [(sample.values["scores/match"]["caption_mean"], sample.width / 7) for sample in reinforce.open(url)]
+    missing = [(np.nan if one is None else one, other) for one, other in expected]
+    np.testing.assert_array_equal(np.array(stored, np.float32), np.array(missing, np.float32))
+
+    rules = [
+        {**rule, "keep": {**rule["keep"], "by": "no expression"}} if "keep" in rule else rule for rule in view.rules
+    ]
+    fingerprint = view_fingerprint(rules, view.seed, view.inputs, view.counts, view.files)
+    Path(url, "views/some", f"rows-{view.fingerprint}").rename(Path(url, "views/some", f"rows-{fingerprint}"))
+    write_view(Store(url), replace(view, rules=rules, fingerprint=fingerprint))
+    found = inspect(url, str(tmp_path / "report"), view="some")
+    assert (found.rows, found.problems) == (len(view), 0)
+    page = (tmp_path / "report" / "view.html").read_text()
+    lowest = np.nanmin([one for one, _ in missing])
+    assert "Left out, next to the threshold first" in page
+    assert f"{lowest:.4g}" in page
 
 
 def test_keep_compares_numbers_as_float64(url: str) -> None:

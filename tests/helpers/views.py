@@ -25,7 +25,12 @@ def keys_of(url: str | Path, view: str | None = "some") -> list[str]:
     return [sample.key for sample in reinforce.open(str(url), view=view)]
 
 
+def rows_of(url: str | Path, view: str = "some") -> list[dict[str, Any]]:
+    """What the view has of each row of the dataset."""
+    [folder] = [folder for folder in Path(url, "views", view).glob("rows-*") if any(folder.iterdir())]
+    return [row for path in sorted(folder.iterdir()) for row in pq.read_table(path).to_pylist()]
+
+
 def reasons_of(url: str | Path, view: str = "some") -> list[str | None]:
     """Why the view leaves out each row of the dataset, None where it keeps it."""
-    [folder] = [folder for folder in Path(url, "views", view).glob("rows-*") if any(folder.iterdir())]
-    return [row for path in sorted(folder.iterdir()) for row in pq.read_table(path)["left_out"].to_pylist()]
+    return [row["left_out"] for row in rows_of(url, view)]
