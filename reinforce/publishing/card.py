@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import yaml
@@ -61,12 +61,8 @@ class LayerCard:
     size: int
 
     @property
-    def name(self) -> str:
-        return self.layer.name
-
-    @property
     def config(self) -> str:
-        return config_name(self.name)
+        return config_name(self.layer.name)
 
     @property
     def content(self) -> str:
@@ -100,7 +96,7 @@ def build_card(store: Store, licence: str) -> str:
     licence = str(mapping_at(manifest, LABELS).get("licence", licence)) if licence == UNKNOWN else licence
     layers = read_layers(store, manifest)
     index = find_index(store)
-    rows = next(layer.rows for layer in layers if layer.name == SAMPLES)
+    samples = next(layer for layer in layers if layer.layer.name == SAMPLES)
     every = map(functools.partial(read_view, store), list_views(store))
     views = [view for view in every if not view.changes(store, manifest)]
     configs = [*_configs(store, layers, views, index)]
@@ -108,9 +104,25 @@ def build_card(store: Store, licence: str) -> str:
         "license": one_line(licence),
         "pretty_name": one_line(store.url.rpartition("/")[2]) or "reinforced dataset",
         "tags": ["reinforced-dataset", "clip", "distillation"],
-        "size_categories": [_size_category(rows)],
-        "configs": [config.files() for config in configs],
-        "dataset_info": [config.info() for config in configs],
+        "size_categories": [_size_category(samples.rows)],
+        "configs": [
+            {
+                "config_name": config.name,
+                "data_files": [{"split": "train", "path": config.path}],
+                **({"default": True} if config.name == SAMPLES else {}),
+            }
+            for config in configs
+        ],
+        "dataset_info": [
+            {
+                "config_name": config.name,
+                "features": [_feature(field) for field in config.schema],
+                "splits": [{"name": "train", "num_bytes": config.size, "num_examples": config.rows}],
+                "download_size": config.size,
+                "dataset_size": config.size,
+            }
+            for config in configs
+        ],
     }
     header = yaml.safe_dump(front, sort_keys=False, width=2**16)
     page = render_markdown(
@@ -119,7 +131,7 @@ def build_card(store: Store, licence: str) -> str:
         name=store.url.rpartition("/")[2],
         manifest=manifest,
         policies=manifest.get("policies", {}),
-        samples=next(layer for layer in layers if layer.name == SAMPLES),
+        samples=samples,
         layers=layers,
         others=[one.layer for one in layers if one.layer.kind.section not in MODEL_SECTIONS and one.layer.model],
         vectors=next((layer for layer in layers if "embeddings" in layer.schema.names), None),
@@ -151,24 +163,17 @@ def read_layers(store: Store, manifest: Mapping[str, Any]) -> list[LayerCard]:
     for name, listing in listings.items():
         if listing:
             layer = stored_layer(name, entries[name])
-            schema = _schema(store, layer, manifest["images"], names)
+            schema = layer.schema(manifest["images"], layer.dim or 1)
+            if (at := schema.get_field_index(IMAGE_DIGEST)) >= 0:
+                with store.open_layer(SAMPLES, names[0]) as file:  # absent in files without digests
+                    if IMAGE_DIGEST not in file.metadata.schema.to_arrow_schema().names:
+                        schema = schema.remove(at)
             total = sum(rows.get(shard, 0) for shard in listing)
             cards.append(LayerCard(layer, schema, len(listing), total, listing.total_bytes))
     return cards
 
 
-def _schema(store: Store, layer: Layer, images: str, shards: Sequence[str]) -> pa.Schema:
-    schema = layer.schema(images, layer.dim or 1)
-    at = schema.get_field_index(IMAGE_DIGEST)
-    if at >= 0:
-        with store.open_layer(SAMPLES, shards[0]) as file:  # absent in files of earlier versions
-            if IMAGE_DIGEST not in file.metadata.schema.to_arrow_schema().names:
-                schema = schema.remove(at)
-    return schema
-
-
-@dataclass(frozen=True)
-class _Config:
+class _Config(NamedTuple):
     """A configuration for ``datasets``: its files, and their columns, bytes and rows."""
 
     name: str
@@ -177,25 +182,12 @@ class _Config:
     size: int
     rows: int
 
-    def files(self) -> dict[str, Any]:
-        default = {"default": True} if self.name == SAMPLES else {}
-        return {"config_name": self.name, "data_files": [{"split": "train", "path": self.path}], **default}
-
-    def info(self) -> dict[str, Any]:
-        return {
-            "config_name": self.name,
-            "features": [_feature(field) for field in self.schema],
-            "splits": [{"name": "train", "num_bytes": self.size, "num_examples": self.rows}],
-            "download_size": self.size,
-            "dataset_size": self.size,
-        }
-
 
 def _configs(
     store: Store, layers: Sequence[LayerCard], views: Sequence[View], index: IdentityIndex | None
 ) -> Iterator[_Config]:
     for layer in layers:
-        yield _Config(layer.config, f"{layer.name}/*.parquet", layer.schema, layer.size, layer.rows)
+        yield _Config(layer.config, f"{layer.layer.name}/*.parquet", layer.schema, layer.size, layer.rows)
     for view in views:
         folder, rows, name = view.rows.folder, sum(view.counts.values()), config_name(f"views/{view.name}")
         yield _Config(name, f"{folder}/*.parquet", schemas.view_schema(), store.shards(folder).total_bytes, rows)

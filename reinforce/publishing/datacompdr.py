@@ -1,4 +1,8 @@
-"""One shard of a dataset as a tar in the format of DataCompDR.
+"""``reinforce export datacompdr``: a dataset as tars in the format of DataCompDR, one a shard.
+
+The trainer of ml-mobileclip (open_clip with ``training/open_clip_v2.patch``) reads the tars and ``config.json`` as they
+are, and ``reinforce run`` reads them as ``reinforcements``. What the format cannot hold is refused before anything is
+written. Tars that exist are kept, so that the same command resumes an export.
 
 A sample has the members ``KEY.png`` (or another image extension), ``txt``, ``url.txt``, ``syn.json``, ``paug.json``,
 ``npz`` or ``pth.gz``, and ``json``, in this order. ``reinforce.labels.members`` reads them. Equal layers give
@@ -16,13 +20,12 @@ import shlex
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from reinforce.dataset import vectors
 from reinforce.dataset.aligned import row_errors
@@ -94,14 +97,6 @@ class LeftOut(Exception):
     """A sample that the format cannot hold; the message is the reason."""
 
 
-def tar_name(shard: str) -> str:
-    return f"{shard}.tar"
-
-
-def stats_name(shard: str) -> str:
-    return f"{shard}_stats.json"
-
-
 def export_shard(export: ShardExport, shard: str) -> dict[str, Any]:
     """Write the tar of a shard, and before it its ``_stats.json``, which is returned.
 
@@ -110,7 +105,7 @@ def export_shard(export: ShardExport, shard: str) -> dict[str, Any]:
     output = Storage(export.output)
     left_out: dict[str, list[str]] = {}
     samples, converted, keys = 0, 0, set[str]()
-    with output.new_file(tar_name(shard)) as path:
+    with output.new_file(f"{shard}.tar") as path:
         with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
             for key, row in _rows(export, shard):
                 try:
@@ -134,7 +129,7 @@ def export_shard(export: ShardExport, shard: str) -> dict[str, Any]:
                 reason: {"samples": len(found), "keys": found[:_NAMED_KEYS]} for reason, found in left_out.items()
             },
         }
-        output.write_json(stats, stats_name(shard))
+        output.write_json(stats, f"{shard}_stats.json")
     return stats
 
 
@@ -148,33 +143,24 @@ def _rows(export: ShardExport, shard: str) -> Iterator[tuple[str, dict[str, Any]
             tables = opened.read(number)
             with row_errors(opened.store.url):
                 rows = tables[SAMPLES].to_pylist()
-                arrays = _arrays(export, tables)
+                arrays: dict[str, Floats] = {}  # [rows, vectors, dimensions of all teachers]
+                for inputs in ("images", TRUE_CAPTION, *export.captioners):
+                    layers = [embeddings_layer(teacher, inputs) for teacher in export.teachers]
+                    array = np.concatenate([vectors.decode(tables[layer]) for layer in layers], axis=2)
+                    own = {"images": "image_emb", TRUE_CAPTION: "text_emb"}
+                    arrays[own.get(inputs, f"{LIST_OF.format(inputs)}_emb")] = array
+                arrays["text_emb"] = arrays["text_emb"][:, :1]
                 captions = {c: tables[captions_layer(c)]["captions"].to_pylist() for c in export.captioners}
-            images = _images(export, rows)
+            images: Iterator[bytes | None] = iter([None] * len(rows))
+            if export.reads_images and export.images == "embed":
+                images = iter([row["image"] for row in rows])
+            elif export.reads_images:
+                digests = [row.get(IMAGE_DIGEST) for row in rows]
+                images = referenced_images([row["image_ref"] for row in rows], export.source.roots, digests=digests)
             for index, row in enumerate(rows):
                 values = {name: array[index] for name, array in arrays.items()}
                 texts = {name: listed[index] for name, listed in captions.items()}
                 yield row["key"], {**row, "image": next(images), "captions": texts, "arrays": values}
-
-
-def _arrays(export: ShardExport, tables: Mapping[str, pa.Table]) -> dict[str, Floats]:
-    """The published arrays of a row group, [rows, vectors, dimensions of all teachers]."""
-
-    def joined(inputs: str) -> Floats:
-        parts = [vectors.decode(tables[embeddings_layer(teacher, inputs)]) for teacher in export.teachers]
-        return np.concatenate(parts, axis=2)
-
-    texts = {f"{LIST_OF.format(name)}_emb": joined(name) for name in export.captioners}
-    return {"image_emb": joined("images"), "text_emb": joined(TRUE_CAPTION)[:, :1], **texts}
-
-
-def _images(export: ShardExport, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes | None]:
-    if not export.reads_images:
-        return iter([None] * len(rows))
-    if export.images == "embed":
-        return iter([row["image"] for row in rows])
-    digests = [row.get(IMAGE_DIGEST) for row in rows]
-    return referenced_images([row["image_ref"] for row in rows], export.source.roots, digests=digests)
 
 
 def _image_members(export: ShardExport, image: bytes | None) -> tuple[list[tuple[str, bytes]], bool]:
@@ -220,7 +206,10 @@ def _members(export: ShardExport, shard: str, key: str, row: Mapping[str, Any]) 
     missing += [LIST_OF.format(name) for name, texts in row["captions"].items() if texts is None or None in texts]
     if missing:
         raise LeftOut(f"null in the dataset: {', '.join(missing)}")
-    metadata = _metadata(row)
+    found = parse_json((row["metadata"] or "{}").encode())
+    # Published labels have no metadata, but what is stated of the image.
+    stated = {kind: row[kind] for kind in ("uid", "sha256", "url") if row.get(kind) is not None}
+    metadata = {**(found if isinstance(found, dict) else {}), **stated}
     url = metadata.get("url")
     if export.layout == "dfndr" and (not isinstance(url, str) or (url := public_url(url)) is None):
         raise LeftOut("it has no URL that is public, which is all that this layout states of an image")
@@ -239,33 +228,20 @@ def _members(export: ShardExport, shard: str, key: str, row: Mapping[str, Any]) 
         yield "json", _json({**metadata, "uid": uid if isinstance(uid, str) else key})
 
 
-def _metadata(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a sample; of published labels, which have none, what is stated of its image."""
-    found = parse_json((row["metadata"] or "{}").encode())
-    stated = {kind: row[kind] for kind in ("uid", "sha256", "url") if row.get(kind) is not None}
-    return {**(found if isinstance(found, dict) else {}), **stated}
-
-
 def _record(export: ShardExport, shard: str, key: str, record: Mapping[str, Any]) -> list[Any]:
     """``[[top, left, height, width], [[index of the operation, magnitude], ...] or null]``."""
     crop, ops = record["crop"], record["ops"]
     box = [crop[side] for side in ("top", "left", "height", "width")]
     if ops is None:
         return [box, None]
-    for op in ops:
-        if op["name"] not in OPS:
-            raise _unsupported(export, shard, key, f"operation {op['name'][:100]!r}; it has {', '.join(OPS)}")
-    if len(ops) != export.operations:
-        raise _unsupported(
-            export, shard, key, f"{len(ops)} operations in one record, where others have {export.operations}"
-        )
+    unknown = next((op["name"] for op in ops if op["name"] not in OPS), None)
+    if unknown is not None or len(ops) != export.operations:
+        what = f"{len(ops)} operations in one record, where others have {export.operations}"
+        if unknown is not None:
+            what = f"operation {unknown[:100]!r}; it has {', '.join(OPS)}"
+        where = f"{Store(export.source.url).url}, shard {shard}, key {escape(key[:200])}"
+        raise UserError(f"{where}: the format has no {escape(what)}.")
     return [box, [[OPS.index(op["name"]), op["magnitude"]] for op in ops]]
-
-
-def _unsupported(export: ShardExport, shard: str, key: str, what: str) -> UserError:
-    return UserError(
-        f"{Store(export.source.url).url}, shard {shard}, key {escape(key[:200])}: the format has no {escape(what)}."
-    )
 
 
 def _member_name(key: str, taken: set[str]) -> str:
@@ -309,12 +285,6 @@ def _pth(arrays: Mapping[str, Floats]) -> bytes:
     return gzip.compress(out.getvalue(), _FASTEST, mtime=0)
 
 
-# -- ``reinforce export datacompdr``: a dataset as tars in the format of DataCompDR.
-#
-# The trainer of ml-mobileclip (open_clip with ``training/open_clip_v2.patch``) reads the tars and ``config.json`` as
-# they are, and ``reinforce run`` reads them as ``reinforcements``. What the format cannot hold is refused before
-# anything is written. Tars that exist are kept, so that the same command resumes an export.
-
 CONFIG = "config.json"
 #: Images from which the format's readers replace the normalisation by that of the student; the key must be there.
 _NORMALIZE = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
@@ -340,16 +310,14 @@ class Exported:
         if self.converted:
             lines.append(f"converted: {plural(self.converted, 'image')}, to PNGs that decode to the same pixels")
         lines += [f"left out: {plural(count, 'sample')}, {reason}" for reason, count in self.left_out.most_common()]
-        return [*lines, *self.notes, f"train with ml-mobileclip: {shlex.join(self._flags())}"]
-
-    def _flags(self) -> Iterable[str]:
         teachers = self.config["reinforced_dataset"]["teachers"]
-        yield from ("--dataset-reinforcement", "--dataset-reinforcement-config", f"{self.output}/{CONFIG}")
-        yield from ("--distill-teacher-dimension", *(str(teacher["dim"]) for teacher in teachers))
+        flags = ["--dataset-reinforcement", "--dataset-reinforcement-config", f"{self.output}/{CONFIG}"]
+        flags += ["--distill-teacher-dimension", *(str(teacher["dim"]) for teacher in teachers)]
         if all(teacher["logit_scale"] for teacher in teachers):
-            yield from ("--distill-logit-scale", *(f"{teacher['logit_scale']:g}" for teacher in teachers))
-        yield from ("--distill-loss-weights", "0.0", "1.0")  # of CLIP's loss and the distillation; else both count 1
-        yield "--distill-average-after-softmax"
+            flags += ["--distill-logit-scale", *(f"{teacher['logit_scale']:g}" for teacher in teachers)]
+        # The weights are those of CLIP's loss and the distillation; else both count 1.
+        flags += ["--distill-loss-weights", "0.0", "1.0", "--distill-average-after-softmax"]
+        return [*lines, *self.notes, f"train with ml-mobileclip: {shlex.join(flags)}"]
 
 
 def export_datacompdr(
@@ -381,7 +349,15 @@ def export_datacompdr(
     if images and data.manifest["images"] == NO_IMAGES:
         raise UserError(f"{data.store.url} has labels without images. Add --no-images.")
     result = Exported(Storage(output).url, {})
-    _check_teachers(data)
+    if not data.teachers:
+        raise UserError("--teachers: name at least one teacher.")
+    for teacher in data.teachers:
+        needed = [embeddings_layer(teacher, inputs) for inputs in ("images", TRUE_CAPTION, *data.captioners)]
+        if missing := [layer for layer in needed if layer not in data.layers]:
+            raise UserError(
+                f"{data.store.url} has no {', '.join(missing)}, and the format holds vectors of all teachers for "
+                "images and all texts. Choose teachers and captioners by --teachers and --captioners."
+            )
     operations = _check_policies(data, approximate)
     result.config = build_config(data, operations, precision, images)
     if layout != "datacompdr":
@@ -418,8 +394,9 @@ def _write(export: ShardExport, shards: Sequence[str], result: Exported, use_ray
     with output.lock():
         record_export(output, result.config, CONFIG, "reinforced_dataset")
         written = {*output.names()}
-        missing = [shard for shard in shards if tar_name(shard) not in written]
-        found = {shard: output.read_json(stats_name(shard)) or {} for shard in shards if tar_name(shard) in written}
+        missing = [shard for shard in shards if f"{shard}.tar" not in written]
+        done = [shard for shard in shards if f"{shard}.tar" in written]
+        found = {shard: output.read_json(f"{shard}_stats.json") or {} for shard in done}
         result.kept = len(found)
         with open_workers(address, use_ray) as workers:
             found |= workers.map(functools.partial(export_shard, export), missing, unit="shard")
@@ -429,19 +406,6 @@ def _write(export: ShardExport, shards: Sequence[str], result: Exported, use_ray
         result.converted += stats.get("converted_images", 0)
         for reason, entry in stats.get("left_out", {}).items():
             result.left_out[reason] += entry["samples"]
-
-
-def _check_teachers(data: Dataset) -> None:
-    """Raise UserError unless each teacher has the vectors that the format concatenates."""
-    if not data.teachers:
-        raise UserError("--teachers: name at least one teacher.")
-    for teacher in data.teachers:
-        needed = [embeddings_layer(teacher, inputs) for inputs in ("images", TRUE_CAPTION, *data.captioners)]
-        if missing := [layer for layer in needed if layer not in data.layers]:
-            raise UserError(
-                f"{data.store.url} has no {', '.join(missing)}, and the format holds vectors of all teachers for "
-                "images and all texts. Choose teachers and captioners by --teachers and --captioners."
-            )
 
 
 def _check_policies(data: Dataset, approximate: bool) -> int:

@@ -152,42 +152,32 @@ def _write(export: PartExport, shards: Sequence[str], use_ray: bool, address: st
     check_output(Storage(export.source.url), output)
     result = ExportedVectors(output.url, export.choice)
     with output.lock():
-        record_export(output, _config_of(export, shards), CONFIG)
+        config = {
+            **asdict(export.choice),
+            "layers": dict(export.source.fingerprints),
+            "shards": len(shards),
+            "shard_names": hashlib.sha256("\n".join(shards).encode()).hexdigest()[:16],
+            **({} if export.source.view is None else {"view": asdict(export.source.view)}),
+            **({"each_caption": "once"} if export.several else {}),
+        }
+        record_export(output, config, CONFIG)
         digits = len(str(max(len(shards) - 1, 0)))
         parts = [(f"{number:0{digits}d}", shard) for number, shard in enumerate(shards)]
-        written = {*output.names(METADATA)}
-        missing = [part for part in parts if metadata_file(part[0]) not in written]
+        written, missing, counts = {*output.names(METADATA)}, [], []  # rows, and rows that were left out
+        for part in parts:
+            name = f"{METADATA}_{part[0]}.parquet"
+            if name not in written:
+                missing.append(part)
+                continue
+            with output.storage_errors("read", METADATA), output.fs.open(output.path(METADATA, name), "rb") as file:
+                footer = pq.read_metadata(file)
+            counts.append((footer.num_rows, int((footer.metadata or {}).get(_LEFT_OUT, b"0"))))
         result.parts, result.kept = len(parts), len(parts) - len(missing)
-        counts = [_counts_before(output, number) for number, _ in parts if metadata_file(number) in written]
         with open_workers(address, use_ray) as workers:
             export_one = functools.partial(export_part, export)
             counts += [count for _, count in workers.map(export_one, missing, unit="shard", name=" ".join)]
     result.rows, result.left_out = (sum(numbers) for numbers in zip(*counts, strict=True))
     return result
-
-
-def metadata_file(number: str) -> str:
-    return f"{METADATA}_{number}.parquet"
-
-
-def _counts_before(output: Storage, number: str) -> tuple[int, int]:
-    """Rows of a part that is there, and rows that were left out of it."""
-    path = output.path(METADATA, metadata_file(number))
-    with output.storage_errors("read", METADATA), output.fs.open(path, "rb") as file:
-        footer = pq.read_metadata(file)
-    return footer.num_rows, int((footer.metadata or {}).get(_LEFT_OUT, b"0"))
-
-
-def _config_of(export: PartExport, shards: Sequence[str]) -> dict[str, Any]:
-    """What is exported."""
-    return {
-        **asdict(export.choice),
-        "layers": dict(export.source.fingerprints),
-        "shards": len(shards),
-        "shard_names": hashlib.sha256("\n".join(shards).encode()).hexdigest()[:16],
-        **({} if export.source.view is None else {"view": asdict(export.source.view)}),
-        **({"each_caption": "once"} if export.several else {}),  # earlier versions counted some several times
-    }
 
 
 def export_part(export: PartExport, part: tuple[str, str]) -> tuple[int, int]:
@@ -199,21 +189,36 @@ def export_part(export: PartExport, part: tuple[str, str]) -> tuple[int, int]:
         for tables in map(layers.read, range(layers.row_groups)):
             with row_errors(layers.store.url):
                 image, text, captions = _vectors(tables, choice)
-                keep = _complete(image)
+                keep = ~np.isnan(image).any(axis=1)
                 if choice.texts != NO_TEXTS:
-                    keep &= _complete(text) & np.array([caption is not None for caption in captions], bool)
+                    has_text = np.array([caption is not None for caption in captions], bool)
+                    keep &= ~np.isnan(text).any(axis=1) & has_text
                 images.append(image[keep])
                 texts.append(text[keep])
                 samples = tables[SAMPLES].to_pylist()
-                rows += [_metadata(samples[row], captions[row], shard) for row in np.flatnonzero(keep)]
+                for row in np.flatnonzero(keep).tolist():
+                    document = parse_json((samples[row]["metadata"] or "{}").encode())
+                    url = document.get("url") if isinstance(document, dict) else None
+                    rows.append(
+                        {
+                            "image_path": samples[row]["key"],
+                            "caption": captions[row],
+                            "shard": shard,
+                            "url": redact_values(url) if isinstance(url, str) else None,
+                            "width": samples[row]["width"],
+                            "height": samples[row]["height"],
+                        }
+                    )
                 left_out += len(keep) - int(keep.sum())
-    _save(output, images, choice.dtype, IMAGES, number)
-    if choice.texts != NO_TEXTS:
-        _save(output, texts, choice.dtype, TEXTS, number)
+    for folder, arrays in ((IMAGES, images), (TEXTS, texts)):
+        if folder == IMAGES or choice.texts != NO_TEXTS:
+            out = io.BytesIO()
+            np.save(out, np.concatenate(arrays).astype(choice.dtype))
+            output.write_bytes(out.getvalue(), folder, f"{folder}_{number}.npy")
     table = pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata({_LEFT_OUT: str(left_out)}))
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
-    output.write_bytes(buffer.getvalue().to_pybytes(), METADATA, metadata_file(number))
+    output.write_bytes(buffer.getvalue().to_pybytes(), METADATA, f"{METADATA}_{number}.parquet")
     return len(rows), left_out
 
 
@@ -244,27 +249,3 @@ def _select(table: pa.Table, number: int | str, samples: pa.Table | None = None)
     chosen: Floats = stored.mean(axis=1) if number == AVERAGE else stored[:, int(number)]
     norms = np.linalg.norm(chosen, axis=1, keepdims=True)
     return np.divide(chosen, np.where(norms > 0, norms, 1), dtype=np.float32)
-
-
-def _complete(found: Floats) -> npt.NDArray[np.bool_]:
-    """Mask of rows that are not null [rows]."""
-    return np.asarray(~np.isnan(found).any(axis=1), np.bool_)
-
-
-def _metadata(sample: Mapping[str, Any], caption: str | None, shard: str) -> dict[str, Any]:
-    document = parse_json((sample["metadata"] or "{}").encode())
-    url = document.get("url") if isinstance(document, dict) else None
-    return {
-        "image_path": sample["key"],
-        "caption": caption,
-        "shard": shard,
-        "url": redact_values(url) if isinstance(url, str) else None,
-        "width": sample["width"],
-        "height": sample["height"],
-    }
-
-
-def _save(output: Storage, parts: Sequence[Floats], dtype: str, folder: str, number: str) -> None:
-    out = io.BytesIO()
-    np.save(out, np.concatenate(parts).astype(dtype))
-    output.write_bytes(out.getvalue(), folder, f"{folder}_{number}.npy")

@@ -1,9 +1,15 @@
-"""One shard of published labels: the samples with identities in place of images and metadata, and other layers."""
+"""``reinforce export labels``: the layers of a dataset without its images, as a dataset that others join by identity.
+
+The labels have the layout of every dataset, so that all commands read them. The samples have identities in place of
+images and metadata. Files that exist are kept, so that the same command continues an export, and adds shards and layers
+that are new. The index of identities and the card come last.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,16 +26,16 @@ from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import LABELS, NO_IMAGES, SAMPLES, TRUE_CAPTION, Layer, mapping_at
 from reinforce.dataset.manifest import DIGEST_KEY, find_manifest, same_content, write_manifest
 from reinforce.dataset.reading import Dataset
-from reinforce.dataset.store import Listing, Store, origin_entries
+from reinforce.dataset.store import Store, origin_entries
 from reinforce.errors import UserError
 from reinforce.labels.building import build_index
 from reinforce.labels.index import COLUMNS, DIGEST, columns_of_identities, identities
 from reinforce.processes.parallel import open_workers
 from reinforce.publishing.card import write_card
 from reinforce.publishing.shards import (
+    HIDDEN_PATH,
     ExportSource,
     check_output,
-    has_hidden,
     is_local_path,
     public_text,
     public_url,
@@ -92,7 +98,12 @@ def export_shard(export: LabelsExport, shard: str) -> ShardLabels:
                     table = table.select(writer.schema.names).cast(writer.schema)
                 writer.write(table)
         for layer in reversed(layers):
-            _copy_reasons(export, store, output, layer.name, shard, keys)
+            # Why rows of a layer are null, without the details, which may name files.
+            named = layer.name != SAMPLES and shard in export.quarantined.get(layer.name, ())
+            refused = (row for row in store.quarantined(layer.name, shard) if row["key"] in keys) if named else ()
+            reasons = [(row["key"], Reason(row["reason"]), "") for row in refused]
+            if reasons:
+                output.quarantine(layer.name, shard, reasons)
             writer = writers[layer.name]
             writer.commit(origin_entries(opened.footer(SAMPLES)))
             written.files[layer.name] = FileEntry(writer.bytes, tuple(writer.groups))
@@ -139,24 +150,6 @@ def _labels(export: LabelsExport, store: Store, shard: str, table: pa.Table, wri
         table = table.drop_columns(["metadata"])
     return table.append_column("metadata", pa.nulls(table.num_rows, pa.string()))
 
-
-def _copy_reasons(export: LabelsExport, store: Store, output: Store, layer: str, shard: str, keys: set[str]) -> None:
-    """Write why rows of a layer are null, without the details, which may name files."""
-    if layer == SAMPLES or shard not in export.quarantined.get(layer, ()):
-        return
-    found: list[tuple[str | None, Reason, str]] = []
-    for row in store.quarantined(layer, shard):
-        if row["key"] in keys:
-            found.append((row["key"], Reason(row["reason"]), ""))
-    if found:
-        output.quarantine(layer, shard, found)
-
-
-# -- ``reinforce export labels``: the layers of a dataset without its images, as a dataset that others join by identity.
-#
-# The labels have the layout of every dataset, so that all commands read them. Files that exist are kept, so that the
-# same command continues an export, and adds shards and layers that are new. The index of identities and the card come
-# last.
 
 _VERSION = 1
 
@@ -218,7 +211,11 @@ def export_labels(
     ``images_from`` is that of ``reinforce.open``: where images by reference may be read whose digests are not stored.
     With ``view``, only the samples that it keeps are published.
     """
-    kinds = _kinds(identities, urls)
+    for name in identities or ():
+        if name not in COLUMNS:
+            raise UserError(f"--identities: there is no {name!r}; there are: {', '.join(COLUMNS)}.")
+    stated = [*COLUMNS] if identities is None else identities
+    kinds = tuple(kind for kind in COLUMNS if kind in stated and (urls or kind != "url"))
     whole = Dataset(url, view=view, images_from=images_from, images_key="--images-from {}")
     wanted = _chosen(whole, layers)
     data = whole if layers is None else _with_models(whole, wanted, url, view, images_from)
@@ -234,7 +231,12 @@ def export_labels(
                 codebooks.copy(store, out, layer.name, place.digest)
         _record(out, manifest)
         listings = out.listings(names)
-        missing = _missing(data.shards, listings)
+        every = pa.array(data.shards, pa.string())
+        lacking = np.array([~listing.has(every) for listing in listings.values()])
+        missing = {  # the layers that shards lack, of those that lack some
+            data.shards[int(at)]: tuple(name for name, lacks in zip(listings, lacking[:, at], strict=True) if lacks)
+            for at in np.flatnonzero(lacking.any(axis=0))
+        }
         result.kept = result.shards - len(missing)
         quarantine = store.listings(f"quarantine/{name}" for name in names)
         export = LabelsExport(
@@ -263,16 +265,6 @@ def export_labels(
     return result
 
 
-def _missing(shards: Sequence[str], listings: Mapping[str, Listing]) -> dict[str, tuple[str, ...]]:
-    """The layers that shards lack, of those that lack some."""
-    names = pa.array(shards, pa.string())
-    lacking = np.array([~listing.has(names) for listing in listings.values()])
-    return {
-        shards[int(at)]: tuple(name for name, lacks in zip(listings, lacking[:, at], strict=True) if lacks)
-        for at in np.flatnonzero(lacking.any(axis=0))
-    }
-
-
 def _notes(result: ExportedLabels, data: Dataset, kinds: Sequence[str], manifest: Mapping[str, Any]) -> list[str]:
     notes = []
     lacking = result.rows - result.identities.get(DIGEST, 0)
@@ -292,14 +284,6 @@ def _notes(result: ExportedLabels, data: Dataset, kinds: Sequence[str], manifest
     if hidden := manifest[LABELS].get("hidden"):
         notes.append(f"local paths are hidden in the settings of {', '.join(hidden)}")
     return notes
-
-
-def _kinds(identities: Sequence[str] | None, urls: bool) -> tuple[str, ...]:
-    for name in identities or ():
-        if name not in COLUMNS:
-            raise UserError(f"--identities: there is no {name!r}; there are: {', '.join(COLUMNS)}.")
-    chosen = [*COLUMNS] if identities is None else identities
-    return tuple(kind for kind in COLUMNS if kind in chosen and (urls or kind != "url"))
 
 
 def _chosen(data: Dataset, patterns: Sequence[str] | None) -> set[str]:
@@ -351,7 +335,7 @@ def labels_manifest(data: Dataset, names: Sequence[str], kinds: Sequence[str], l
         f"{section}.{name}"
         for section in ("teachers", "captioners", "layers")
         for name, entry in cleaned[section].items()
-        if has_hidden(entry)
+        if f'"{HIDDEN_PATH}"' in json.dumps(entry)
     ]
     cleaned[LABELS] = {
         "version": _VERSION,
@@ -370,19 +354,18 @@ def _record(out: Store, manifest: Mapping[str, Any]) -> None:
     if before is not None:
         if LABELS not in before:
             raise UserError(f"{out.url} has a dataset. Give another folder.")
-        if different := _differences(before, manifest):
+        own, other, layers = manifest[LABELS], mapping_at(before, LABELS), mapping_at(before, "layers")
+        keys = [key for key in {**own, **other} if key not in ("hidden", "licence")]
+        different = [key for key in keys if own.get(key) != other.get(key)]
+        different += [
+            name
+            for name in layers
+            if mapping_at(manifest, "layers", name).get("fingerprint") != layers[name].get("fingerprint")
+        ]
+        if different:
             raise UserError(
                 f"{out.url} has labels with other {', '.join(different)}. Repeat the options of that export, or give "
                 "another folder."
             )
     if not same_content(manifest, before):
         write_manifest(out, manifest)
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    own, other = now[LABELS], mapping_at(before, LABELS)
-    found = [key for key in {**own, **other} if key not in ("hidden", "licence") and own.get(key) != other.get(key)]
-    layers = mapping_at(before, "layers")
-    return found + [
-        name for name in layers if mapping_at(now, "layers", name).get("fingerprint") != layers[name].get("fingerprint")
-    ]

@@ -1,4 +1,8 @@
-"""The model card of a published student: what it was trained from, how good it is, and how it is loaded."""
+"""``reinforce publish model``: a trained student as a repository that open_clip loads, with a model card.
+
+The card states what it was trained from, how good it is, and how it is loaded. Paths of this machine are left out or
+replaced, and the result is searched for them before it is published.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,6 @@ from reinforce.dataset.manifest import entry_keys, read_manifest, select_names
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.evaluation.model_names import HUB_URL, loading_call, model_errors, resolve_models
-from reinforce.evaluation.model_names import HUB_URL as PREFIX
 from reinforce.publishing.card import MODEL_MARK, NAME, UNKNOWN, markdown, model_identity, one_line
 from reinforce.publishing.shards import is_local_path, without_paths
 from reinforce.reports import render_markdown
@@ -79,8 +82,10 @@ def build_model_card(
     datasets: list[_Source] = []
     models: dict[str, dict[str, _Source]] = {section: {} for section in _SECTIONS}
     hub = []
-    for address in _datasets(settings):
-        shown = one_line(redact(_public_name(address)))
+    for one in settings.get("data.datasets") or []:
+        address = one["url"] if isinstance(one, Mapping) else str(one)
+        local = is_local_path(address) or "://" not in address
+        shown = one_line(redact(address.rstrip("/").rpartition("/")[2] if local else address))
         try:
             manifest = read_manifest(Store(address))
         except (UserError, OSError) as error:
@@ -127,17 +132,6 @@ def build_model_card(
     return redact(f"---\n{yaml.safe_dump(front, sort_keys=False, width=2**16)}---\n\n{page}"), tuple(notes)
 
 
-def _datasets(settings: Mapping[str, Any]) -> list[str]:
-    """The addresses of the datasets that a training read."""
-    found = settings.get("data.datasets") or []
-    return [one["url"] if isinstance(one, Mapping) else str(one) for one in found]
-
-
-def _public_name(address: str) -> str:
-    """A URL, or the name of a local folder without the folders above it."""
-    return address.rstrip("/").rpartition("/")[2] if is_local_path(address) or "://" not in address else address
-
-
 def _models(
     section: str, settings: Mapping[str, Any], url: str, manifest: Mapping[str, Any], licences: Mapping[str, str]
 ) -> Iterator[_Source]:
@@ -146,7 +140,11 @@ def _models(
         return
     if section == "captioners" and settings.get("data.captions") == "none":
         return
-    for name in select_names(url, section, _names(section, settings), manifest):
+    # The names under ``data`` of the config, a list or the keys of a mapping; None for all.
+    prefix = f"data.{section}."
+    named: Any = [key.removeprefix(prefix) for key in settings if key.startswith(prefix)]
+    named = named or settings.get(prefix.rstrip("."))
+    for name in select_names(url, section, None if named is None else list(named), manifest):
         entry = without_paths(mapping_at(manifest, *entry_keys(section, name)))
         prints = {
             layer: str(stored["fingerprint"])
@@ -155,19 +153,6 @@ def _models(
         }
         yield _Source(name, model_identity(entry), licences.get(name, UNKNOWN), prints)
 
-
-def _names(section: str, settings: Mapping[str, Any]) -> list[str] | None:
-    """The names under ``data`` of the config, a list or the keys of a mapping; None for all."""
-    prefix = f"data.{section}."
-    if names := [key.removeprefix(prefix) for key in settings if key.startswith(prefix)]:
-        return names
-    found = settings.get(prefix.rstrip("."))
-    return None if found is None else list(found)
-
-
-# -- ``reinforce publish model``: a trained student as a repository that open_clip loads, with a model card.
-#
-# Paths of this machine are left out or replaced, and the result is searched for them before it is published.
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 #: Files of tokenizers and of the config of a text tower; others stay behind.
@@ -206,7 +191,7 @@ def publish_model(
     ``run`` is the output of the training or the folder of a model. ``licences`` are those of teachers and captioners by
     name; ``force`` replaces a README.md of somebody else. Raises UserError, and then nothing is written.
     """
-    repository = ModelRepository(output) if output.startswith(PREFIX) else None
+    repository = ModelRepository(output) if output.startswith(HUB_URL) else None
     store = None if repository else Storage(output)
     if store is not None and store.fs.exists(store.root) and (not store.fs.isdir(store.root) or store.names()):
         raise UserError(f"{store.url} already exists: remove it, or give another output.")
@@ -254,7 +239,16 @@ def _copy(model: str, folder: Path, name: str) -> dict[str, Any]:
     if text.get("hf_tokenizer_name") and any(one.startswith(("tokenizer", "vocab", "spiece")) for one in copied):
         text["hf_tokenizer_name"] = name
     for one, path in copied.items():
-        (folder / one).write_bytes(_without_origin(path) if one.endswith("config.json") else path.read_bytes())
+        written = path.read_bytes()
+        if one.endswith("config.json"):  # without the paths from which its content was loaded
+            content = json.loads(written)
+            kept = {
+                key: value
+                for key, value in content.items()
+                if key.endswith("_token") or not (isinstance(value, str) and is_local_path(value))
+            }
+            written = (json.dumps(kept, indent=2) + "\n").encode()
+        (folder / one).write_bytes(written)
     config = {**config, "text_cfg": text}
     for section in ("text_cfg", "vision_cfg"):
         for key, value in config[section].items():
@@ -263,17 +257,6 @@ def _copy(model: str, folder: Path, name: str) -> dict[str, Any]:
     saved = {**found, "model_cfg": config}
     (folder / HF_CONFIG_NAME).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     return config
-
-
-def _without_origin(path: Path) -> bytes:
-    """A JSON file of transformers without the paths from which its content was loaded."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    kept = {
-        key: value
-        for key, value in content.items()
-        if key.endswith("_token") or not (isinstance(value, str) and is_local_path(value))
-    }
-    return (json.dumps(kept, indent=2) + "\n").encode()
 
 
 def _check_private(folder: Path, run: str) -> None:
@@ -291,12 +274,12 @@ class ModelRepository:
     def __init__(self, url: str) -> None:
         from huggingface_hub import HfApi, get_token
 
-        self.id = url.removeprefix(PREFIX).removeprefix("models/").rstrip("/")
+        self.id = url.removeprefix(HUB_URL).removeprefix("models/").rstrip("/")
         if not _ID.fullmatch(self.id):
-            raise UserError(f"{url} is not a repository of models: write {PREFIX}ORG/NAME.")
+            raise UserError(f"{url} is not a repository of models: write {HUB_URL}ORG/NAME.")
         if get_token() is None:
             raise UserError(f"{url} cannot be written without a token: run `hf auth login`, or set HF_TOKEN.")
-        self.url, self._api = f"{PREFIX}{self.id}", HfApi()
+        self.url, self._api = f"{HUB_URL}{self.id}", HfApi()
 
     def read(self, name: str) -> str | None:
         """The text of a file; None if there is no such file or repository."""

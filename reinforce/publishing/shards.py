@@ -1,10 +1,12 @@
-"""What of a dataset may be published: public addresses, settings without paths and secrets."""
+"""What all exports have: what may be published, what they read of a dataset, and their output folder with a record.
+
+Public are addresses that others reach, and settings without paths and secrets.
+"""
 
 from __future__ import annotations
 
 import functools
 import ipaddress
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -70,14 +72,6 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, list):
         return [without_paths(inner) for inner in value]
     return HIDDEN_PATH if isinstance(value, str) and is_local_path(value) else redact_values(value)
-
-
-def has_hidden(value: Any) -> bool:
-    """Whether ``without_paths`` has hidden a path in a setting."""
-    return f'"{HIDDEN_PATH}"' in json.dumps(value)
-
-
-# -- What all exports have: what they read of a dataset, and their output folder with a record of what it is of.
 
 
 @dataclass(frozen=True)
