@@ -84,7 +84,7 @@ def fit_codebook(layer: Layer, values: Floats, target: Store, seed: int) -> str:
         codec.name,
         layer.fingerprint,
         arrays,
-        {"vectors": len(values), "seed": seed, **layer.kind.codebook_facts(layer)},
+        {"vectors": len(values), "seed": seed, **codec.facts},
     )
 
 

@@ -21,19 +21,19 @@ from typing import Any
 from reinforce.dataset.codecs import codebooks
 from reinforce.dataset.index import FOLDER, index_file, set_aside
 from reinforce.dataset.kinds.registry import (
+    KINDS,
     deletion_order,
     drop_command,
     find_kind,
-    holds_layers,
     kind_of,
     with_dependants,
 )
-from reinforce.dataset.layers import MODEL_SECTIONS, SAMPLES, model_of, parts_of
+from reinforce.dataset.layers import MODEL_SECTIONS, SAMPLES, matches, model_of, parts_of
 from reinforce.dataset.manifest import TUNED_KEY, find_manifest, write_manifest
 from reinforce.dataset.store import MANIFEST, Store
-from reinforce.dataset.view import FOLDER as VIEWS
-from reinforce.dataset.view import read_view, remove_view, view_folders
+from reinforce.dataset.view import DESCRIPTION, read_view
 from reinforce.errors import UserError
+from reinforce.source.urls import FOLDER as VIEWS
 from reinforce.terminal import format_bytes
 
 _DELETED_AT_ONCE = 16  # requests in flight
@@ -100,17 +100,21 @@ def plan_drop(store: Store, patterns: Iterable[str]) -> DropPlan:
     """
     manifest = find_manifest(store)
     listed = {name: entry for name, entry in (manifest or {}).get("layers", {}).items() if find_kind(name) is not None}
-    stored = {name for name in layers_with_folders(store) if name not in listed and any(_file_sizes(store, name))}
+    stored = {
+        name
+        for name in layers_with_folders(store)
+        if name not in listed and (store.shards(name) or store.shards(f"quarantine/{name}"))
+    }
     known = {name: listed.get(name, {}) for name in sorted({*listed, *stored}, key=deletion_order)}
     if not known:
         raise UserError(f"{store.url} is not a reinforced dataset: it has no {MANIFEST} and no layers.")
-    views = [f"{VIEWS}/{name}" for name in view_folders(store)]
+    views = [f"{VIEWS}/{name}" for name in store.names(VIEWS, folders=True)]  # also what an interrupted drop has left
     chosen: set[str] = set()
     for pattern in patterns:
-        matches = {name for name in (*known, *views) if fnmatchcase(name, pattern)}
-        if not matches:
+        fitting = {name for name in (*known, *views) if fnmatchcase(name, pattern)}
+        if not fitting:
             raise UserError(f"{store.url} has no layer {pattern}; it has: {', '.join([*known, *views])}.")
-        chosen |= matches
+        chosen |= fitting
     dropped = {}
     for view in (view for view in views if view in chosen):
         _check_links(store, [VIEWS], [view])
@@ -123,7 +127,9 @@ def plan_drop(store: Store, patterns: Iterable[str]) -> DropPlan:
     for name in names:
         folders = [parts_of(name)[:depth] for depth in range(1, len(parts_of(name)) + 1)]
         _check_links(store, *folders, *(["quarantine", *folder] for folder in ([], *folders)))
-    sizes = {name: _file_sizes(store, name) for name in names}
+    sizes = {
+        name: (store.shards(name).sizes.tolist(), store.shards(f"quarantine/{name}").sizes.tolist()) for name in names
+    }
     dependants = [name for name in with_dependants(names, known) if name not in chosen]
     if SAMPLES in chosen:  # without samples, no view can be made again
         dependants += others
@@ -165,7 +171,9 @@ def drop(store: Store, plan: DropPlan) -> None:
     plan.check()
     with store.lock():
         for view in plan.views:
-            remove_view(store, view.removeprefix(f"{VIEWS}/"))
+            store.remove(view, DESCRIPTION)  # first, then what it describes, and the remains of a selection
+            with store.storage_errors("removed", view):
+                store.fs.rm(store.path(view), recursive=True)
             _delete_empty_folders(store, VIEWS)
         for layer in plan.sizes:
             _delete_files(store, layer)
@@ -193,14 +201,11 @@ def layers_with_folders(store: Store) -> set[str]:
                 name = "/".join((*parts, folder))
                 if find_kind(name) is not None:
                     names.add(name)
-                elif holds_layers(name):
+                elif any(
+                    matches(name, "/".join(parts_of(kind.pattern)[: len(parts) + 1])) for kind in KINDS.values()
+                ):  # layers may be below it
                     above.append((*parts, folder))
     return names
-
-
-def _file_sizes(store: Store, layer: str) -> tuple[list[int], list[int]]:
-    """Bytes of a layer's files and of its quarantine files."""
-    return store.shards(layer).sizes.tolist(), store.shards(f"quarantine/{layer}").sizes.tolist()
 
 
 def _orphans(manifest: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Mapping[str, Any]]:

@@ -343,10 +343,6 @@ class LayerKind(ABC):
         """The vectors [n, D] of a row group of a finer layer, to which a codebook is fitted."""
         raise ValueError(f"layers of kind {self.name} have no codec")
 
-    def codebook_facts(self, layer: Layer) -> Mapping[str, Any]:
-        """What the codebook of a layer states besides its sample."""
-        return {}
-
     def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
         """What a layer's entry has besides its kind and fingerprint. ``stated`` has what the loaded model states, such
         as its ``dim``, and under the kind's name what its ``encoder`` does, or else the entry so far."""

@@ -41,7 +41,6 @@ from reinforce.dataset.store import (
     parse_footer,
 )
 from reinforce.errors import StorageError, UserError
-from reinforce.processes.cores import available_cores
 from reinforce.source.config import DEFAULT, Limits
 from reinforce.source.formats.base import find_format, format_of_name
 from reinforce.source.parquet_file import check_together
@@ -121,7 +120,16 @@ def _take_inventory(store: Store, seen: pa.StringArray | None = None) -> Invento
     every = store.listings([*entries, *(f"quarantine/{name}" for name in entries)])
     found = Inventory(manifest, every, indexes, ())
     findings = [*check_recipes(manifest), *check_codebooks(store, manifest), *check_missing(store, found, seen)]
-    return replace(found, findings=[*findings, *check_orphans(store, found.listings)])
+    listings = found.listings
+    for layer, listing in listings.items():
+        for shard in listing.only(~listing.within(listings[SAMPLES].names)):
+            findings.append(Finding("orphan", f"{layer}/{shard}.parquet has no samples", layer, shard))
+    others = sorted(layers_with_folders(store) - listings.keys())
+    for layer, listing in store.listings(others).items():
+        if listing:
+            text = f"{layer} has {len(listing):,} files, but {MANIFEST} does not list it"
+            findings.append(Finding("orphan", text, layer))
+    return replace(found, findings=findings)
 
 
 def check_recipes(manifest: Mapping[str, Any]) -> Iterator[Finding]:
@@ -207,17 +215,6 @@ def quarantine_finding(store: Store, layer: str, shard: str, reason: str) -> Fin
     """The finding for a damaged quarantine file of a layer."""
     message = f"{store.layer_path(QUARANTINE + layer, shard)} is damaged: {reason}. --repair sets it aside."
     return Finding("quarantine", message, layer, shard)
-
-
-def check_orphans(store: Store, listings: Mapping[str, Listing]) -> Iterator[Finding]:
-    """Files of shards without samples, and of layers that dataset.json does not list."""
-    for layer, listing in listings.items():
-        for shard in listing.only(~listing.within(listings[SAMPLES].names)):
-            yield Finding("orphan", f"{layer}/{shard}.parquet has no samples", layer, shard)
-    others = sorted(layers_with_folders(store) - listings.keys())
-    for layer, listing in store.listings(others).items():
-        if listing:
-            yield Finding("orphan", f"{layer} has {len(listing):,} files, but {MANIFEST} does not list it", layer)
 
 
 _NO_HASHES: Hashes = np.empty(0, np.uint64)
@@ -453,7 +450,7 @@ _THREADS, _LOCAL_THREADS = 16, 4
 _BATCH = 64  # shards that are read together; their results are one message of a process
 _ALONE = 8  # times as many where no other process reads while the last ones of a batch are read
 #: Files and bytes that a process reads in about as much time as it takes to start.
-_PROCESS_FILES, _PROCESS_BYTES = 4096, 2**30
+PROCESS_FILES, PROCESS_BYTES = 4096, 2**30
 #: What the state of a source file can be, as lines show it, besides ``changed``.
 STATES = {
     "same": "as when their samples were written",
@@ -474,12 +471,6 @@ class Shards:
 
     def describe(self) -> str:
         return first_names([file.name for file in self.files])
-
-
-def default_processes(quick: bool, files: int, size: int) -> int:
-    """How many processes read so many files of ``size`` bytes; ``quick`` reads little of each."""
-    worth = max(files / _PROCESS_FILES, 0 if quick else size / _PROCESS_BYTES)
-    return max(1, min(available_cores(), int(worth)))
 
 
 class ShardReader:

@@ -35,13 +35,14 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import code_lines, read_manifest
 from reinforce.dataset.runs import ALL, KeySample, RepeatedKeys, SourceRecord, read_records
 from reinforce.dataset.shard_checks import (
+    PROCESS_BYTES,
+    PROCESS_FILES,
     STATES,
     Finding,
     ShardFiles,
     ShardReader,
     Shards,
     compare_source,
-    default_processes,
     take_inventory,
 )
 from reinforce.dataset.store import (
@@ -54,6 +55,7 @@ from reinforce.dataset.store import (
 )
 from reinforce.dataset.view import View, read_views
 from reinforce.errors import StorageError, UserError
+from reinforce.processes.cores import available_cores
 from reinforce.processes.parallel import open_workers
 from reinforce.source.references import ImageRoots, SourceState, current_url
 from reinforce.source.urls import shard_name
@@ -181,8 +183,9 @@ def validate(
     del inventory  # the indexes of a large dataset
     if processes is None:
         share = len(chosen) / max(1, len(listings[SAMPLES]))
-        size = int(share * sum(listing.total_bytes for listing in listings.values()))
-        processes = default_processes(quick, len(chosen) * len(names), size)
+        size = share * sum(listing.total_bytes for listing in listings.values())
+        worth = max(len(chosen) * len(names) / PROCESS_FILES, 0 if quick else int(size) / PROCESS_BYTES)
+        processes = max(1, min(available_cores(), int(worth)))
     recorded = read_records(store).sources if sources else {}
     reader = ShardReader(url, manifest, quick, sources, count, processes)
     with contextlib.closing(reader), open_workers(use_ray=False, processes=processes) as workers:

@@ -32,7 +32,7 @@ from reinforce.processes.attempts import prefetch
 from reinforce.source.urls import FOLDER, RowDigests, digest_of, rows_path, shards_path
 from reinforce.terminal import first_names, plural
 
-_DESCRIPTION = "view.json"
+DESCRIPTION = "view.json"
 _FORMAT = "reinforced-view"
 _VERSION = 2
 _MAX_BYTES = 2**30
@@ -230,7 +230,7 @@ def write_view(store: Store, view: View) -> None:
         "columns": {name: [*names] for name, names in view.files.columns.items()},
         "shards": f"{digest_of(content):016x}",
     }
-    store.write_json(description, FOLDER, view.name, _DESCRIPTION)
+    store.write_json(description, FOLDER, view.name, DESCRIPTION)
     remove_leftovers(store, view.name, view.fingerprint)
 
 
@@ -244,12 +244,9 @@ def remove_leftovers(store: Store, name: str, fingerprint: str | None) -> None:
 
 
 def list_views(store: Store) -> list[str]:
-    return [name for name in view_folders(store) if store.fs.exists(store.path(FOLDER, name, _DESCRIPTION))]
-
-
-def view_folders(store: Store) -> list[str]:
-    """Names of the views of a dataset, and of those that a stopped selection or an interrupted drop has left."""
-    return store.names(FOLDER, folders=True)
+    """Names of the views of a dataset; a selection that was stopped, or an interrupted drop, leaves a folder alone."""
+    folders = store.names(FOLDER, folders=True)
+    return [name for name in folders if store.fs.exists(store.path(FOLDER, name, DESCRIPTION))]
 
 
 @dataclass(frozen=True)
@@ -284,13 +281,6 @@ def view_states(store: Store, manifest: Mapping[str, Any], shards: Collection[st
             yield ViewState(name, view.fingerprint, *counts, newer, tuple(view.changes(store, manifest)))
 
 
-def remove_view(store: Store, name: str) -> None:
-    """Delete a view, first its description, and the remains of a selection."""
-    store.remove(FOLDER, name, _DESCRIPTION)
-    with store.storage_errors("removed", FOLDER, name):
-        store.fs.rm(store.path(FOLDER, name), recursive=True)
-
-
 def open_view(store: Store, manifest: Mapping[str, Any], name: str) -> View:
     """Read a view of the dataset as it is now. Raises UserError as ``read_view``, and if its inputs have changed."""
     view = read_view(store, name)
@@ -312,12 +302,12 @@ def read_views(store: Store) -> Iterator[tuple[str, View | UserError]]:
 
 def read_view(store: Store, name: str) -> View:
     """Read the description of a view. Raises UserError if there is none, it is damaged, or a newer version wrote it."""
-    description = store.read_json(FOLDER, name, _DESCRIPTION)
+    description = store.read_json(FOLDER, name, DESCRIPTION)
     if description is None:
         others = [one for one in list_views(store) if one != name]  # a selection that was stopped leaves a folder
         known = ", ".join(others) or "none"
         raise UserError(f"{store.url} has no view {name!r}; it has: {known}. `reinforce select` makes one.")
-    path = store.path(FOLDER, name, _DESCRIPTION)
+    path = store.path(FOLDER, name, DESCRIPTION)
     version = description.get("version")
     if description.get("format") != _FORMAT or not isinstance(version, int) or version < _VERSION:
         raise UserError(f"{path} does not describe a view. Make it again with reinforce select.")
@@ -330,7 +320,7 @@ def read_view(store: Store, name: str) -> View:
         try:
             table = _read_shards(store, name, fingerprint, description["shards"])
         except FileNotFoundError as error:
-            now = store.read_json(FOLDER, name, _DESCRIPTION)
+            now = store.read_json(FOLDER, name, DESCRIPTION)
             if now is not None and now.get("fingerprint") != fingerprint:  # a selection has replaced it meanwhile
                 return read_view(store, name)
             raise UserError(f"{path} has no file of shards any more. Make the view again.") from error
@@ -363,7 +353,7 @@ def _read_shards(store: Store, name: str, fingerprint: str, digest: str) -> pa.T
     try:
         content = store.read_bytes(*parts, limit=_MAX_BYTES)
         if digest != f"{digest_of(content):016x}":
-            raise UserError(f"{path} does not have the digest that {_DESCRIPTION} states. Make the view again.")
+            raise UserError(f"{path} does not have the digest that {DESCRIPTION} states. Make the view again.")
         table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
     except FileNotFoundError:
         raise

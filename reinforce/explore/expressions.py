@@ -102,7 +102,19 @@ def check(text: str, manifest: Mapping[str, Any], where: str, kind: Kind) -> Exp
     A value of any type (``group``) becomes its text. ``where`` names it in messages. Raises UserError.
     """
     with connect() as database:
-        columns = columns_of(database, text, where)
+        parsed = _parse(database, text)
+        if parsed["error"]:
+            raise UserError(f"{where}: {text!r} is not an expression of SQL: {parsed['error_message']}")
+        nodes = [statement["node"] for statement in parsed["statements"]]
+        plain = len(nodes) == 1 and nodes[0]["type"] == "SELECT_NODE" and len(nodes[0]["select_list"]) == 1
+        if not plain or nodes[0]["from_table"]["type"] != "EMPTY":
+            raise UserError(f"{where}: {text!r} {_NOT_A_QUERY}")
+        if not _listed:
+            _listed.update({name: _Function(*facts) for name, *facts in database.execute(_FUNCTIONS).fetchall()})
+        try:
+            columns = dict.fromkeys(_Walk(_listed, database).columns(nodes[0]["select_list"], frozenset()))
+        except _Refused as error:
+            raise UserError(f"{where}: {text!r} {error}") from None
         if not columns:
             raise UserError(f"{where}: {text!r} names no column. It may name {_known(manifest)}.")
         found = Expression(text, tuple(_known_column(path, manifest, where) for path in columns))
@@ -237,40 +249,13 @@ FROM duckdb_functions() GROUP BY ALL
 """
 
 
-def columns_of(database: DuckDBPyConnection, text: str, where: str) -> list[tuple[str, ...]]:
-    """The path of each column that an expression names. ``where`` is its place for messages.
-
-    Raises UserError if ``text`` is not one expression that computes a value of each row from this row alone.
-    """
-    parsed = _parse(database, text)
-    if parsed["error"]:
-        raise UserError(f"{where}: {text!r} is not an expression of SQL: {parsed['error_message']}")
-    nodes = [statement["node"] for statement in parsed["statements"]]
-    plain = len(nodes) == 1 and nodes[0]["type"] == "SELECT_NODE" and len(nodes[0]["select_list"]) == 1
-    if not plain or nodes[0]["from_table"]["type"] != "EMPTY":
-        raise UserError(f"{where}: {text!r} {_NOT_A_QUERY}")
-    walk = _Walk(_functions(database), database)
-    try:
-        return list(dict.fromkeys(walk.columns(nodes[0]["select_list"], frozenset())))
-    except _Refused as error:
-        raise UserError(f"{where}: {text!r} {error}") from None
-
-
 def _parse(database: DuckDBPyConnection, text: str) -> dict[str, Any]:
     [[serialized]] = database.execute("SELECT json_serialize_sql(?)", [f"SELECT {text}"]).fetchall()
     parsed: dict[str, Any] = json.loads(serialized)
     return parsed
 
 
-_listed: dict[str, _Function] = {}
-
-
-def _functions(database: DuckDBPyConnection) -> Mapping[str, _Function]:
-    """The functions of duckdb by name, which are listed once a process."""
-    if not _listed:
-        for name, *facts in database.execute(_FUNCTIONS).fetchall():
-            _listed[name] = _Function(*facts)
-    return _listed
+_listed: dict[str, _Function] = {}  # of duckdb by name, once a process
 
 
 class _Refused(Exception):

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -114,10 +114,12 @@ class Pass(Generic[_T]):
         names = set().union(*(rule.sample_columns for rule in rules))
         inputs = {name: self.inputs[name] for name in layers_of(rules)}
         layers = AlignedLayers(self.parts.store, inputs, {SAMPLES: ["key", *sorted(names - {"key"})]})
+        if texts and not hasattr(_local, "database"):
+            _local.database = connect()  # of this thread
         with layers.open(shard, whole=False) as files:
             for index in range(files.row_groups):
                 tables = files.read(index)
-                values = evaluate(_database(), texts, join_rows(expressions, tables)) if texts else []
+                values = evaluate(_local.database, texts, join_rows(expressions, tables)) if texts else []
                 rows = len(tables[SAMPLES])
                 of_group = codes[first : first + rows]
                 if len(of_group) < rows:
@@ -142,13 +144,6 @@ def _readers(threads: int) -> ThreadPoolExecutor:
 
 
 os.register_at_fork(after_in_child=_readers.cache_clear)  # which lacks the threads
-
-
-def _database() -> Any:
-    """The database of this thread."""
-    if not hasattr(_local, "database"):
-        _local.database = connect()
-    return _local.database
 
 
 def digest_contents(parts: Parts, columns: Columns, number: int, chunk: ShardChunk) -> Arrays:

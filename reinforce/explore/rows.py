@@ -81,7 +81,7 @@ def select(data: Dataset, limit: int, seed: int, view: View | None = None) -> Se
     """
     if view is not None:
         kept = {shard: [*view.kept[shard]] for shard in data.shards if any(view.kept.get(shard, ()))}
-        return Selection(_in_order(data, _cut(kept, limit, seed)), sum(map(sum, kept.values())), True, ())
+        return Selection(_cut(data, kept, limit, seed), sum(map(sum, kept.values())), True, ())
     opened: dict[str, list[int]] = {}
     problems = []
     total = 0
@@ -105,15 +105,11 @@ def select(data: Dataset, limit: int, seed: int, view: View | None = None) -> Se
         samples, exact = pc.sum(known["rows"]).as_py() or 0, len(known) == len(data.shards)
         if not exact:
             samples = round((samples + total) / max(1, len(known) + len(opened)) * len(data.shards))
-    return Selection(_in_order(data, _cut(opened, limit, seed)), samples, exact, tuple(problems))
+    return Selection(_cut(data, opened, limit, seed), samples, exact, tuple(problems))
 
 
-def _in_order(data: Dataset, groups: list[Group]) -> tuple[Group, ...]:
-    places = {shard: place for place, shard in enumerate(data.shards)}
-    return tuple(sorted(groups, key=lambda group: (places[group.shard], group.number)))
-
-
-def _cut(opened: dict[str, list[int]], limit: int, seed: int) -> list[Group]:
+def _cut(data: Dataset, opened: dict[str, list[int]], limit: int, seed: int) -> tuple[Group, ...]:
+    """Row groups with at most ``limit`` rows together, in the order of the shards."""
     groups = [Group(shard, n, rows) for shard, counts in opened.items() for n, rows in enumerate(counts) if rows > 0]
     chosen: list[Group] = []
     for place in permutation(len(groups), seed, "inspected row groups").tolist():
@@ -122,7 +118,8 @@ def _cut(opened: dict[str, list[int]], limit: int, seed: int) -> list[Group]:
         group = groups[place]
         chosen.append(Group(group.shard, group.number, min(group.rows, limit)))
         limit -= group.rows
-    return chosen
+    places = {shard: place for place, shard in enumerate(data.shards)}
+    return tuple(sorted(chosen, key=lambda group: (places[group.shard], group.number)))
 
 
 _SHOWN = 12  # samples of each side
@@ -248,17 +245,13 @@ class LayerFigures:
         """Add vectors [R, N, D], NaN in null rows."""
         norms = np.linalg.norm(values, axis=2)
         valid = np.isfinite(norms).all(axis=1)
-        self.add_nulls(~valid)
+        self.rows, self.null = self.rows + len(valid), self.null + int((~valid).sum())
         norms = norms[valid].ravel()
         if len(norms):
             self.vectors += len(norms)
             self.outside += int((np.abs(norms - 1) > vectors.NORM_TOLERANCE).sum())
             self.lowest, self.highest = min(self.lowest, float(norms.min())), max(self.highest, float(norms.max()))
             self.norms += np.histogram(norms.clip(NORM_BINS[0], NORM_BINS[-1]), NORM_BINS)[0]
-
-    def add_nulls(self, null: np.ndarray) -> None:
-        self.rows += len(null)
-        self.null += int(null.sum())
 
 
 @dataclass
@@ -441,7 +434,8 @@ def _add(rows: Rows, group: Group, places: np.ndarray, tables: Mapping[str, pa.T
         if name in decoded:
             figures.add_vectors(decoded[name])
         elif column is not None:
-            figures.add_nulls(np.asarray(tables[name][column].is_null()))
+            nulls = tables[name][column].null_count
+            figures.rows, figures.null = figures.rows + len(samples), figures.null + nulls
         for number, values in kind_of(name).numbers(tables[name]).items():
             rows.numbers.setdefault((name, number), []).append(values)
     rows.classes += map(_class_of, samples["metadata"].to_pylist())

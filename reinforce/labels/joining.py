@@ -32,6 +32,7 @@ PROOFS = ("sha256", DIGEST)
 MAX_CANDIDATES = 16
 
 T = TypeVar("T")
+_SEVERAL = "several have its {}, and nothing else that both sides state distinguishes them"
 _ROW_BITS = 32
 _NO_ROWS = np.empty(0, np.int64)
 #: Rows as numbers, which have the number of a row in their lowest bits.
@@ -143,7 +144,7 @@ class Joining:
                 found = self._settle(number, kind, stated[number])
                 proven = isinstance(found, RowOf) and proves(self._own[number], stated[number][found])
                 if of_sample is None:
-                    found = Why(AMBIGUOUS, why_ambiguous(kind))
+                    found = Why(AMBIGUOUS, _SEVERAL.format(kind))
                 elif number in broken and not proven:
                     found = Why(BROKEN, broken[number])
                 if isinstance(found, RowOf):
@@ -239,7 +240,7 @@ class Joining:
                 fitting.append((row, theirs))
         if not fitting:
             return Why(OTHER_IMAGE, differing) if differing else None
-        return choose(own, fitting) or Why(AMBIGUOUS, why_ambiguous(kind))
+        return choose(own, fitting) or Why(AMBIGUOUS, _SEVERAL.format(kind))
 
 
 class TarRows(Candidates):
@@ -311,11 +312,6 @@ def choose(own: Identity, candidates: Sequence[tuple[T, Identity]]) -> T | None:
 def proves(one: Identity, other: Identity) -> bool:
     """Whether the SHA-256 or the digest of two sides shows that they are of one image."""
     return any(kind in one and one[kind] == other.get(kind) for kind in PROOFS)
-
-
-def why_ambiguous(kind: str) -> str:
-    """Why none of several candidates that agree in a kind is taken."""
-    return f"several have its {kind}, and nothing else that both sides state distinguishes them"
 
 
 def difference(one: Identity, other: Identity, agreed: str = KEY) -> str | None:

@@ -128,23 +128,18 @@ def export_embeddings(
     choice = Choice(teacher, texts, image, text, dtype)
     count = data.manifest["layers"].get(embeddings_layer(teacher, TRUE_CAPTION), {}).get("count", 1)
     several = texts == TRUE_CAPTION and text == AVERAGE and count > 1
-    source = ExportSource.of(data, url, _needed_layers(data, choice))
-    return _write(PartExport(source, as_seen_by_workers(output), choice, several), data.shards, use_ray, address)
-
-
-def _needed_layers(data: Dataset, choice: Choice) -> list[str]:
-    """The layers to read. Raises UserError if one is missing or has fewer vectors than asked for."""
-    wanted: list[tuple[str, int | str, str]] = [(embeddings_layer(choice.teacher, "images"), choice.image, "--image")]
-    if choice.texts != NO_TEXTS:
-        wanted.append((embeddings_layer(choice.teacher, choice.texts), choice.text, "--text"))
+    wanted: list[tuple[str, int | str, str]] = [(embeddings_layer(teacher, "images"), image, "--image")]
+    if texts != NO_TEXTS:
+        wanted.append((embeddings_layer(teacher, texts), text, "--text"))
     for name, number, option in wanted:
         if name not in data.layers:
             raise UserError(f"{data.store.url} has no {name}. Choose by --teacher and --texts.")
-        count = data.manifest["layers"][name]["count"]
-        if isinstance(number, int) and not 0 <= number < count:
-            raise UserError(f"{option}: {name} has vectors 0 to {count - 1}, not {number}.")
-    captions = [captions_layer(name) for name in data.captioners]
-    return [SAMPLES, *captions, *(name for name, _, _ in wanted)]
+        vectors_of_row = data.manifest["layers"][name]["count"]
+        if isinstance(number, int) and not 0 <= number < vectors_of_row:
+            raise UserError(f"{option}: {name} has vectors 0 to {vectors_of_row - 1}, not {number}.")
+    needed = [SAMPLES, *map(captions_layer, data.captioners), *(name for name, _, _ in wanted)]
+    source = ExportSource.of(data, url, needed)
+    return _write(PartExport(source, as_seen_by_workers(output), choice, several), data.shards, use_ray, address)
 
 
 def _write(export: PartExport, shards: Sequence[str], use_ray: bool, address: str | None) -> ExportedVectors:

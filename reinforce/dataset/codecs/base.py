@@ -69,7 +69,8 @@ class Codec(ABC):
 class FittedCodec(Codec):
     """A codec whose codebook is fitted to a sample of vectors, of ``least`` vectors or more.
 
-    ``encoder`` is the extra, the purpose and the package that encode, if these may be missing.
+    ``encoder`` is the extra, the purpose and the package that encode, if these may be missing, and ``facts`` are what
+    a codebook states besides its sample.
     """
 
     fitted = True
@@ -77,6 +78,7 @@ class FittedCodec(Codec):
     numbers = "uint8"
     least: int
     encoder: tuple[str, str, str] | None = None
+    facts: Mapping[str, Any] = {}
 
     def require_encoder(self) -> None:
         """Raise UserError if a package that encodes is not installed."""

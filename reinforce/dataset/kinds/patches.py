@@ -140,7 +140,9 @@ class PatchFeatures(LayerKind):
 
     def codec(self, layer: Layer) -> Codec:
         try:
-            return Standardised(find_codec(layer.dtype))
+            codec = Standardised(find_codec(layer.dtype))
+            codec.facts = {"grid": layer.recipe["patches"]["grid"]}
+            return codec
         except ValueError as error:
             raise UserError(f"teachers.{layer.model}.patches.codec: {error}") from None
 
@@ -151,9 +153,6 @@ class PatchFeatures(LayerKind):
         stored, valid = vectors.tensor_rows(table["patches"])
         picked = Patches(grid=tuple(layer.recipe["patches"]["grid"])).fewer
         return np.asarray(stored[valid].reshape(-1, stored.shape[2] // picked), np.float16)
-
-    def codebook_facts(self, layer: Layer) -> Mapping[str, Any]:
-        return {"grid": layer.recipe["patches"]["grid"]}
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         assert layer.dim is not None

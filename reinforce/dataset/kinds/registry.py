@@ -34,12 +34,6 @@ def find_kind(name: str) -> LayerKind | None:
     return next((kind for kind in KINDS.values() if matches(name, kind.pattern)), None)
 
 
-def holds_layers(folder: str) -> bool:
-    """Whether layers may be in a folder of the dataset, given as a path such as ``embeddings/dfn2b``."""
-    depth = len(folder.split("/"))
-    return any(matches(folder, "/".join(kind.pattern.split("/")[:depth])) for kind in KINDS.values())
-
-
 def kind_of(name: str) -> LayerKind:
     """The kind of a layer by its name. Raises ValueError if it is not the name of a layer."""
     kind = find_kind(name)
