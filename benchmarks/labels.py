@@ -94,7 +94,7 @@ def write_labels(folder: Path, rows: int) -> None:
     store, rng = Store(str(folder)), np.random.default_rng(0)
     types = {
         "samples": schemas.samples_schema("none"),
-        LAYERS[0]: schemas.captions_schema(),
+        LAYERS[0]: schemas.CAPTIONS_SCHEMA,
         LAYERS[1]: schemas.embeddings_schema(COUNT, DIM, "float16"),
     }
     for first in range(0, rows, SHARD_ROWS):

@@ -13,14 +13,14 @@ from reinforce_docs.tables import cell, code, table
 FILES: dict[str, tuple[str, pa.Schema]] = {
     "Samples with embedded images": ("samples/<shard>.parquet", schemas.samples_schema("embed", True)),
     "Samples with referenced images": ("samples/<shard>.parquet", schemas.samples_schema("reference", True)),
-    "Captions": ("captions/<captioner>/<shard>.parquet", schemas.captions_schema()),
+    "Captions": ("captions/<captioner>/<shard>.parquet", schemas.CAPTIONS_SCHEMA),
     "Embeddings in float16": (
         "embeddings/<teacher>/<what>/<shard>.parquet",
         schemas.embeddings_schema(2, 768, "float16"),
     ),
     "Embeddings in int8": ("embeddings/<teacher>/<what>/<shard>.parquet", schemas.embeddings_schema(2, 768, "int8")),
-    "Quarantine": ("quarantine/<layer>/<shard>.parquet", schemas.quarantine_schema()),
-    "Index": ("index/<layer>.parquet", schemas.index_schema()),
+    "Quarantine": ("quarantine/<layer>/<shard>.parquet", schemas.QUARANTINE_SCHEMA),
+    "Index": ("index/<layer>.parquet", schemas.INDEX_SCHEMA),
     "Held-out images of a captioner's training": ("held-out.parquet", schemas.HELD_OUT),
 }
 

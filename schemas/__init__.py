@@ -128,20 +128,18 @@ def samples_schema(images: str, true_captions: bool = False, labels: bool = Fals
     return pa.schema([*fields, *[_field(LABELLED, pa.string(), joined)][: int(labels)]])
 
 
-def identities_schema() -> pa.Schema:
-    """Schema of ``identities/<fingerprint>/<kind>/<number>.parquet``, sorted by hash."""
-    return pa.schema(
-        [
-            _field("hash", pa.uint64(), "of a digest itself, of others BLAKE2b-64 of the text", nullable=False),
-            _field("shard_number", pa.int32(), "place of the shard in shards.parquet", nullable=False),
-            _field("row", pa.int32(), "row of the shard, over all of its row groups", nullable=False),
-        ]
-    )
+#: Schema of ``identities/<fingerprint>/<kind>/<number>.parquet``, sorted by hash.
+IDENTITIES_SCHEMA = pa.schema(
+    [
+        _field("hash", pa.uint64(), "of a digest itself, of others BLAKE2b-64 of the text", nullable=False),
+        _field("shard_number", pa.int32(), "place of the shard in shards.parquet", nullable=False),
+        _field("row", pa.int32(), "row of the shard, over all of its row groups", nullable=False),
+    ]
+)
 
 
-def captions_schema() -> pa.Schema:
-    """Schema of ``captions/<captioner>/<shard>.parquet``."""
-    return pa.schema([_KEY, _field("captions", pa.list_(pa.string()), "N synthetic captions of the image")])
+#: Schema of ``captions/<captioner>/<shard>.parquet``.
+CAPTIONS_SCHEMA = pa.schema([_KEY, _field("captions", pa.list_(pa.string()), "N synthetic captions of the image")])
 
 
 def embeddings_schema(count: int, dim: int, dtype: str) -> pa.Schema:
@@ -172,49 +170,45 @@ def scores_schema(names: Sequence[str]) -> pa.Schema:
     return pa.schema([_KEY, _field("scores", scores, description, nullable=False)])
 
 
-def view_schema() -> pa.Schema:
-    """Schema of ``views/<name>/rows-<fingerprint>/<shard>.parquet``: a row for each sample, in their order."""
-    reason = "number and name of the rule that leaves the sample out; null where it is kept"
-    values = "by which each rule `keep` without `within` decides, in the order of the rules; NaN where there is none"
-    lists = _field("values", pa.list_(pa.float32()), values, nullable=False)
-    return pa.schema([_KEY, _field("left_out", pa.string(), reason), lists])
+_reason = "number and name of the rule that leaves the sample out; null where it is kept"
+_values = "by which each rule `keep` without `within` decides, in the order of the rules; NaN where there is none"
+_lists = _field("values", pa.list_(pa.float32()), _values, nullable=False)
+#: Schema of ``views/<name>/rows-<fingerprint>/<shard>.parquet``: a row for each sample, in their order.
+VIEW_SCHEMA = pa.schema([_KEY, _field("left_out", pa.string(), _reason), _lists])
 
 
-def view_shards_schema() -> pa.Schema:
-    """Schema of ``views/<name>/shards-<fingerprint>.parquet``, sorted by shard."""
-    return pa.schema(
-        [
-            _field("shard", pa.string(), "name of the shard", nullable=False),
-            _field("rows", pa.int64(), "samples of the shard", nullable=False),
-            _field("kept", pa.list_(pa.int32()), "samples of each row group that the view keeps", nullable=False),
-            _field("content", pa.uint64(), "digest of what the rules read of the shard", nullable=False),
-            _field("state", pa.int64(), "hash of sizes and times of these files; 0: unknown", nullable=False),
-            _field("digest", pa.uint64(), "digest of the file that has the rows of the shard", nullable=False),
-        ]
-    )
+#: Schema of ``views/<name>/shards-<fingerprint>.parquet``, sorted by shard.
+VIEW_SHARDS_SCHEMA = pa.schema(
+    [
+        _field("shard", pa.string(), "name of the shard", nullable=False),
+        _field("rows", pa.int64(), "samples of the shard", nullable=False),
+        _field("kept", pa.list_(pa.int32()), "samples of each row group that the view keeps", nullable=False),
+        _field("content", pa.uint64(), "digest of what the rules read of the shard", nullable=False),
+        _field("state", pa.int64(), "hash of sizes and times of these files; 0: unknown", nullable=False),
+        _field("digest", pa.uint64(), "digest of the file that has the rows of the shard", nullable=False),
+    ]
+)
 
 
-def quarantine_schema() -> pa.Schema:
-    """Schema of ``quarantine/<layer>/<shard>.parquet``."""
-    return pa.schema(
-        [
-            _field("key", pa.string(), "the sample's key; null for the shard as a whole"),
-            _field("reason", pa.string(), "one of schemas.Reason", nullable=False),
-            _field("detail", pa.string(), "what was found, for people", nullable=False),
-        ]
-    )
+#: Schema of ``quarantine/<layer>/<shard>.parquet``.
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        _field("key", pa.string(), "the sample's key; null for the shard as a whole"),
+        _field("reason", pa.string(), "one of schemas.Reason", nullable=False),
+        _field("detail", pa.string(), "what was found, for people", nullable=False),
+    ]
+)
 
 
-def index_schema() -> pa.Schema:
-    """Schema of ``index/<layer>.parquet``: what was committed, one row per file of the layer, sorted by shard."""
-    return pa.schema(
-        [
-            _field("shard", pa.string(), "name of the shard", nullable=False),
-            _field("size", pa.int64(), "bytes of the file when it was committed", nullable=False),
-            _field("rows", pa.int64(), "rows of the file", nullable=False),
-            _field("groups", pa.list_(pa.int32()), "rows of each of its row groups; null except in samples"),
-        ]
-    )
+#: Schema of ``index/<layer>.parquet``: what was committed, one row per file of the layer, sorted by shard.
+INDEX_SCHEMA = pa.schema(
+    [
+        _field("shard", pa.string(), "name of the shard", nullable=False),
+        _field("size", pa.int64(), "bytes of the file when it was committed", nullable=False),
+        _field("rows", pa.int64(), "rows of the file", nullable=False),
+        _field("groups", pa.list_(pa.int32()), "rows of each of its row groups; null except in samples"),
+    ]
+)
 
 
 #: Schema of ``held-out.parquet``, the held-out images of a captioner's training: one row per image, in the order in

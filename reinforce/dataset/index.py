@@ -61,7 +61,7 @@ class FileEntry:
 class LayerIndex:
     """The index of one layer; ``table`` has the schema ``schemas.index_schema``."""
 
-    table: pa.Table = field(default_factory=schemas.index_schema().empty_table)
+    table: pa.Table = field(default_factory=schemas.INDEX_SCHEMA.empty_table)
 
     def listing(self) -> Listing:
         """The listing of the layer as it was when its files were committed."""
@@ -94,7 +94,7 @@ class LayerIndex:
             pa.array([sum(entry.groups) for entry in entries.values()], pa.int64()),
             pa.array([entry.groups if groups else None for entry in entries.values()], pa.list_(pa.int32())),
         ]
-        new = pa.table(columns, schema=schemas.index_schema())
+        new = pa.table(columns, schema=schemas.INDEX_SCHEMA)
         kept = self.table.filter(pc.invert(pc.is_in(self.table["shard"], new["shard"].combine_chunks())))
         return LayerIndex(pa.concat_tables([kept, new]).sort_by("shard"))
 
@@ -115,7 +115,7 @@ def read_index(store: Store, layer: str, fingerprint: str, to_write: bool = Fals
         footer = parse_footer(file.metadata)
         if (footer.get("layer"), footer.get("fingerprint")) != (layer, fingerprint):
             return LayerIndex()
-        table = file.read(schemas.index_schema().names).cast(schemas.index_schema())
+        table = file.read(schemas.INDEX_SCHEMA.names).cast(schemas.INDEX_SCHEMA)
         named = pc.all(pc.match_substring_regex(table["shard"], f"^{SHARD_NAME.pattern}$"), min_count=0).as_py()
         return LayerIndex(table) if named else LayerIndex()
 

@@ -335,8 +335,8 @@ def _check_columns(found: pa.Schema, newer: bool) -> None:
     Of a ``newer`` version, only the types of known columns are checked.
     """
     known_schemas = [schema for kind in KINDS.values() for schema in kind.file_schemas]
-    known_schemas += [schemas.view_schema(), schemas.identities_schema(), schemas.quarantine_schema()]
-    layouts = [{field.name: _shape_of(field.type) for field in one} for one in (*known_schemas, schemas.index_schema())]
+    known_schemas += [schemas.VIEW_SCHEMA, schemas.IDENTITIES_SCHEMA, schemas.QUARANTINE_SCHEMA]
+    layouts = [{field.name: _shape_of(field.type) for field in one} for one in (*known_schemas, schemas.INDEX_SCHEMA)]
     layouts = [one for place, one in enumerate(layouts) if one not in layouts[:place]]  # kinds share some
     of_any_fields = _shape_of(pa.struct([]))
     shapes = {field.name: _shape_of(field.type) for field in found}

@@ -318,9 +318,9 @@ class LayerKind(ABC):
         by default the samples."""
         return (SAMPLES,)
 
-    @abstractmethod
     def schema(self, layer: Layer, images: str) -> pa.Schema:
-        """The schema of a file; ``images`` is the config's key."""
+        """The schema of a file; ``images`` is the config's key. By default all files have the first one."""
+        return self.file_schemas[0]
 
     @abstractmethod
     def row_bytes(self, layer: Layer, sample: float) -> float | None:

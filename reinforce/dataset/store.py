@@ -393,7 +393,7 @@ class Store(Storage):
     def quarantine(self, layer: str, shard: str, rows: list[tuple[str | None, Reason, str]]) -> None:
         """Write the quarantine file of a shard. Rows are (key, reason, detail); key None is the shard as a whole."""
         keys, reasons, details = zip(*[(k, r.value, d[:2000]) for k, r, d in rows], strict=True)
-        table = pa.table([keys, reasons, details], schema=schemas.quarantine_schema())
+        table = pa.table([keys, reasons, details], schema=schemas.QUARANTINE_SCHEMA)
         self.write_table(table, "quarantine", layer, f"{shard}.parquet")
 
     def write_table(self, table: pa.Table, *parts: str, **options: Any) -> bytes:
@@ -409,7 +409,7 @@ class Store(Storage):
 
         def parse(content: bytes) -> list[dict[str, str | None]]:
             file = LayerFile(pa.BufferReader(content), len(content), max_rows=_QUARANTINE_ROWS)
-            rows: list[dict[str, str | None]] = file.read(schemas.quarantine_schema().names).to_pylist()
+            rows: list[dict[str, str | None]] = file.read(schemas.QUARANTINE_SCHEMA.names).to_pylist()
             return rows
 
         try:

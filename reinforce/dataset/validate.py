@@ -282,9 +282,9 @@ def _check_views(
         read = [shard for shard in chosen if shard in view.counts]
         with ThreadPoolExecutor(_VIEW_THREADS) as pool:
             messages = pool.map(functools.partial(_check_rows, aligned, view), read)
-            for shard, message in zip(read, messages, strict=True):
-                if message is not None:
-                    findings.append(Finding("view", message, f"views/{name}", shard))
+            for shard, problem in zip(read, messages, strict=True):
+                if problem is not None:
+                    findings.append(Finding("view", problem, f"views/{name}", shard))
     return findings, notes
 
 
@@ -397,7 +397,8 @@ def _only_copies(store: Store, manifest: Mapping[str, Any], shards: Iterable[str
     recorded = read_records(store).sources
     reasons = {}
     for shard in shards:
-        source, before = None, SourceState(None, None)
+        source: str | None = None
+        before = SourceState(None, None)
         for layer in manifest["layers"]:  # the footers of its files that are of this shard state it
             with contextlib.suppress(RefusedFile, UserError, OSError):
                 with store.open_layer(layer, shard, whole=False) as file:

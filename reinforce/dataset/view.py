@@ -51,7 +51,7 @@ class ViewRows:
         """Write why each row of a shard is left out, null where it is kept; ``groups`` are keys, reasons and lists of
         values by row group. Returns the digest of the file."""
         buffer = io.BytesIO()
-        schema = schemas.view_schema()
+        schema = schemas.VIEW_SCHEMA
         options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
         with pq.ParquetWriter(buffer, schema, use_dictionary=["left_out"], **options) as writer:
             for columns in groups:
@@ -68,7 +68,7 @@ class ViewRows:
             file = LayerFile(pa.BufferReader(content), len(content), file=(f"{FOLDER}/{self.name}", shard))
             return [file.read_row_group(group, names, use_threads=False) for group in range(file.num_row_groups)]
 
-        names = schemas.view_schema().names if values else ["key", "left_out"]
+        names = schemas.VIEW_SCHEMA.names if values else ["key", "left_out"]
         path = rows_path(self.name, self.fingerprint, shard)
         try:
             return store.read_parsed(parse, *path, limit=_MAX_BYTES)
@@ -217,7 +217,7 @@ def write_view(store: Store, view: View) -> None:
         "state": view.files.states,
         "digest": view.files.digests,
     }
-    table, path = pa.table(columns, schema=schemas.view_shards_schema()), shards_path(view.name, view.fingerprint)
+    table, path = pa.table(columns, schema=schemas.VIEW_SHARDS_SCHEMA), shards_path(view.name, view.fingerprint)
     content = store.write_table(table, *path, row_group_size=_SHARDS_GROUP)
     description = {
         "format": _FORMAT,
@@ -349,7 +349,7 @@ def read_view(store: Store, name: str) -> View:
 def _read_shards(store: Store, name: str, fingerprint: str, digest: str) -> pa.Table:
     """Read how many rows of each shard a view keeps, from the file with the ``digest``. Raises FileNotFoundError."""
     parts = shards_path(name, fingerprint)
-    path, schema = store.path(*parts), schemas.view_shards_schema()
+    path, schema = store.path(*parts), schemas.VIEW_SHARDS_SCHEMA
     try:
         content = store.read_bytes(*parts, limit=_MAX_BYTES)
         if digest != f"{digest_of(content):016x}":

@@ -108,6 +108,7 @@ class Duplicates:
         return {"trained": np.array(len(vectors))}
 
     def of(self, group: Group) -> npt.NDArray[Any]:
+        values: npt.NDArray[Any]
         if self.rule.layer is not None:
             values, valid = neighbours.mean_vectors(group.tables[self.rule.layer])
         else:

@@ -91,7 +91,7 @@ def find_neighbours(rows: Rows, order: Sequence[int]) -> list[tuple[int, Mapping
     """The first rows of ``order``, each with the nearest rows and their cosines, the nearest first: by each teacher
     that encodes images alone, by the mean vectors of crops."""
     vectors = {teacher: normalized(rows.image_vectors(teacher)) for teacher in rows.image_teachers}
-    found = []
+    found: list[tuple[int, Mapping[str, Sequence[tuple[int, float]]]]] = []
     for row in order[:_SHOWN]:
         by_teacher = {}
         for teacher, unit in vectors.items():

@@ -165,14 +165,14 @@ def inspect(
         "captions": captions.captions_summary(texts, cosines),
     }
     folder.publish(files, about)
-    lines = [*report_lines(sides.view)] if sides else []
+    text = [*report_lines(sides.view)] if sides else []
     for (layer, name), values in rows.scores().items():
         at = [f"{share} {values[row]:.4g} ({rows.keys[row][:_KEY_CHARS]})" for share, row in quantile_rows(values)]
-        lines += [f"{layer}: {name}: {', '.join(at)}"] if at else []
+        text += [f"{layer}: {name}: {', '.join(at)}"] if at else []
     return Inspected(
         folder.storage.url, len(rows), selection.samples, selection.exact, len(selection.groups),
         len(selection.by_shard()), sum(card.picture is not None for card in cards), len(problems),
-        tuple(lines),
+        tuple(text),
     )  # fmt: skip
 
 

@@ -165,11 +165,10 @@ class RuleSides:
     def add(self, group: Group, codes: np.ndarray, null: np.ndarray, order: np.ndarray, stored: np.ndarray) -> None:
         """Add the rows of a row group: ``codes`` number the rule that leaves a row out, 0 for none, and ``stored`` are
         the values of the view [rows, N]."""
-        threshold = self.line.get("threshold")
-        values = None
+        threshold, values, distances = self.line.get("threshold"), None, order
         if self.value is not None and isinstance(threshold, int | float):
             values = stored[:, self.value].astype(np.float64)
-        distances = order if values is None else np.where(np.isnan(values), order, np.abs(values - threshold))
+            distances = np.where(np.isnan(values), order, np.abs(values - threshold))
         out, kept, without = self.sides
         here = codes == self.number
         out.add(group, np.flatnonzero(here & ~null), distances, values)

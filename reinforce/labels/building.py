@@ -90,7 +90,7 @@ def _planned(dataset: Store, store: Store) -> tuple[IdentityIndex, pa.Table]:
     bits = min(MAX_BITS, max(0, math.ceil(math.log2(max(1, counts[:, 2].sum() / PART_ROWS)))))
     rows, sizes = pa.array(map(sum, groups), pa.int64()), pa.array(listing.sizes, pa.int64())
     columns = [listing.names, sizes, rows, pa.array(groups, pa.list_(pa.int32()))]
-    table = pa.table(columns, schema=schemas.index_schema())
+    table = pa.table(columns, schema=schemas.INDEX_SCHEMA)
     return IdentityIndex(
         store, index_fingerprint(samples, bits, table), samples, bits, {}, [*listing], groups, {}
     ), table
@@ -236,7 +236,7 @@ def merge_partition(build: Build, partition: tuple[str, Ranges]) -> Counts:
         of_kind = entries[entries["kind"] == place]
         # Of equal hashes, those of earlier shards are first. `take` copies a record at once, an index its fields.
         of_kind = of_kind.take(np.argsort(of_kind["hash"], kind="stable"))
-        table = pa.table([of_kind["hash"], of_kind["shard"], of_kind["row"]], schema=schemas.identities_schema())
+        table = pa.table([of_kind["hash"], of_kind["shard"], of_kind["row"]], schema=schemas.IDENTITIES_SCHEMA)
         store.write_table(
             table,
             *build.path(kind, f"{number}.parquet"),

@@ -395,7 +395,7 @@ class IdentityIndex:
             raise damaged(self.store.layer_path(layer, name), error) from error
 
 
-_SCHEMA = schemas.identities_schema()
+_SCHEMA = schemas.IDENTITIES_SCHEMA
 _NAMES, _TYPES = _SCHEMA.names, _SCHEMA.types
 _NOTHING = Entries(np.empty(0, np.uint64), np.empty(0, np.int32), np.empty(0, np.int32))
 
@@ -461,7 +461,7 @@ def _read_shards(store: Store, fingerprint: str) -> pa.Table:
 
     def parse(content: bytes) -> pa.Table:
         file = LayerFile(pa.BufferReader(content), len(content))
-        return file.read(schemas.index_schema().names).cast(schemas.index_schema())
+        return file.read(schemas.INDEX_SCHEMA.names).cast(schemas.INDEX_SCHEMA)
 
     try:
         table: pa.Table = store.read_parsed(parse, *parts, limit=_MAX_BYTES)

@@ -190,14 +190,14 @@ def _configs(
         yield _Config(layer.config, f"{layer.layer.name}/*.parquet", layer.schema, layer.size, layer.rows)
     for view in views:
         folder, rows, name = view.rows.folder, sum(view.counts.values()), config_name(f"views/{view.name}")
-        yield _Config(name, f"{folder}/*.parquet", schemas.view_schema(), store.shards(folder).total_bytes, rows)
+        yield _Config(name, f"{folder}/*.parquet", schemas.VIEW_SCHEMA, store.shards(folder).total_bytes, rows)
     if index is not None:
         for kind, rows in index.kinds.items():
             folder, name = f"{index.folder}/{kind}", config_name(f"{FOLDER}/{kind}")
             size = store.shards(folder).total_bytes
-            yield _Config(name, f"{folder}/*.parquet", schemas.identities_schema(), size, rows)
+            yield _Config(name, f"{folder}/*.parquet", schemas.IDENTITIES_SCHEMA, size, rows)
         path, size = f"{index.folder}/{SHARDS}.parquet", store.shards(index.folder)[SHARDS]
-        yield _Config(config_name(f"{FOLDER}/{SHARDS}"), path, schemas.index_schema(), size, len(index.shards))
+        yield _Config(config_name(f"{FOLDER}/{SHARDS}"), path, schemas.INDEX_SCHEMA, size, len(index.shards))
 
 
 def _feature(field: pa.Field) -> dict[str, Any]:

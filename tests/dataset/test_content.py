@@ -31,7 +31,7 @@ def write(folder: Path, order: list[int], checksums: bool, caption: str = "a") -
     for layer in (LAYER, "captions/namer"):
         (folder / layer).mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table([keys, vectors], schema=schema), folder / LAYER / "0.parquet", **options)
-    captions = pa.table([keys, pa.array([[caption]] * ROWS)], schema=schemas.captions_schema())
+    captions = pa.table([keys, pa.array([[caption]] * ROWS)], schema=schemas.CAPTIONS_SCHEMA)
     pq.write_table(captions, folder / "captions/namer/0.parquet", **options)
     return Store(str(folder))
 

@@ -39,7 +39,7 @@ LAYER = Layer("captions/c", KINDS["captions"], "f00d", needs=("samples",), model
 
 
 def table(*keys: str) -> pa.Table:
-    return pa.table([list(keys), [[f"a {k}"] for k in keys]], schema=schemas.captions_schema())
+    return pa.table([list(keys), [[f"a {k}"] for k in keys]], schema=schemas.CAPTIONS_SCHEMA)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -51,13 +51,13 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 def test_a_committed_file_is_listed_and_records_its_origin_and_an_error_while_writing_leaves_none(
     store: Store, tmp_path: Path
 ) -> None:
-    with store.writer(LAYER, schemas.captions_schema(), "s", "u") as writer:
+    with store.writer(LAYER, schemas.CAPTIONS_SCHEMA, "s", "u") as writer:
         writer.write(table("a"))
         with pytest.raises(ValueError, match="schema"):
             writer.write(table("b").select(["key"]))
     assert store.shards("captions/c") == {}
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    with store.writer(LAYER, schemas.captions_schema(), "shard-1", "s3://b/1.tar") as writer:
+    with store.writer(LAYER, schemas.CAPTIONS_SCHEMA, "shard-1", "s3://b/1.tar") as writer:
         writer.write(table("a", "b"))
         writer.write(table("c"))
         assert store.shards("captions/c") == {}, "no file before the commit"
@@ -88,7 +88,7 @@ def test_the_content_of_a_local_file_reaches_the_disk_before_its_name_and_then_i
     monkeypatch.setattr(os, "fsync", lambda number: seen.append(os.fstat(number).st_size))
     monkeypatch.setattr(os, "replace", publish)
     store.write_bytes(b"data", "a")
-    with store.writer(LAYER, schemas.captions_schema(), "s", "u") as writer:
+    with store.writer(LAYER, schemas.CAPTIONS_SCHEMA, "s", "u") as writer:
         writer.write(table("a"))
         writer.commit()
     assert (seen[:2], seen[3:5], len(seen)) == ([4, "a"], [writer.bytes, "s.parquet"], 6)
@@ -118,7 +118,7 @@ def test_augmentation_records_and_captions_are_compressed(tmp_path: Path) -> Non
     record_bytes = sum(size for path, size in sizes.items() if path.startswith("augmentations.")) / 10
     assert record_bytes < 10, f"{record_bytes} bytes per record, which has 54 bytes of values"
     texts = [[f"a picture of a dog and {i} other animals by the sea" for i in range(5)] for _ in keys]
-    sizes = column_bytes(Store(str(tmp_path)), LAYER, pa.table([keys, texts], schema=schemas.captions_schema()))
+    sizes = column_bytes(Store(str(tmp_path)), LAYER, pa.table([keys, texts], schema=schemas.CAPTIONS_SCHEMA))
     assert sizes["captions.list.element"] < 50, "for 250 bytes of text"
 
 

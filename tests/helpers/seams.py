@@ -114,9 +114,6 @@ class Brightness(LayerKind):
         recipe = self._recipe(known[SAMPLES].fingerprint)
         yield Layer(BRIGHTNESS, self, compute_fingerprint(recipe), (SAMPLES,), recipe=recipe, sees="crops")
 
-    def schema(self, layer: Layer, images: str) -> pa.Schema:
-        return self.file_schemas[0]
-
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         return 4
 

@@ -56,7 +56,7 @@ def indexed(index: IdentityIndex) -> dict[str, set[tuple[int, int, int]]]:
         layer, parts = f"{index.folder}/{kind}", []
         for name in index.store.shards(layer):
             with index.store.open_layer(layer, name) as file:
-                parts.append(file.read(schemas.identities_schema().names).to_pydict())
+                parts.append(file.read(schemas.IDENTITIES_SCHEMA.names).to_pydict())
         assert all(part["hash"] == sorted(part["hash"]) for part in parts)
         every[kind] = {entry for part in parts for entry in zip(*part.values(), strict=True)}
     return every

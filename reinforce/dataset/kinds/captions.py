@@ -39,7 +39,7 @@ class Captions(LayerKind):
     section = "captioners"
     model_key = "captioner"
     required = ("count",)
-    file_schemas = (schemas.captions_schema(),)
+    file_schemas = (schemas.CAPTIONS_SCHEMA,)
 
     def layers(
         self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
@@ -61,9 +61,6 @@ class Captions(LayerKind):
                 code=info.code,
                 sees="image" if info.images else None,
             )
-
-    def schema(self, layer: Layer, images: str) -> pa.Schema:
-        return schemas.captions_schema()
 
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         return layer.count * _TEXT_BYTES

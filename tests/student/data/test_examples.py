@@ -66,7 +66,7 @@ def tables(**nulls: set[int]) -> dict[str, pa.Table]:
     layers = {"samples": pa.Table.from_pydict(samples, schemas.samples_schema("embed"))}
     for name in "ab":
         texts = [None if row in nulls.get(name, ()) else [f"{name} {row} {n}" for n in range(3)] for row in range(ROWS)]
-        layers[f"captions/{name}"] = pa.table([keys, texts], schema=schemas.captions_schema())
+        layers[f"captions/{name}"] = pa.table([keys, texts], schema=schemas.CAPTIONS_SCHEMA)
     for what, count in (("images", 2), ("caption", 1), ("a", 3), ("b", 3)):
         values = np.zeros((ROWS, count, 4), np.float32)
         values[:, range(count), range(count)] = 1  # vector n is the n-th unit vector
