@@ -111,16 +111,13 @@ class LayerFile:
     ) -> None:
         self._dataset = dataset
         self._source, self._max_rows, self._name = WindowFile(source, size), max_rows, file
-        self.metadata, self._footer = self._source.footer()
+        self.metadata, content = self._source.footer()
         self._readable = source if isinstance(source, pa.NativeFile) else None
         self.num_row_groups: int = self.metadata.num_row_groups
         self._names = _column_names(self.metadata)
+        #: The footer, its columns and its bytes, for ``check_together``.
+        self.footer: tuple[pq.FileMetaData, Sequence[str], bytes] = (self.metadata, self._names, content)
         self._check: FooterCheck | None = None
-
-    @property
-    def footer(self) -> tuple[pq.FileMetaData, Sequence[str], bytes]:
-        """The footer, its columns and its bytes, for ``check_together``."""
-        return self.metadata, self._names, self._footer
 
     @functools.cached_property
     def _file(self) -> pq.ParquetFile:
@@ -251,7 +248,7 @@ class LayerFile:
 
     def _row_group(self, number: int) -> pq.RowGroupMetaData:
         """Metadata of a row group in the footer, after Arrow has accepted it."""
-        self._check = self._check or FooterCheck(self.metadata, self._names, self._footer)
+        self._check = self._check or FooterCheck(*self.footer)
         self._check.check(number)
         if number >= self.num_row_groups:
             raise RefusedFile(f"it has {self.num_row_groups:,} row groups, and no row group {number}")

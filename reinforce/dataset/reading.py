@@ -23,7 +23,7 @@ from reinforce.dataset.index import (
     read_index,
     without_files,
 )
-from reinforce.dataset.kinds.registry import model_sections, stored_layer
+from reinforce.dataset.kinds.registry import SECTIONS, stored_layer
 from reinforce.dataset.layers import (
     MODEL_SECTIONS,
     SAMPLES,
@@ -79,7 +79,7 @@ def open(
 
     Published labels have no images: ``image`` of their samples is empty, and to decode it raises UserError.
     """
-    every: dict[str, Sequence[str] | None] = dict.fromkeys(model_sections())
+    every: dict[str, Sequence[str] | None] = dict.fromkeys(SECTIONS)
     if unknown := models.keys() - every:
         known = ", ".join(("view", "strict", "images_from", "limits", *every))
         raise UserError(f"open: got an unexpected keyword argument {min(unknown)!r}. It takes: url, {known}.")
@@ -122,9 +122,8 @@ class Dataset:
         self.limits = settings.parse(ReadLimits, limits or {}, "limits")
         self.roots = ImageRoots.named(images_from, images_key, self.limits.image_bytes)
         self.manifest = read_manifest(self.store)
-        sections = model_sections()
-        models = dict.fromkeys(sections) if models is None else models
-        self.models = {one: select_names(self.store.url, one, models.get(one, []), self.manifest) for one in sections}
+        models = dict.fromkeys(SECTIONS) if models is None else models
+        self.models = {one: select_names(self.store.url, one, models.get(one, []), self.manifest) for one in SECTIONS}
         self.teachers, self.captioners = self.models["teachers"], self.models["captioners"]
         wanted = [captions_layer(c) for c in self.captioners]
         wanted += [embeddings_layer(t, i) for t in self.teachers for i in ("images", TRUE_CAPTION, *self.captioners)]

@@ -469,9 +469,6 @@ class Shards:
     recorded: Mapping[str, SourceRecord]
     limit: int
 
-    def describe(self) -> str:
-        return first_names([file.name for file in self.files])
-
 
 class ShardReader:
     """Reads shards in each of so many ``processes``, several at a time in threads, which the first read starts.
@@ -493,10 +490,6 @@ class ShardReader:
         self.batch *= _ALONE if processes == 1 else 1
 
     @functools.cached_property
-    def _store(self) -> Store:
-        return Store(self._url)
-
-    @functools.cached_property
     def _pool(self) -> ThreadPoolExecutor:
         # `hash_keys` needs it. Threads of a new process that import it at the same time can deadlock.
         from pandas.util import hash_array  # noqa: F401
@@ -506,7 +499,7 @@ class ShardReader:
     def read(self, shards: Shards) -> list[CheckedShard]:
         size = _TOGETHER if self._quick else 1
         parts = [shards.files[start : start + size] for start in range(0, len(shards.files), size)]
-        pool, store = self._pool, self._store  # made here, before threads use them
+        pool, store = self._pool, Store(self._url)  # made here, before threads use them
         return [*itertools.chain.from_iterable(pool.map(lambda part: self._read(store, part, shards), parts))]
 
     def close(self) -> None:
@@ -525,17 +518,17 @@ class ShardReader:
                 if one.source == "same" and now is not None and known not in (None, now.stamp):
                     one.source = "touched"
             if self._count and one.source in ("same", "touched") and not one.findings:
-                compared = self._compare_count(files, one)
+                compared = self._compare_count(store, files, one)
                 one.findings += compared or ()
                 one.counted = compared is not None
         return checked
 
-    def _compare_count(self, files: ShardFiles, checked: CheckedShard) -> list[Finding] | None:
+    def _compare_count(self, store: Store, files: ShardFiles, checked: CheckedShard) -> list[Finding] | None:
         """A finding if a source file has another number of samples than its shard; None if that cannot be counted.
 
         The samples of a shard are its rows and those that are only in the quarantine of the samples layer.
         """
-        store, url = self._store, current_url(checked.footer["source"], self._moved)
+        url = current_url(checked.footer["source"], self._moved)
         if self._manifest.get("input", {}).get("view"):  # of another dataset, which may have another by now
             return None
         refused = store.quarantined(SAMPLES, files.name) if SAMPLES in files.quarantined else []

@@ -59,7 +59,7 @@ from reinforce.processes.cores import available_cores
 from reinforce.processes.parallel import open_workers
 from reinforce.source.references import ImageRoots, SourceState, current_url
 from reinforce.source.urls import shard_name
-from reinforce.terminal import first_lines, plural
+from reinforce.terminal import first_lines, first_names, plural
 
 _CAPACITY = 2**24  # hashes of keys, 128 MiB: datasets of more samples are estimated
 _NAMED = 10
@@ -174,7 +174,10 @@ def validate(
     manifest, listings = inventory.manifest, inventory.listings
     names = [*listings]
     keys = KeySample(_CAPACITY)
-    chosen = _choose(listings[SAMPLES], sample, seed)
+    chosen = samples = listings[SAMPLES]
+    if sample is not None and sample < len(samples):  # some random shards
+        places = sorted(random.Random(seed).sample(range(len(samples)), sample))  # noqa: S311 - not a secret
+        chosen = Listing(samples.names.take(pa.array(places, pa.int64())), samples.sizes[places])
     found = Validation(store.url, len(listings[SAMPLES]), len(chosen), keys.repeated(), code=code_lines(manifest))
     found.findings += inventory.findings
     if len(chosen) < len(listings[SAMPLES]):
@@ -190,7 +193,13 @@ def validate(
     reader = ShardReader(url, manifest, quick, sources, count, processes)
     with contextlib.closing(reader), open_workers(use_ray=False, processes=processes) as workers:
         batches = _batches(chosen, every, names, reader.batch, recorded, keys, count)
-        read = workers.map(reader.read, batches, ordered=True, name=Shards.describe, fix=_FIX)
+        read = workers.map(
+            reader.read,
+            batches,
+            ordered=True,
+            name=lambda shards: first_names([file.name for file in shards.files]),
+            fix=_FIX,
+        )
         counted = 0
         for shard in itertools.chain.from_iterable(shards for _, shards in read):
             keys.add(shard.name, shard.keys)
@@ -206,14 +215,6 @@ def validate(
     found.repeated = keys.repeated()
     found.counted = counted if count else None
     return found
-
-
-def _choose(samples: Listing, most: int | None, seed: int) -> Listing:
-    """Some random shards, or all."""
-    if most is None or most >= len(samples):
-        return samples
-    places = sorted(random.Random(seed).sample(range(len(samples)), most))  # noqa: S311 - not a secret
-    return Listing(samples.names.take(pa.array(places, pa.int64())), samples.sizes[places])
 
 
 def _check_sizes(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from reinforce.dataset.kinds.registry import model_sections
+from reinforce.dataset.kinds.registry import SECTIONS
 from reinforce.dataset.layers import mapping_at
 from reinforce.dataset.manifest import entry_keys
 from reinforce.dataset.reading import Dataset
@@ -95,7 +95,7 @@ def inspect(
     the program. Raises UserError.
     """
     folder = _ReportFolder(output)
-    models = {**dict.fromkeys(model_sections()), "teachers": teachers, "captioners": captioners}
+    models = {**dict.fromkeys(SECTIONS), "teachers": teachers, "captioners": captioners}
     data = Dataset(url, models, images_from=images_from, images_key="--images-from {}")
     sides = None if view is None else Sides(data, open_view(data.store, data.manifest, view), seed)
     overview = read_overview(data, seed)

@@ -51,11 +51,12 @@ class Unreadable(ValueError):
     """A member that is missing or cannot be used; the message is the detail of the refusal."""
 
 
+@dataclass(frozen=True)
 class MemberReader:
-    """Reads the members of samples for those of ``layers`` that no model computes."""
+    """Reads the members of samples for ``layers``, which no model computes."""
 
-    def __init__(self, config: Config, layers: Iterable[Layer]) -> None:
-        self.config, self.layers = config, [layer for layer in layers if layer.published]
+    config: Config
+    layers: Sequence[Layer]
 
     def augmentations(self, members: Members, width: int, height: int) -> tuple[Augmentation, ...]:
         """The first ``augmentations.count`` records of a sample, for an image of this size. Raises Unreadable."""

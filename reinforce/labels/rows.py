@@ -121,7 +121,7 @@ class TarLabels(LabelSet):
 
     def __init__(self, url: str, config: Config, layers: Iterable[Layer], limit: int | None = None) -> None:
         super().__init__(REINFORCEMENTS)
-        self.member_reader = self._reader = MemberReader(config, layers)
+        self.member_reader = self._reader = MemberReader(config, [layer for layer in layers if layer.published])
         self._url, self._join = url, config.join or "url"
         self._rows = TarRows(self._join)
         self._members: list[dict[str, tuple[int, int]]] = []  # offset and length of each row's, by name

@@ -52,23 +52,15 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class LayerCard:
-    """A layer as the card shows it: its configuration for ``datasets``, and numbers of its files."""
+    """A layer as the card shows it: its configuration for ``datasets``, what a row holds, and numbers of its files."""
 
     layer: Layer
+    config: str
+    content: str
     schema: pa.Schema
     shards: int
     rows: int
     size: int
-
-    @property
-    def config(self) -> str:
-        return config_name(self.layer.name)
-
-    @property
-    def content(self) -> str:
-        """What a row holds, for people."""
-        content = self.layer.kind.content(self.layer)
-        return content.card or content.plan
 
 
 def write_card(url: str, output: str | None = None, licence: str = UNKNOWN, force: bool = False) -> str:
@@ -169,7 +161,9 @@ def read_layers(store: Store, manifest: Mapping[str, Any]) -> list[LayerCard]:
                     if IMAGE_DIGEST not in file.metadata.schema.to_arrow_schema().names:
                         schema = schema.remove(at)
             total = sum(rows.get(shard, 0) for shard in listing)
-            cards.append(LayerCard(layer, schema, len(listing), total, listing.total_bytes))
+            content, size = layer.kind.content(layer), listing.total_bytes
+            shown = content.card or content.plan
+            cards.append(LayerCard(layer, config_name(name), shown, schema, len(listing), total, size))
     return cards
 
 

@@ -29,6 +29,10 @@ KINDS: dict[str, LayerKind] = {
 }
 
 
+#: The sections of a config with models that layers name in dataset.json.
+SECTIONS = [*dict.fromkeys(str(kind.section) for kind in KINDS.values() if kind.model_key is not None)]
+
+
 def find_kind(name: str) -> LayerKind | None:
     """The kind of a layer by its name, None if it is not the name of a layer."""
     return next((kind for kind in KINDS.values() if matches(name, kind.pattern)), None)
@@ -40,11 +44,6 @@ def kind_of(name: str) -> LayerKind:
     if kind is None:
         raise ValueError(f"{name} is not the name of a layer")
     return kind
-
-
-def model_sections() -> list[str]:
-    """The sections of a config with models that layers name in dataset.json."""
-    return [*dict.fromkeys(str(kind.section) for kind in KINDS.values() if kind.model_key is not None)]
 
 
 def owner_of(target_section: str) -> str:

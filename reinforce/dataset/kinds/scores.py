@@ -54,7 +54,9 @@ class StoredRows(Protocol):
 
 
 class Scorer(ABC):
-    """Computes some scores of each sample. ``kinds.scores`` has the class for each key of a config.
+    """Computes some scores of each sample, by an entry of the config and the most true captions of a sample.
+
+    ``SCORERS`` has the class for each key of the entry. Making one raises ValueError or OSError that names the fix.
 
     Attributes:
         key: the key of the config that chooses it.
@@ -67,11 +69,6 @@ class Scorer(ABC):
     names: tuple[str, ...]
     needs: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
-
-    @abstractmethod
-    def __init__(self, spec: Score, captions: int) -> None:
-        """Of a dataset with at most ``captions`` true captions a sample. Raises ValueError or OSError that names the
-        fix."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -262,7 +259,7 @@ class Similarity(Scorer):
 
 _WIDTH = 4
 #: The scorers by the key of a config that chooses them.
-SCORERS: dict[str, type[Scorer]] = {scorer.key: scorer for scorer in (Similarity, Head, Facts)}
+SCORERS: dict[str, Callable[[Score, int], Scorer]] = {Similarity.key: Similarity, Head.key: Head, Facts.key: Facts}
 
 
 def make_scorer(spec: Score, captions: int = 1) -> Scorer:
