@@ -59,7 +59,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class LayerIndex:
-    """The index of one layer; ``table`` has the schema ``schemas.index_schema``."""
+    """The index of one layer; ``table`` has the schema ``schemas.INDEX_SCHEMA``."""
 
     table: pa.Table = field(default_factory=schemas.INDEX_SCHEMA.empty_table)
 

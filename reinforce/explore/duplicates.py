@@ -176,7 +176,7 @@ class Duplicates:
 def training_places(
     groups: npt.NDArray[np.int64], shards: Sequence[str], seed: int, cells: int
 ) -> list[tuple[str, int]]:
-    """Shards and row groups to find centroids from; ``groups`` is the table of ``row_counts`` [row groups, 3]."""
+    """Shards and row groups to find centroids from; ``groups`` is that of ``row_group_table`` [row groups, 3]."""
     order = np.random.default_rng([seed, len(groups)]).permutation(len(groups))
     enough = int(np.searchsorted(np.cumsum(groups[order, 2]), cells * _TRAINED_ROWS)) + 1
     return [(shards[shard], int(index)) for shard, index in sorted(map(tuple, groups[order[:enough], :2].tolist()))]

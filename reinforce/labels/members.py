@@ -163,7 +163,8 @@ def parse_augmentation(record: Any, size: int, width: int, height: int) -> Augme
         raise Unreadable(f"{PARAMETERS}: {str(ops)[:80]!r} is not a list of operations")
     parsed = []
     for pair in ops:
-        index, magnitude = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
+        both: Any = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
+        index, magnitude = both
         exists = type(index) is int and 0 <= index < len(OPS)
         if not exists or type(magnitude) not in (int, float) or not abs(magnitude) <= _MAX_MAGNITUDE:
             raise Unreadable(f"{PARAMETERS}: {str(pair)[:80]!r} is not an operation")

@@ -184,7 +184,7 @@ def export_part(export: PartExport, part: tuple[str, str]) -> tuple[int, int]:
         for tables in map(layers.read, range(layers.row_groups)):
             with row_errors(layers.store.url):
                 image, text, captions = _vectors(tables, choice)
-                keep = ~np.isnan(image).any(axis=1)
+                keep = np.asarray(~np.isnan(image).any(axis=1))
                 if choice.texts != NO_TEXTS:
                     has_text = np.array([caption is not None for caption in captions], bool)
                     keep &= ~np.isnan(text).any(axis=1) & has_text
