@@ -306,10 +306,6 @@ class IdentityIndex:
         """The folder of its files in the dataset."""
         return f"{FOLDER}/{self.fingerprint}"
 
-    def is_unique(self, kind: str) -> bool:
-        """Whether no two rows state the same identity of a kind."""
-        return not self.repeated.get(kind)
-
     def row_group(self, shard: int, row: int) -> tuple[int, int]:
         """The row group of a row of a shard, and the row in it. Raises NoSuchRow."""
         rest = row

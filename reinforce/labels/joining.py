@@ -16,13 +16,13 @@ A kind of identities after the other, strongest first:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from reinforce.labels.index import DIGEST, KEY, KINDS, Identity, IdentityIndex, hash_text
+from reinforce.labels.index import DIGEST, INDEXED, KEY, KINDS, Identity, IdentityIndex, hash_text
 from reinforce.labels.members import ABSENT, AMBIGUOUS, BROKEN, OTHER_IMAGE, UNCONFIRMED, Wanted
 from teachers.published import JOINS
 
@@ -69,10 +69,12 @@ class Candidates(ABC):
     """Rows that samples are joined with.
 
     ``indexed_digests``: their digests are in an index alone. ``one_proof``: of several that are proven to be of one
-    image, the first is taken, because reading costs much.
+    image, the first is taken, because reading costs much. ``repeated``: kinds of which two rows may state the same
+    identity.
     """
 
     indexed_digests = one_proof = False
+    repeated: Collection[str] = INDEXED
 
     @abstractmethod
     def entries(self, kind: str, texts: Sequence[str]) -> dict[str, Codes]:
@@ -90,10 +92,6 @@ class Candidates(ABC):
         """Rows with some of ``values``, by place, that are known without ``entries``."""
         return {}
 
-    def is_unique(self, kind: str) -> bool:
-        """Whether no two rows state the same identity of a kind."""
-        return False
-
 
 class IndexedRows(Candidates):
     """The rows of an ``index``. Those of an ``embedded`` dataset state no digests."""
@@ -102,6 +100,7 @@ class IndexedRows(Candidates):
 
     def __init__(self, index: IdentityIndex, embedded: bool) -> None:
         self.index, self.indexed_digests = index, embedded and DIGEST in index.kinds
+        self.repeated = [kind for kind, count in index.repeated.items() if count]
 
     def entries(self, kind: str, texts: Sequence[str]) -> dict[str, Codes]:
         if kind not in self.index.kinds:
@@ -116,9 +115,6 @@ class IndexedRows(Candidates):
 
     def name(self, row: RowOf) -> str:
         return f"{self.index.shards[row.shard]}, row {row.row},"
-
-    def is_unique(self, kind: str) -> bool:
-        return self.index.is_unique(kind)
 
 
 class Joining:
@@ -167,7 +163,7 @@ class Joining:
             near = self._rows.near(kind, values)
             for at, row in near.items():
                 own, theirs = self._own[missing[at]], self._stated(missing[at], row)
-                sure = self._rows.is_unique(kind) or proves(own, theirs)
+                sure = kind not in self._rows.repeated or proves(own, theirs)
                 if sure and not difference(own, theirs, kind):
                     found[missing[at]] = [row]
                 else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gzip
 import io
+import itertools
 import math
 import zipfile
 from abc import ABC, abstractmethod
@@ -22,7 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from reinforce.config import Config
-from reinforce.dataset.layers import TRUE_CAPTION, Layer
+from reinforce.dataset.kinds.registry import kind_of
+from reinforce.dataset.layers import TRUE_CAPTION, Layer, captions_layer, inputs_of
+from reinforce.images.policy import reads_crops
 from reinforce.images.records import OPS, Augmentation, Crop, Op, from_records
 from reinforce.labels.index import KEY, KINDS, Identity
 from reinforce.source.samples import Refusal, clean_text, parse_json
@@ -251,6 +254,10 @@ class RowLabels:
 
     ``joined`` is what joined it, None if nothing did. Of a set that decides rows, ``key`` is that of the row, and
     ``refusal`` why the sample is none. Decode processes receive it without values.
+
+    Of a tar it has the ``members`` of a sample, and the augmentation ``records`` of one that is stored already. Of a
+    dataset it has the ``image`` with its augmentation records, and the true ``captions``, of which ``count`` are
+    wanted: 0 without layers of them.
     """
 
     name: str
@@ -258,33 +265,79 @@ class RowLabels:
     joined: str | None = None
     key: str | None = None
     refusal: Refusal | None = None
+    members: Members | None = None
+    records: Sequence[Mapping[str, Any]] | None = None
+    image: LabelCrops | None = None
+    captions: Sequence[str] = ()
+    count: int = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "values": {}}
 
     def crops(self, reader: MemberReader | None, width: int, height: int) -> Sequence[Augmentation]:
         """The augmentation records for an own image of this size, if these are taken. Raises Unreadable."""
-        return ()
+        if self.members is None:
+            return () if self.image is None else self.image.fitted(width, height)
+        assert reader is not None
+        return reader.augmentations(self.members, width, height) if reads_crops(reader.config) else ()
 
     def note(self, width: int, height: int) -> str | None:
-        """The record of the join in the samples layer, for a local image of this size, or None."""
-        return None
+        """The record of the join in the samples layer, for a local image of this size, or None: the identity that
+        matched the images, and the size that crops are scaled from."""
+        if self.image is None or (self.image.width, self.image.height) == (width, height):
+            return None if self.image is None else self.joined
+        return f"{self.joined}, scaled from {self.image.width} x {self.image.height}"
 
     def why_other(self, width: int, height: int, records: Sequence[Mapping[str, Any]]) -> str | None:
         """Why it is not of a stored sample with an image of this size and these augmentation records, or None."""
-        return None
+        if self.image is None:
+            return None
+        try:
+            fitted = self.image.fitted(width, height)
+        except Unreadable as error:
+            return str(error)
+        same = not fitted or [*fitted] == [*from_records(records)]
+        return None if same else "its crops are not those of the stored sample"
 
     def to_unpack(self, records: Sequence[Mapping[str, Any]]) -> RowLabels | None:
         """What a decode process reads for a stored sample with these augmentation records, None if nothing."""
-        return None
+        return None if self.members is None else replace(self, records=records)
 
     def unpacked(self, reader: MemberReader | None, key: str) -> Mapping[str, LabelValue]:
         """The values that a decode process reads with ``reader``."""
-        return {}
+        if self.members is None:
+            return {}
+        assert reader is not None
+        return reader.values(key, self.members, self.records)
 
     def values_of(self, key: str, captions: Sequence[str], values: Mapping[str, LabelValue]) -> dict[str, LabelValue]:
-        """The ``values`` as a sample with these true captions takes them."""
-        return {**values}
+        """The ``values`` as a sample with these true captions takes them.
+
+        Vectors of texts are of the texts of the same labels; of true captions, those of the sample's. The vector of a
+        tar is that of the sample's caption, if it has one.
+        """
+        found = {**values}
+        for layer, value in values.items():
+            true = inputs_of(layer) == TRUE_CAPTION
+            if isinstance(value, Refusal) or (self.members is None and self.image is None):
+                continue
+            if self.members is not None:
+                if true and not captions:
+                    detail = "no caption that the published vector could belong to"
+                    found[layer] = Refusal(key, Reason.NO_TEXT, detail)
+                continue
+            if kind_of(layer).picks != "text":
+                continue
+            own = values.get(captions_layer(inputs_of(layer)))
+            if isinstance(own, Refusal):
+                found[layer] = own
+            elif true and captions and {*captions} <= {*self.captions[: len(value)]}:
+                texts = itertools.islice(itertools.cycle(captions), self.count)  # as a run encodes them
+                found[layer] = np.stack([value[self.captions.index(text)] for text in texts])
+            elif true:
+                detail = "labels: its vector is of another caption than the sample's"
+                found[layer] = Refusal(key, Reason.NOT_REINFORCED, detail)
+        return found
 
 
 class LabelSet(ABC):

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -24,7 +22,6 @@ import pyarrow as pa
 
 from reinforce.config import Config
 from reinforce.dataset.aligned import check_origin
-from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.layers import (
@@ -32,14 +29,11 @@ from reinforce.dataset.layers import (
     SAMPLES,
     TRUE_CAPTION,
     Layer,
-    captions_layer,
-    inputs_of,
 )
 from reinforce.dataset.store import Store
 from reinforce.dataset.vectors import tensor_rows
 from reinforce.errors import StorageError, UserError
-from reinforce.images.policy import reads_crops
-from reinforce.images.records import Augmentation, from_records
+from reinforce.images.records import Augmentation
 from reinforce.labels.index import (
     DIGEST,
     KEY,
@@ -66,7 +60,6 @@ from reinforce.labels.members import (
     LabelSet,
     LabelValue,
     MemberReader,
-    Members,
     RowLabels,
     Unreadable,
     Wanted,
@@ -82,31 +75,6 @@ from schemas import TRUE_CAPTIONS, WHOLE_SHARD, Reason
 from teachers.published import JOINS, Labels
 
 _CHECKED_SAMPLES = 8
-
-
-@dataclass(frozen=True)
-class PackedLabels(RowLabels):
-    """The ``members`` of a sample, and the augmentation ``records`` of one that is stored already."""
-
-    members: Members = field(default_factory=dict)
-    records: Sequence[Mapping[str, Any]] | None = None
-
-    def crops(self, reader: MemberReader | None, width: int, height: int) -> Sequence[Augmentation]:
-        assert reader is not None
-        return reader.augmentations(self.members, width, height) if reads_crops(reader.config) else ()
-
-    def to_unpack(self, records: Sequence[Mapping[str, Any]]) -> RowLabels | None:
-        return replace(self, records=records)
-
-    def unpacked(self, reader: MemberReader | None, key: str) -> Mapping[str, LabelValue]:
-        assert reader is not None
-        return reader.values(key, self.members, self.records)
-
-    def values_of(self, key: str, captions: Sequence[str], values: Mapping[str, LabelValue]) -> dict[str, LabelValue]:
-        """The vector of the true caption is that of the sample's, if it has one."""
-        none = Refusal(key, Reason.NO_TEXT, "no caption that the published vector could belong to")
-        lost = [layer for layer in values if inputs_of(layer) == TRUE_CAPTION and not captions]
-        return {**values} | {layer: none for layer in lost if not isinstance(values[layer], Refusal)}
 
 
 class TarLabels(LabelSet):
@@ -162,10 +130,10 @@ class TarLabels(LabelSet):
                 values = dict.fromkeys([layer.name for layer in self._reader.layers], refusal)
                 yield RowLabels(self.name, values, refusal=refusal)
 
-    def _labels(self, row: int, joined: str) -> PackedLabels:
+    def _labels(self, row: int, joined: str) -> RowLabels:
         places = self._members[row].items()
         members = {name: os.pread(self._file.fileno(), size, offset) for name, (offset, size) in places}
-        return PackedLabels(self.name, joined=joined, key=self._rows.identities[row][KEY], members=members)
+        return RowLabels(self.name, joined=joined, key=self._rows.identities[row][KEY], members=members)
 
     def left_over(self) -> Iterator[Refusal]:
         yield from self._refusals
@@ -238,49 +206,6 @@ def open_labels(
         else _StoredSet(name, config, found, values, planned)
         for name, found in named.items()
     )
-
-
-@dataclass(frozen=True)
-class StoredLabels(RowLabels):
-    """What a dataset has of a sample: also its image with the augmentation records, and its true ``captions``, of which
-    ``count`` are wanted: 0 without layers of them."""
-
-    image: LabelCrops = field(kw_only=True)
-    captions: Sequence[str] = ()
-    count: int = 0
-
-    def crops(self, reader: MemberReader | None, width: int, height: int) -> Sequence[Augmentation]:
-        return self.image.fitted(width, height)
-
-    def note(self, width: int, height: int) -> str | None:
-        """The identity that matched the images, and the size that crops are scaled from."""
-        own = (self.image.width, self.image.height)
-        return f"{self.joined}, scaled from {own[0]} x {own[1]}" if own != (width, height) else self.joined
-
-    def why_other(self, width: int, height: int, records: Sequence[Mapping[str, Any]]) -> str | None:
-        try:
-            fitted = self.crops(None, width, height)
-        except Unreadable as error:
-            return str(error)
-        same = not fitted or [*fitted] == [*from_records(records)]
-        return None if same else "its crops are not those of the stored sample"
-
-    def values_of(self, key: str, captions: Sequence[str], values: Mapping[str, LabelValue]) -> dict[str, LabelValue]:
-        """Vectors of texts are of the texts of the same labels; of true captions, those of the sample's."""
-        found = {**values}
-        for layer, value in values.items():
-            if isinstance(value, Refusal) or kind_of(layer).picks != "text":
-                continue
-            own = values.get(captions_layer(inputs_of(layer)))
-            if isinstance(own, Refusal):
-                found[layer] = own
-            elif inputs_of(layer) == TRUE_CAPTION and captions and {*captions} <= {*self.captions[: len(value)]}:
-                texts = itertools.islice(itertools.cycle(captions), self.count)  # as a run encodes them
-                found[layer] = np.stack([value[self.captions.index(text)] for text in texts])
-            elif inputs_of(layer) == TRUE_CAPTION:
-                detail = "labels: its vector is of another caption than the sample's"
-                found[layer] = Refusal(key, Reason.NOT_REINFORCED, detail)
-        return found
 
 
 class _Row(NamedTuple):
@@ -363,7 +288,7 @@ class _StoredSet(LabelSet):
                 yield RowLabels(self.name, {layer.name: refusals[number] for layer in self._layers})
                 continue
             image, texts = rows[number].image, rows[number].captions
-            yield StoredLabels(
+            yield RowLabels(
                 self.name, values[number], places[number].kind, image=image, captions=texts, count=self._true_captions
             )
 

@@ -81,7 +81,15 @@ def export_shard(export: LabelsExport, shard: str) -> ShardLabels:
     layers = [layer for layer in export.layers if layer.name in wanted]
     fingerprints = {SAMPLES: export.layers[0].fingerprint} | {layer.name: layer.fingerprint for layer in layers}
     source = replace(export.source, fingerprints=fingerprints)
-    with source.open(shard, _columns(export, store, shard)) as opened, contextlib.ExitStack() as stack:
+    # Images are read only where the digests are computed from them.
+    with store.open_layer(SAMPLES, shard, whole=False) as file:
+        stored = file.metadata.schema.to_arrow_schema().names
+    columns = ["key", "caption", TRUE_CAPTIONS, "width", "height", "augmentations"]
+    columns += columns_of_identities(stored, images=DIGEST in export.identities)
+    if DIGEST in export.identities and IMAGE_DIGEST not in stored and source.roots.urls:
+        columns.append("image_ref")
+    columns = [name for name in columns if name in stored]
+    with source.open(shard, columns) as opened, contextlib.ExitStack() as stack:
         writers = {
             layer.name: stack.enter_context(output.writer(layer, layer.schema(NO_IMAGES), shard, ""))
             for layer in layers
@@ -109,17 +117,6 @@ def export_shard(export: LabelsExport, shard: str) -> ShardLabels:
             written.files[layer.name] = FileEntry(writer.bytes, tuple(writer.groups))
     written.rows = len(keys)
     return written
-
-
-def _columns(export: LabelsExport, store: Store, shard: str) -> list[str]:
-    """The columns of the samples to read: images only where the digests are computed from them."""
-    with store.open_layer(SAMPLES, shard, whole=False) as file:
-        names = file.metadata.schema.to_arrow_schema().names
-    columns = ["key", "caption", TRUE_CAPTIONS, "width", "height", "augmentations"]
-    columns += columns_of_identities(names, images=DIGEST in export.identities)
-    if DIGEST in export.identities and IMAGE_DIGEST not in names and export.source.roots.urls:
-        columns.append("image_ref")
-    return [name for name in columns if name in names]
 
 
 def _labels(export: LabelsExport, store: Store, shard: str, table: pa.Table, written: ShardLabels) -> pa.Table:
@@ -218,7 +215,11 @@ def export_labels(
     kinds = tuple(kind for kind in COLUMNS if kind in stated and (urls or kind != "url"))
     whole = Dataset(url, view=view, images_from=images_from, images_key="--images-from {}")
     wanted = _chosen(whole, layers)
-    data = whole if layers is None else _with_models(whole, wanted, url, view, images_from)
+    data = whole
+    if layers is not None:  # so that only these layers decide which shards are complete
+        owners = {stored_layer(name, whole.manifest["layers"][name]).owner for name in wanted}
+        models = {section: [name for name in of if (section, name) in owners] for section, of in whole.models.items()}
+        data = Dataset(url, models, view=view, images_from=images_from, images_key="--images-from {}")
     names = [name for name in data.layers if name in wanted]
     store, out = Store(as_seen_by_workers(url)), Store(as_seen_by_workers(output))
     check_output(store, out)
@@ -302,14 +303,6 @@ def _chosen(data: Dataset, patterns: Sequence[str] | None) -> set[str]:
         found |= needs
         pending += needs
     return found
-
-
-def _with_models(whole: Dataset, names: set[str], url: str, view: str | None, images_from: Sequence[str]) -> Dataset:
-    """The dataset with the models of some layers alone, so that only these layers decide which shards are complete."""
-    entries = whole.manifest["layers"]
-    owners = {stored_layer(name, entries[name]).owner for name in names}
-    models = {section: [name for name in of if (section, name) in owners] for section, of in whole.models.items()}
-    return Dataset(url, models, view=view, images_from=images_from, images_key="--images-from {}")
 
 
 def labels_manifest(data: Dataset, names: Sequence[str], kinds: Sequence[str], licence: str) -> dict[str, Any]:
