@@ -14,8 +14,8 @@ import pytest
 import reinforce
 from reinforce.dataset.vectors import normalized as unit
 from reinforce.errors import UserError
-from reinforce.publishing import embeddings
 from reinforce.publishing.embeddings import ExportedVectors, export_embeddings
+from reinforce.storage import Storage
 from tests.helpers.commands import Command
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
@@ -93,14 +93,14 @@ def test_options_choose_augmentation_caption_and_type(dataset: str, tmp_path: Pa
 
 def test_an_export_is_resumed(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(dataset, tmp_path / "whole", teacher="red")
-    save = embeddings._save
+    write = Storage.write_bytes
 
-    def fail_late(output: Any, parts: Any, dtype: str, folder: str, number: str) -> None:
-        if (folder, number) == ("text_emb", "1"):
+    def fail_late(output: Storage, content: bytes, *parts: str) -> None:
+        if parts == ("text_emb", "text_emb_1.npy"):
             raise UserError("the disk is gone")
-        save(output, parts, dtype, folder, number)
+        write(output, content, *parts)
 
-    monkeypatch.setattr(embeddings, "_save", fail_late)
+    monkeypatch.setattr(Storage, "write_bytes", fail_late)
     with pytest.raises(UserError, match="the disk is gone"):
         export(dataset, tmp_path / "cut", teacher="red")
     monkeypatch.undo()
