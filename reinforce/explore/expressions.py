@@ -21,7 +21,6 @@ from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.kinds.scores import Scores
 from reinforce.dataset.layers import SAMPLES, matches
 from reinforce.errors import UserError
-from reinforce.processes.children import start_process
 from reinforce.processes.imports import require
 
 if TYPE_CHECKING:
