@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -63,8 +64,16 @@ def _watch(reader: int, before: int, ended: threading.Event) -> None:
         if ended.wait(_TERMINATION_SECONDS):
             return
     place = ""
-    if frame := sys._current_frames().get(threading.main_thread().ident or 0):
+    for thread in (threading.main_thread(), *threading.enumerate()):
+        frame = sys._current_frames().get(thread.ident or 0)
+        if (
+            frame is None
+            or thread.daemon
+            or any(caller.f_code.co_name == "_shutdown" for caller, _ in traceback.walk_stack(frame))
+        ):
+            continue  # also the main thread, where it waits for the others at the end of the program
         place = f": it is in {frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
+        break
     line = f"ended {_TERMINATION_SECONDS:.0f} s after SIGTERM, because a call did not return{place}"
     os.write(2, f"{line}. What is stored is kept: run the same command again to resume.\n".encode())
     os._exit(_TERMINATED)
