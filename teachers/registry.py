@@ -7,6 +7,7 @@ is loaded.
 from __future__ import annotations
 
 import importlib
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
@@ -78,6 +79,8 @@ def _errors_naming(what: str) -> Iterator[None]:
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
     except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
+            raise  # of the program, by its handler of the signal, and not of the model's code
         raise RuntimeError(f"{what}: {type(error).__name__}: {error}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,3 +146,18 @@ def test_decoding_includes_later_options_only_if_they_are_used() -> None:
     assert captioner_spec(model="any", compile=True, **greedy).decoding() == {**greedy, **lengths}
     beams = {"strategy": "beams", "captions": 3}
     assert captioner_spec(model="any", **beams).decoding() == {**beams, "beams": 6, "length_penalty": 1.0, **lengths}
+
+
+@pytest.mark.parametrize(("code", "raised"), [(1, RuntimeError), (143, SystemExit)])
+def test_a_class_that_exits_is_an_error_and_sigterm_while_it_is_imported_ends_the_program(
+    code: int, raised: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = "raise SystemExit(1)" if code == 1 else "import signal; signal.raise_signal(signal.SIGTERM)"
+    (tmp_path / f"ends_with_{code}.py").write_text(ends)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with pytest.raises(raised, match="ends: SystemExit: 1" if code == 1 else "143"):
+            describe_model("ends", teacher_spec(**{"class": f"ends_with_{code}:Teacher"}))
+    finally:
+        signal.signal(signal.SIGTERM, before)
