@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     let_waiting_threads_sleep()
     _DEBUG.set(False)
     try:
-        with ends_after_sigterm(program=True):
+        with ends_after_sigterm(program=arguments is None):
             app(args=arguments, prog_name="reinforce")
     except UserError as error:
         _fail(f"error: {error}", error.exit_status)
