@@ -59,7 +59,12 @@ class _Shared(_BatchNorm):
         mean = _total(exact.sum(axes)) / count
         centred = exact - mean.view(shape)
         variance = _total(centred.square().sum(axes)) / count
-        self._update(mean.detach(), variance.detach() * (count / (count - 1)))
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                factor = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, factor)
+                self.running_var.lerp_(variance * (count / (count - 1)), factor)
         outputs = centred * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             outputs = outputs * self.weight.view(shape) + self.bias.view(shape)
@@ -68,15 +73,6 @@ class _Shared(_BatchNorm):
             if hasattr(self, name):
                 outputs = getattr(self, name)(outputs)
         return outputs
-
-    @torch.no_grad()
-    def _update(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        self.num_batches_tracked.add_(1)
-        factor = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, factor)
-        self.running_var.lerp_(variance, factor)
 
 
 @torch.compiler.disable

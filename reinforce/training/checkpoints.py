@@ -1,4 +1,14 @@
-"""AdamW, and the learning rate of every step."""
+"""The state of a training run: its optimizer with the learning rate of every step, and its checkpoints.
+
+A checkpoint is one safetensors file, with a JSON header for everything that is not a tensor. No pickle. A file appears
+whole or not at all, so every checkpoint that exists is complete, and a checksum finds later damage: the training then
+goes on from the checkpoint before, which is kept for that. The state of random generators is not stored: the random
+numbers of a step are seeded from the training run's seed, the step and the rank.
+
+They are written while the training run continues: a step waits for a copy of the state in the host's memory; a thread
+makes the file of it and publishes that. One checkpoint is in work at a time, so host memory holds the state once more,
+in buffers that are used again.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +21,9 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +36,20 @@ from reinforce.training.config import HIGHEST_LOGIT_SCALE, Optimizer, cooldown_s
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
+
+_LOG = logging.getLogger(__name__)
+FOLDER = "checkpoints"
+_BEST = "best.json"
+_HEADER, _CHECKSUM = "reinforce.checkpoint", "reinforce.checksum"
+_VERSION = 1
+_HEADER_BYTES = 100 * 2**20  # the limit of safetensors
+_NAME = re.compile(r"step-(\d{9})\.safetensors")
+#: The latest checkpoints that are kept at least: the last one, and the one before in case that it is damaged.
+_LEAST_KEPT = 2
+#: Steps without an update that end a training run: in a row, in a row at its end, and as a share of its steps so far,
+#: which counts at the end or from ``_MAX_SKIPPED`` steps without an update.
+_MAX_SKIPPED, _MAX_SKIPPED_LAST, _MAX_SKIPPED_SHARE = 20, 3, 0.25
+_MODEL, _OPTIMIZER, _AVERAGE = "model/", "optimizer/", "average/"
 
 
 def learning_rate(step: int, steps: int, config: Optimizer, tower: str | None = None) -> float:
@@ -72,16 +96,26 @@ def make_adamw(model: torch.nn.Module, config: Optimizer) -> torch.optim.AdamW:
     """
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
     undecayed = undecayed_parameters(model)
-    towers, scales = _towers(model, "towers", config.towers, learnt), _scales(model, config, learnt)
+    towers = _towers(model, "towers", config.towers, learnt)
+    decays, scales = config.layer_decay, dict[str, float]()
+    decayed = _towers(model, "layer_decay", decays, learnt)
+    if decays:  # d^n for a parameter with n blocks between it and the head
+        depths = cast(Any, model).depths()
+        for tower in decays:
+            if not any(depths[name] for name in decayed if decayed[name] == tower):
+                raise UserError(
+                    f"train.optimizer.layer_decay: the blocks of this {tower} tower are not known; remove it."
+                )
+        scales = {name: decays[tower] ** depths[name] for name, tower in decayed.items()}
     groups = []
-    for tower in (None, *(config.towers or ())):
-        own = {name: p for name, p in learnt.items() if towers.get(name) == tower}
+    for group in (None, *(config.towers or ())):
+        own = {name: p for name, p in learnt.items() if towers.get(name) == group}
         for scale in sorted({1.0, *(scales.get(name, 1.0) for name in own)}, reverse=True):
             for free, decay in ((False, config.weight_decay), (True, 0.0)):
                 parameters = [
                     p for name, p in own.items() if (name in undecayed) == free and scales.get(name, 1.0) == scale
                 ]
-                groups.append({"params": parameters, "weight_decay": decay, "tower": tower, "scale": scale})
+                groups.append({"params": parameters, "weight_decay": decay, "tower": group, "scale": scale})
     return torch.optim.AdamW(
         groups,
         lr=config.lr,
@@ -89,19 +123,6 @@ def make_adamw(model: torch.nn.Module, config: Optimizer) -> torch.optim.AdamW:
         eps=config.eps,
         fused=all(p.is_cuda for p in learnt.values()) or None,
     )
-
-
-def _scales(model: Any, config: Optimizer, learnt: Iterable[str]) -> dict[str, float]:
-    """Factors of learning rates by parameter: with decay d, d^n for one with n blocks between it and the head."""
-    decays = config.layer_decay
-    towers = _towers(model, "layer_decay", decays, learnt)
-    if not decays:
-        return {}
-    depths = model.depths()
-    for tower in decays:
-        if not any(depths[name] for name in towers if towers[name] == tower):
-            raise UserError(f"train.optimizer.layer_decay: the blocks of this {tower} tower are not known; remove it.")
-    return {name: decays[tower] ** depths[name] for name, tower in towers.items()}
 
 
 def _towers(model: Any, key: str, stated: Mapping[str, float] | None, learnt: Iterable[str]) -> dict[str, str]:
@@ -118,27 +139,6 @@ def _towers(model: Any, key: str, stated: Mapping[str, float] | None, learnt: It
             "under student.freeze."
         )
     return towers
-
-
-# -- Checkpoints: one safetensors file each, with a JSON header for everything that is not a tensor. No pickle.
-#
-# A file appears whole or not at all, so every checkpoint that exists is complete, and a checksum finds later damage:
-# the training then goes on from the checkpoint before, which is kept for that. The state of random generators is not
-# stored: the random numbers of a step are seeded from the training run's seed, the step and the rank.
-#
-# They are written while the training run continues: a step waits for a copy of the state in the host's memory; a thread
-# makes the file of it and publishes that. One checkpoint is in work at a time, so host memory holds the state once
-# more, in buffers that are used again.
-
-_LOG = logging.getLogger(__name__)
-FOLDER = "checkpoints"
-_BEST = "best.json"
-_HEADER, _CHECKSUM = "reinforce.checkpoint", "reinforce.checksum"
-_VERSION = 1
-_HEADER_BYTES = 100 * 2**20  # the limit of safetensors
-_NAME = re.compile(r"step-(\d{9})\.safetensors")
-#: The latest checkpoints that are kept at least: the last one, and the one before in case that it is damaged.
-_LEAST_KEPT = 2
 
 
 class DamagedCheckpoint(UserError):
@@ -173,15 +173,6 @@ class Progress:
     compiled: bool | None = None
     skipped_last: int = 0
 
-    def after_step(self, seconds: float, skipped: bool) -> Progress:
-        return replace(
-            self,
-            step=self.step + 1,
-            seconds=self.seconds + seconds,
-            skipped=self.skipped + skipped,
-            skipped_last=self.skipped_last + 1 if skipped else 0,
-        )
-
 
 @dataclass(frozen=True)
 class BestCheckpoint:
@@ -213,7 +204,17 @@ class Checkpoints:
 
         The tensors are contiguous, on the CPU, and share no memory.
         """
-        header = _encode_header(progress)
+        # Without what older checkpoints do not have, where it has the value that they mean.
+        later = fields(progress)[4:]  # all but the step, the config, the seconds and the skipped steps
+        values = {
+            "version": _VERSION,
+            "step": progress.step,
+            "course": progress.fixed_config,
+            "seconds": progress.seconds,
+            "skipped": progress.skipped,
+            **{one.name: getattr(progress, one.name) for one in later if getattr(progress, one.name) != one.default},
+        }
+        header = json.dumps(values)
         metadata = {_HEADER: header, _CHECKSUM: _checksum(header, tensors)}
         with self._storage.new_file(FOLDER, _file_name(progress.step)) as path:
             save_file(dict(tensors), path, metadata=metadata)
@@ -265,7 +266,16 @@ class CheckpointWriter:
     def save(self, progress: Progress, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy the tensors and begin to write them, after the checkpoint before. Raises the error of that one."""
         self.wait()
-        self._copy(tensors)
+        # contiguous copies on the CPU; tied weights, which share memory, are stored twice
+        copies = {}
+        for name, tensor in tensors.items():
+            copy = self._copies.get(name)
+            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+                copy = self._buffer(tensor)
+            copies[name] = copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        self._copies = copies
         self._writing = self._thread.submit(self.checkpoints.save, progress, self._copies)
 
     @property
@@ -279,18 +289,6 @@ class CheckpointWriter:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
-
-    def _copy(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Contiguous copies on the CPU; tied weights, which share memory, are stored twice."""
-        copies = {}
-        for name, tensor in tensors.items():
-            copy = self._copies.get(name)
-            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
-                copy = self._buffer(tensor)
-            copies[name] = copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            torch.cuda.synchronize()
-        self._copies = copies
 
     def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
         """Host memory for a copy of a tensor: for one on CUDA pinned, unless the machine has refused that before."""
@@ -404,20 +402,6 @@ def _file_name(step: int) -> str:
     return f"step-{step:09d}.safetensors"
 
 
-def _encode_header(progress: Progress) -> str:
-    """Without what older checkpoints do not have, where it has the value that they mean."""
-    later = fields(progress)[4:]  # all but the step, the config, the seconds and the skipped steps
-    header = {
-        "version": _VERSION,
-        "step": progress.step,
-        "course": progress.fixed_config,
-        "seconds": progress.seconds,
-        "skipped": progress.skipped,
-        **{one.name: getattr(progress, one.name) for one in later if getattr(progress, one.name) != one.default},
-    }
-    return json.dumps(header)
-
-
 def _read(local: str, shown: str) -> tuple[Progress, dict[str, torch.Tensor]]:
     """Read the file at ``local``; errors name it ``shown``."""
     try:
@@ -442,24 +426,6 @@ def _checksum(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
         checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
         checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, checksum)
     return f"crc32:{checksum:08x}"
-
-
-# -- The state of a training run as named tensors: weights, optimizer moments, averaged weights.
-
-#: Steps without an update that end a training run: in a row, in a row at its end, and as a share of its steps so far,
-#: which counts at the end or from ``_MAX_SKIPPED`` steps without an update.
-_MAX_SKIPPED, _MAX_SKIPPED_LAST, _MAX_SKIPPED_SHARE = 20, 3, 0.25
-_MODEL, _OPTIMIZER, _AVERAGE = "model/", "optimizer/", "average/"
-
-
-def make_average(model: torch.nn.Module, decay: float) -> ModelEmaV3:
-    """An exponential moving average of all weights and buffers.
-
-    Its decay rises from 0 to ``decay`` as 1 - (1 + step)^(-3/4), so that a short training does not export its start.
-    """
-    from timm.utils import ModelEmaV3
-
-    return ModelEmaV3(model, decay=decay, use_warmup=True, warmup_power=3 / 4)
 
 
 @dataclass(frozen=True)
@@ -518,8 +484,12 @@ class State:
             name, _, key = path.rpartition("/")
             moments.setdefault(name, {})[key] = value
         learnt = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        # moments in the memory layout of their parameters, which the optimizer's fused kernels require
         states = {
-            index: {key: _in_layout_of(parameter, key, value) for key, value in moments[names[parameter]].items()}
+            index: {
+                key: (value if key == "step" else torch.empty_like(parameter, requires_grad=False).copy_(value))
+                for key, value in moments[names[parameter]].items()
+            }
             for index, parameter in enumerate(learnt)
             if names[parameter] in moments
         }
@@ -544,8 +514,3 @@ def check_skipped(progress: Progress, steps: int) -> None:
 def _with_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors whose names start with the prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _in_layout_of(parameter: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:
-    """A moment in the memory layout of its parameter, which the optimizer's fused kernels require."""
-    return value if key == "step" else torch.empty_like(parameter, requires_grad=False).copy_(value)

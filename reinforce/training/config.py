@@ -261,18 +261,13 @@ def fixed_config(config: BaseModel, mutable: Iterable[str]) -> dict[str, Any]:
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line for each key in which two results of ``fixed_config`` differ."""
-
-    def shown(value: Any) -> str:
-        return "not set" if value is None else repr(value)
-
-    return [
-        f"{key}: {shown(before.get(key))} before, {shown(now.get(key))} now"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]
-
-
-# -- The settings of a training run that do not depend on its task, and its number of steps.
+    lines = []
+    for key in sorted({*before, *now}):
+        values = before.get(key), now.get(key)
+        if values[0] != values[1]:
+            old, new = ("not set" if value is None else repr(value) for value in values)
+            lines.append(f"{key}: {old} before, {new} now")
+    return lines
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,9 @@
-"""The curves of a training run in one picture."""
+"""The logs of a training run: rows of JSON, TensorBoard events, a picture of the curves, trackers, a line of speed.
+
+The packages of trackers are imported only if the config names them. Each tracker works in a thread of its own, so that
+a server that does not answer costs no step, and a tracker that fails is reported once and dropped: it never ends a
+training run. A training run that resumes continues its run of each tracker, by the name in trackers.json of the output.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +17,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from reinforce import reports
 from reinforce.processes.imports import installed, require
@@ -24,7 +30,13 @@ from reinforce.terminal import format_duration, plural
 from reinforce.training.config import Job, Mlflow, Trackers, Trackio, Wandb
 from teachers.redact import redact
 
-T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
+_DRAWING_SECONDS = 30.0
+LOG, CURVES, EVENTS, RUNS = "log.jsonl", "curves.png", "tensorboard", "trackers.json"
+#: Files that a package of the extra `train` writes.
+_PACKAGES = {"matplotlib": CURVES, "tensorboard": EVENTS}
+_WAITING_ROWS = 10_000  # for a tracker; more are dropped
+_CLOSING_SECONDS = 60.0
 _COLUMNS = 3
 #: Title, label of the y axis, and the values that a row of the log contributes, by series.
 _PANELS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Mapping[str, Any]]], ...] = (
@@ -64,15 +76,13 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], url: str) -> None:
 
 
 def _metrics(row: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    metrics, parts = row.get("metrics", {}), row.get("parts", {})
-    of_kind = {name_part(name, parts): value for name, value in metrics.items() if _metric_kind(name) == kind}
-    return {name.removeprefix("retrieval/"): value for name, value in of_kind.items()}
-
-
-def _metric_kind(metric: str) -> str:
-    """``loss`` (on a scale of its own), ``retrieval``, or an empty string for all other metrics."""
-    first = metric.partition("/")[0]
-    return "loss" if metric.endswith("_loss") else first if first == "retrieval" else ""
+    """The metrics of a kind: ``loss`` (on a scale of its own), ``retrieval``, or an empty string for all others."""
+    parts, found = row.get("parts", {}), {}
+    for name, value in row.get("metrics", {}).items():
+        first = name.partition("/")[0]
+        if kind == ("loss" if name.endswith("_loss") else first if first == "retrieval" else ""):
+            found[name_part(name, parts).removeprefix("retrieval/")] = value
+    return found
 
 
 def _series(
@@ -87,28 +97,15 @@ def _series(
     return series
 
 
-# -- Trackers of training runs besides the log of the output: Weights & Biases, MLflow, trackio.
-#
-# Their packages are imported only if the config names them. Each tracker works in a thread of its own, so that a server
-# that does not answer costs no step, and a tracker that fails is reported once and dropped: it never ends a training
-# run. A training run that resumes continues its run of each tracker, by the name in trackers.json of the output.
-
-_LOG = logging.getLogger(__name__)
-RUNS = "trackers.json"
-_WAITING_ROWS = 10_000  # more are dropped
-_CLOSING_SECONDS = 60.0
-
 Scalars = Mapping[str, float]
 
 
-class Backend(Protocol):
-    """One run of one tracker."""
+@dataclass(frozen=True)
+class Backend:
+    """One run of one tracker: sends the numbers of a step, and ends the run, which may have failed."""
 
-    def log(self, step: int, scalars: Scalars) -> None:
-        """Send the numbers of a step."""
-
-    def close(self, failed: bool) -> None:
-        """End the run."""
+    log: Callable[[int, Scalars], object]
+    close: Callable[[bool], object]
 
 
 def check_trackers(config: Trackers | None) -> None:
@@ -188,81 +185,66 @@ class Tracker:
             _LOG.warning("log.%s failed, and gets no further rows; the training goes on: %s", self._name, text)
 
 
-class _Wandb:
-    def __init__(self, section: Wandb, run: str, title: str, config: Mapping[str, Any]) -> None:
-        import wandb
+def _open_wandb(section: Wandb, run: str, title: str, config: Mapping[str, Any]) -> Backend:
+    import wandb
 
-        self._run = wandb.init(
-            project=section.project, entity=section.entity, name=title, tags=section.tags or None, id=run,
-            resume="allow", mode=section.mode, config=dict(config), dir=section.folder, reinit="create_new",
-            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
-        )  # fmt: skip
-        self._run.define_metric("*", step_metric="step")  # steps that are repeated after a crash are not refused
-
-    def log(self, step: int, scalars: Scalars) -> None:
-        self._run.log({"step": step, **scalars})
-
-    def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
+    begun = wandb.init(
+        project=section.project, entity=section.entity, name=title, tags=section.tags or None, id=run,
+        resume="allow", mode=section.mode, config=dict(config), dir=section.folder, reinit="create_new",
+        settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+    )  # fmt: skip
+    begun.define_metric("*", step_metric="step")  # steps that are repeated after a crash are not refused
+    return Backend(
+        lambda step, scalars: begun.log({"step": step, **scalars}),
+        lambda failed: begun.finish(exit_code=int(failed)),
+    )
 
 
-class _Mlflow:
-    def __init__(self, section: Mlflow, run: str, title: str, config: Mapping[str, Any]) -> None:
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        if (section.uri or "").startswith("file:"):  # MLflow 3.7 wants a database, unless a folder is asked for
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
+def _open_mlflow(section: Mlflow, run: str, title: str, config: Mapping[str, Any]) -> Backend:
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    if (section.uri or "").startswith("file:"):  # MLflow 3.7 wants a database, unless a folder is asked for
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
 
-        self._metric, self._client = Metric, MlflowClient(tracking_uri=section.uri)
-        experiment = self._client.get_experiment_by_name(section.experiment)
-        number = experiment.experiment_id if experiment else self._client.create_experiment(section.experiment)
-        # MLflow names runs itself, so the run is found again by a tag.
-        found = self._client.search_runs([number], f"tags.reinforce = '{run}'", max_results=1)
-        if found:
-            self._run = found[0].info.run_id
-            self._client.update_run(self._run, status="RUNNING")
-            return
-        self._run = self._client.create_run(number, run_name=title, tags={"reinforce": run}).info.run_id
+    client = MlflowClient(tracking_uri=section.uri)
+    experiment = client.get_experiment_by_name(section.experiment)
+    number = experiment.experiment_id if experiment else client.create_experiment(section.experiment)
+    # MLflow names runs itself, so the run is found again by a tag.
+    found = client.search_runs([number], f"tags.reinforce = '{run}'", max_results=1)
+    if found:
+        begun = found[0].info.run_id
+        client.update_run(begun, status="RUNNING")
+    else:
+        begun = client.create_run(number, run_name=title, tags={"reinforce": run}).info.run_id
         values = [Param(name, str(value)[:500]) for name, value in config.items()]
         for start in range(0, len(values), 100):
-            self._client.log_batch(self._run, params=values[start : start + 100])
+            client.log_batch(begun, params=values[start : start + 100])
 
-    def log(self, step: int, scalars: Scalars) -> None:
+    def log(step: int, scalars: Scalars) -> None:
         now = int(time.time() * 1000)
-        self._client.log_batch(self._run, [self._metric(name, value, now, step) for name, value in scalars.items()])
+        client.log_batch(begun, [Metric(name, value, now, step) for name, value in scalars.items()])
 
-    def close(self, failed: bool) -> None:
-        self._client.set_terminated(self._run, "KILLED" if failed else "FINISHED")
+    return Backend(log, lambda failed: client.set_terminated(begun, "KILLED" if failed else "FINISHED"))
 
 
-class _Trackio:
-    def __init__(self, section: Trackio, run: str, title: str, config: Mapping[str, Any]) -> None:
-        import trackio
+def _open_trackio(section: Trackio, run: str, title: str, config: Mapping[str, Any]) -> Backend:
+    import trackio
 
-        self._run = trackio.init(
-            project=section.project, name=f"{title}-{run[:6]}", space_id=section.space, config=dict(config),
-            resume="allow", embed=False, auto_log_gpu=False,
-        )  # fmt: skip
-
-    def log(self, step: int, scalars: Scalars) -> None:
-        self._run.log(dict(scalars), step=step)
-
-    def close(self, failed: bool) -> None:
-        self._run.finish()
+    begun = trackio.init(
+        project=section.project, name=f"{title}-{run[:6]}", space_id=section.space, config=dict(config),
+        resume="allow", embed=False, auto_log_gpu=False,
+    )  # fmt: skip
+    return Backend(lambda step, scalars: begun.log(dict(scalars), step=step), lambda failed: begun.finish())
 
 
 #: By the modules of the trackers, which are also the names of the extras with their packages.
-_BACKENDS: Mapping[str, Callable[..., Backend]] = {"wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio}
-
-
-# -- The logs of a training run: rows of JSON, TensorBoard events, a picture of the curves, and a line with its speed.
-
-_DRAWING_SECONDS = 30.0
-LOG, CURVES, EVENTS = "log.jsonl", "curves.png", "tensorboard"
-#: Files that a package of the extra `train` writes.
-_PACKAGES = {"matplotlib": CURVES, "tensorboard": EVENTS}
+_BACKENDS: Mapping[str, Callable[..., Backend]] = {
+    "wandb": _open_wandb,
+    "mlflow": _open_mlflow,
+    "trackio": _open_trackio,
+}
 
 
 def written() -> dict[str, bool]:

@@ -47,7 +47,6 @@ from reinforce.training.checkpoints import (
     describe_length,
     learning_rate,
     make_adamw,
-    make_average,
 )
 from reinforce.training.config import Job, total_steps
 from reinforce.training.log import Log, Throughput, format_row, open_trackers
@@ -120,7 +119,12 @@ class _Loop:
         model = self.accelerator.place(task.model).train()
         if self.training.compute.sync_batch_norm:
             synchronize_batch_norms(model, ranks)
-        average = make_average(model, self.training.ema) if self.training.ema and ranks.is_first else None
+        average = None
+        if self.training.ema and ranks.is_first:
+            from timm.utils import ModelEmaV3
+
+            # its decay rises from 0 as 1 - (1 + step)^(-3/4), so that a short training does not export its start
+            average = ModelEmaV3(model, decay=self.training.ema, use_warmup=True, warmup_power=3 / 4)
         self.state = State(model, make_adamw(model, self.training.optimizer), average)
         self.checkpoints = Checkpoints(self.storage, self.training.checkpoints.keep)
         self.writer = CheckpointWriter(self.checkpoints)
@@ -128,6 +132,7 @@ class _Loop:
             task, job, ranks, self.state, self.writer, self.steps, stop, screen, on_evaluation
         )
         self.log: Log | None = None  # only on rank 0
+        self.finds_microbatches = self.training.compute.accumulate == "auto" and self.accelerator.device.type == "cuda"
         self.microbatches, self.kept = self.training.compute.stated_microbatches, 0
         self.resumed = False
         self.compiled: Compiler | None = None
@@ -139,7 +144,19 @@ class _Loop:
         finished = results is not None and results.steps == self.progress.step == self.steps
         if results is not None and finished and results.exported == self.evaluations.exported_step():
             return results
-        notes = [*self._set_up_reading(), *notes, *self.task.notes, *log_notes()]
+        # share the rank's cores between arithmetic and reading
+        size, accelerated = self.ranks.size, self.accelerator.device.type != "cpu"
+        cores = -self.ranks.start_max(-self.ranks.cpus)()  # all ranks read in the same way
+        before, batch = self.progress, self.training.batch // size
+        reading = self.feed.set_up(size, batch, loader_processes(cores, accelerated), before.streams)
+        now = replace(before, streams=reading.streams, samples=self.feed.samples, files=reading.files)
+        # With `auto`, that of the checkpoint until the first step is tried.
+        self.progress = replace(now, division=before.division if self.finds_microbatches else self._division())
+        threads = arithmetic_threads(self.ranks.cpus, reading.loaders, accelerated)
+        if self.training.compute.cpus is None and threads < self.ranks.cpus:
+            torch.set_num_threads(threads)
+        uses = [self.ranks.describe(reading.text), *([] if reading.note is None else [reading.note])]
+        notes = [*uses, *describe_differences(before, self.progress), *notes, *self.task.notes, *log_notes()]
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.storage.space_errors())
             stack.enter_context(self.writer)
@@ -163,48 +180,10 @@ class _Loop:
         assert results is not None
         return results
 
-    def _set_up_reading(self) -> list[str]:
-        """Share the rank's cores between arithmetic and reading; returns lines about both."""
-        ranks, accelerated = self.ranks.size, self.accelerator.device.type != "cpu"
-        cores = -self.ranks.start_max(-self.ranks.cpus)()  # all ranks read in the same way
-        before, batch = self.progress, self.training.batch // ranks
-        reading = self.feed.set_up(ranks, batch, loader_processes(cores, accelerated), before.streams)
-        now = replace(before, streams=reading.streams, samples=self.feed.samples, files=reading.files)
-        # With `auto`, that of the checkpoint until the first step is tried.
-        self.progress = replace(now, division=before.division if self._finds_microbatches else self._division())
-        threads = arithmetic_threads(self.ranks.cpus, reading.loaders, accelerated)
-        if self.training.compute.cpus is None and threads < self.ranks.cpus:
-            torch.set_num_threads(threads)
-        line = self.ranks.describe(reading.text)
-        notes = [line] if reading.note is None else [line, reading.note]
-        return notes + describe_differences(before, self.progress)
-
-    @property
-    def _finds_microbatches(self) -> bool:
-        return self.training.compute.accumulate == "auto" and self.accelerator.device.type == "cuda"
-
     def _division(self) -> str:
         division = f"{plural(self.ranks.size, 'rank')} x {plural(self.microbatches, 'part')}"
         shared = self.training.compute.sync_batch_norm and self.ranks.size > 1
         return division + " with shared batch statistics" * shared
-
-    def _divide(self, trials: Trials) -> None:
-        """Find what a sample costs, and what of the division of a rank's batch the config leaves open."""
-        peak = self.accelerator.peak_flops()
-        peak = None if peak is None else peak * self.ranks.size
-        self.throughput = Throughput(self.progress.step, self.steps, trials.flops_of_sample(), peak)
-        self.ranks.at("finding how many samples fit in memory")
-        if self._finds_microbatches:
-            before, size = self.progress, trials.size
-            self.microbatches = trials.fewest_microbatches(before.part)
-            self.progress = replace(before, part=size // self.microbatches, division=self._division())
-            count = self.microbatches
-            of = f"{count:,} microbatches of {size // count:,}" if count > 1 else "one microbatch"
-            self._note(
-                f"accumulate: auto: a rank's {size:,} samples of a step fit in {of}",
-                *describe_differences(before, self.progress),
-            )
-        self._find_kept(trials)
 
     def _find_kept(self, trials: Trials) -> None:
         self.kept = trials.most_kept(self.microbatches, self.training.compute.keep_activations)
@@ -213,34 +192,37 @@ class _Loop:
                 f"{self.kept} of {self.microbatches} microbatches pass the model once: their activations are kept"
             )
 
-    def _compile(self, trials: Trials, model: Any) -> None:
-        """Compile the model where the config asks for it or leaves it open, and say what a resumed training changes."""
-        before = self.progress
-        self.ranks.at("compiling the model")
-        suits = bool(before.compiled) if before.step else self.steps >= _LEAST_COMPILED  # it resumes as it began
-        step = partial(trials.step, microbatches=self.microbatches, kept=self.kept)
-        self.compiled = compile_model(trials, model, step, self.training.compute, suits)
-        self.progress = replace(before, compiled=None if self.compiled is None else True)
-        self._note(*describe_differences(before, self.progress))
-
     def _note(self, *lines: str) -> None:
         """Show lines on rank 0."""
         if self.ranks.is_first:
             for line in lines:
                 self.screen.log(line)
 
-    # -- checkpoints
-
     def _resume(self) -> list[str]:
-        """Load the last whole checkpoint, if any; returns lines about it.
+        """Load the last checkpoint that every rank reads whole, if any; returns lines about it.
 
         Raises UserError if none is whole, or if it does not fit the config or the model.
         """
-        found, notes = self._load_latest()
+        found, damage = None, list[str]()
+        for step in reversed(self.ranks.run_on_first(self.checkpoints.steps)):
+            try:
+                found = self.checkpoints.load(step)
+            except DamagedCheckpoint as error:
+                damage.append(str(error))
+            if not self.ranks.start_max(found is None)():
+                break
+            if found is not None:
+                found = None
+                damage.append(f"another rank finds the checkpoint of step {step:,} damaged")
         if found is None:
-            return notes
+            if damage:
+                raise UserError(
+                    f"{damage[0]}, and no earlier one is left. Restore it, or delete the folder to start over."
+                )
+            return []
         self.resumed = True
         progress, tensors = found
+        notes = [f"{damage[0]}: resuming from the one of step {progress.step:,}"] if damage else []
         check_resumable(progress, self.progress, self.steps, self.job.output)
         try:
             self.state.load(tensors)
@@ -253,23 +235,6 @@ class _Loop:
         self.progress = replace(progress, model_config=self.job.model_config, data=self.progress.data, steps=self.steps)
         return notes
 
-    def _load_latest(self) -> tuple[tuple[Progress, dict[str, torch.Tensor]] | None, list[str]]:
-        """The last checkpoint that every rank reads whole, and a line if it is not the last one."""
-        damage: list[str] = []
-        for step in reversed(self.ranks.run_on_first(self.checkpoints.steps)):
-            found = None
-            try:
-                found = self.checkpoints.load(step)
-            except DamagedCheckpoint as error:
-                damage.append(str(error))
-            if not self.ranks.start_max(found is None)():
-                return found, [f"{damage[0]}: resuming from the one of step {step:,}"] if damage else []
-            if found is not None:
-                damage.append(f"another rank finds the checkpoint of step {step:,} damaged")
-        if damage:
-            raise UserError(f"{damage[0]}, and no earlier one is left. Restore it, or delete the folder to start over.")
-        return None, []
-
     def _save(self, last: bool = False) -> None:
         def save() -> None:
             self.writer.save(self.progress, self.state.tensors())
@@ -279,8 +244,6 @@ class _Loop:
             self.log.publish(last)
 
         self.ranks.run_on_first(save)
-
-    # -- steps
 
     def _train(self) -> None:
         if self.progress.step == self.steps:
@@ -293,10 +256,30 @@ class _Loop:
         if signum := self.ranks.start_max(self.stop.signum)():
             raise Stopped(signum)
         trials = Trials(self.task, self.state, prefetcher.peek(), rank_batch, self.ranks)
-        self._divide(trials)  # before the model is wrapped and compiled
+        peak = self.accelerator.peak_flops()
+        peak = None if peak is None else peak * self.ranks.size
+        self.throughput = Throughput(self.progress.step, self.steps, trials.flops_of_sample(), peak)
+        # find what of the division of a rank's batch the config leaves open, before the model is wrapped and compiled
+        self.ranks.at("finding how many samples fit in memory")
+        if self.finds_microbatches:
+            before = self.progress
+            count = self.microbatches = trials.fewest_microbatches(before.part)
+            self.progress = replace(before, part=rank_batch // count, division=self._division())
+            of = f"{count:,} microbatches of {rank_batch // count:,}" if count > 1 else "one microbatch"
+            self._note(
+                f"accumulate: auto: a rank's {rank_batch:,} samples of a step fit in {of}",
+                *describe_differences(before, self.progress),
+            )
+        self._find_kept(trials)
         model = wrap_ddp(self.state.model, self.ranks)
-        self._compile(trials, model)
-        del trials  # and its batch
+        self.ranks.at("compiling the model")
+        before = self.progress
+        suits = bool(before.compiled) if before.step else self.steps >= _LEAST_COMPILED  # it resumes as it began
+        step_of = partial(trials.step, microbatches=self.microbatches, kept=self.kept)
+        self.compiled = compile_model(trials, model, step_of, self.training.compute, suits)
+        self.progress = replace(before, compiled=None if self.compiled is None else True)
+        self._note(*describe_differences(before, self.progress))
+        del trials, step_of  # and their batch
         profiler = None
         if self.training.profile is not None and self.ranks.is_first:
             counts = self.training.profile, self.progress.step, self.steps
@@ -351,7 +334,14 @@ class _Loop:
         norm = self.state.update(self.training.optimizer.grad_clip_norm, step + 1)
         seconds = time.perf_counter() - begun
         self.throughput.add_step(seconds, self.accelerator.seconds_between(computed, fetched))
-        self.progress = self.progress.after_step(seconds, skipped=not math.isfinite(norm))
+        before, skipped = self.progress, not math.isfinite(norm)
+        self.progress = replace(
+            before,
+            step=step + 1,
+            seconds=before.seconds + seconds,
+            skipped=before.skipped + skipped,
+            skipped_last=before.skipped_last + 1 if skipped else 0,
+        )
         check_skipped(self.progress, self.steps)
         if self.progress.step % self.training.log_every == 0 or self.progress.step == self.steps:
             self._log_step(output, lr, norm)

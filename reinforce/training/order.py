@@ -102,7 +102,15 @@ class Order:
         epoch = ((position + 1) * self.streams - stream - 1) // self.total
         skip = position - self.before(stream, epoch)
         while True:
-            yield from self._windows_of_span(stream, epoch, skip)
+            start = 0
+            # Chunks are grouped by where they begin, in intervals of `window` rows: no window depends on those before.
+            for _, members in itertools.groupby(self._chunks(stream, epoch), key=lambda begin: begin[0] // self.window):
+                chunks = tuple(chunk for _, chunk in members)
+                length = sum(chunk.rows for chunk in chunks)
+                if skip < start + length:
+                    order = permutation(length, self.seed, f"{self.name} window {stream} {epoch}", start)
+                    yield Window(epoch, chunks, order, max(0, skip - start), start)
+                start += length
             epoch, skip = epoch + 1, 0
 
     def before(self, stream: int, epoch: int) -> int:
@@ -113,18 +121,6 @@ class Order:
         """First row and end (exclusive) of a stream's span in the sequence of an epoch."""
         lengths = [self.before(s, epoch + 1) - self.before(s, epoch) for s in range(stream + 1)]
         return sum(lengths[:-1]), sum(lengths)
-
-    def _windows_of_span(self, stream: int, epoch: int, skip: int) -> Iterator[Window]:
-        """The windows of a span, without those that end before its sample number ``skip``."""
-        start = 0
-        # Chunks are grouped by where they begin, in intervals of `window` rows: no window depends on those before.
-        for _, members in itertools.groupby(self._chunks(stream, epoch), key=lambda begin: begin[0] // self.window):
-            chunks = tuple(chunk for _, chunk in members)
-            length = sum(chunk.rows for chunk in chunks)
-            if skip < start + length:
-                order = permutation(length, self.seed, f"{self.name} window {stream} {epoch}", start)
-                yield Window(epoch, chunks, order, max(0, skip - start), start)
-            start += length
 
     def _chunks(self, stream: int, epoch: int) -> Iterator[tuple[int, GroupChunk]]:
         """The chunks of a span, each with the number of rows of the span before it."""

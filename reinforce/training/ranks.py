@@ -1,7 +1,14 @@
-"""The network interface through which ranks on several hosts connect: the one that has the address of the host.
+"""The processes that train together: how they connect, what they communicate besides gradients, and where each is.
 
-Left alone, gloo uses the address that the name of its host resolves to. On many systems that is a loopback address,
-such as Debian's 127.0.1.1, which no other host reaches. NCCL takes the first interface that is not a loopback one.
+Ranks on several hosts connect through the interface that has the address of the host. Left alone, gloo uses the address
+that the name of its host resolves to. On many systems that is a loopback address, such as Debian's 127.0.1.1, which no
+other host reaches. NCCL takes the first interface that is not a loopback one.
+
+A collective that times out, of NCCL as of gloo, does not say which rank is missing. Therefore each rank counts the
+places that it passes, which are the same on all ranks, and writes the last one to the store of the process group every
+few seconds, from a thread. A rank that stays at one place while another is behind logs which one it waits for. If that
+lasts for the time limit of collectives, the collective raises or NCCL ends the process; a wait without a collective
+ends here.
 """
 
 from __future__ import annotations
@@ -21,7 +28,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import psutil
@@ -42,6 +48,22 @@ from teachers.runtime.determinism import strict_flags
 _VARIABLES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
 _NCCL_FILES = ("/etc/nccl.conf", "~/.nccl.conf")
 _OUTSIDE = ("198.51.100.1", 9)  # of a range for documentation; no packet is sent there
+#: Longest wait for the slowest rank in a step. It must exceed compiling, a stalled storage, and a slow first batch.
+TIMEOUT = timedelta(hours=1)
+#: Timeout of the control group: rank 0 may evaluate and write for longer than any collective of a step takes.
+_CONTROL_TIMEOUT = timedelta(hours=12)
+_INTERVAL = 10.0  # seconds between two messages to the store
+_FIRST_WARNING = 300.0  # seconds; then whenever the time has doubled
+_NAMED = 5  # ranks that a message describes
+_GRACE = 120.0  # seconds after the time limit in which a collective raises by itself
+_COLLECTIVE_ERROR = re.compile(r"Timed out waiting|[Cc]onnection (closed|reset) by peer|[Gg]loo|NCCL|Broken pipe")
+_LIBRARIES = re.compile(r"/torch/|/lib/python3\.\d+/(?!site-packages)")  # torch and Python's own modules
+_COLLECTIVES = re.compile(r"/torch/(distributed|autograd)/")
+_SHARED_PROBE = (".tmp", "shared-output.json")
+#: What rank 0 broadcasts about its work; a positive number is the signal that stopped it.
+_SUCCESS, _ERROR, _USER_ERROR = 0, -1, -2
+_LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def use_interface_of(address: str | None) -> None:
@@ -52,7 +74,11 @@ def use_interface_of(address: str | None) -> None:
     """
     addresses = interface_addresses()
     found = address or own_address(os.environ.get("MASTER_ADDR", ""), addresses)
-    os.environ.update(interface_variables(found, addresses, os.environ, _nccl_settings()))
+    settings = []
+    for name in (*_NCCL_FILES, os.environ.get("NCCL_CONF_FILE")):
+        with contextlib.suppress(OSError, RuntimeError):
+            settings.append(Path(name).expanduser().read_text(errors="replace") if name else "")
+    os.environ.update(interface_variables(found, addresses, os.environ, "\n".join(settings)))
 
 
 def interface_variables(
@@ -76,8 +102,13 @@ def own_address(master: str, addresses: Sequence[tuple[str, str]]) -> str | None
     only other interface.
     """
     for target in ((master, 9), _OUTSIDE):
-        if (found := _source_address(target)) and not _is_loopback(found):
-            return found
+        with contextlib.suppress(OSError):  # where there is no route
+            family, kind, _, _, address = socket.getaddrinfo(*target, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.connect(address)  # sends nothing
+                found = str(probe.getsockname()[0])
+            if found and not _is_loopback(found):
+                return found
     others = [(name, own) for name, own in addresses if not _is_loopback(own) and ":" not in own]
     return others[0][1] if len({name for name, _ in others}) == 1 else None
 
@@ -93,51 +124,11 @@ def interface_addresses() -> list[tuple[str, str]]:
     ]
 
 
-def _source_address(target: tuple[str, int]) -> str | None:
-    """The address from which this host sends to a target, None where there is no route. Sends nothing."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(*target, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)
-            return str(probe.getsockname()[0])
-    except OSError:
-        return None
-
-
 def _is_loopback(address: str | None) -> bool:
     try:
         return address is None or ipaddress.ip_address(address.partition("%")[0]).is_loopback
     except ValueError:
         return True
-
-
-def _nccl_settings() -> str:
-    """The text of the files in which NCCL looks for its settings."""
-    texts = []
-    for name in (*_NCCL_FILES, os.environ.get("NCCL_CONF_FILE")):
-        try:
-            texts.append(Path(name).expanduser().read_text(errors="replace") if name else "")
-        except (OSError, RuntimeError):
-            continue
-    return "\n".join(texts)
-
-
-# -- The position of each rank, in the store of the process group, so that errors name the rank that others wait for.
-#
-# A collective that times out, of NCCL as of gloo, does not say which rank is missing. Therefore each rank counts the
-# places that it passes, which are the same on all ranks, and writes the last one to the store every few seconds, from a
-# thread. A rank that stays at one place while another is behind logs which one it waits for. If that lasts for the time
-# limit of collectives, the collective raises or NCCL ends the process; a wait without a collective ends here.
-
-#: Longest wait for the slowest rank in a step. It must exceed compiling, a stalled storage, and a slow first batch.
-TIMEOUT = timedelta(hours=1)
-_INTERVAL = 10.0  # seconds between two messages to the store
-_FIRST_WARNING = 300.0  # seconds; then whenever the time has doubled
-_NAMED = 5  # ranks that a message describes
-_GRACE = 120.0  # seconds after the time limit in which a collective raises by itself
-_COLLECTIVE_ERROR = re.compile(r"Timed out waiting|[Cc]onnection (closed|reset) by peer|[Gg]loo|NCCL|Broken pipe")
-_LIBRARIES = re.compile(r"/torch/|/lib/python3\.\d+/(?!site-packages)")  # torch and Python's own modules
-_COLLECTIVES = re.compile(r"/torch/(distributed|autograd)/")
 
 
 class AbsentRanks(RuntimeError):
@@ -227,30 +218,34 @@ class RankWatch:
         return f"rank {self._rank} waits at {self._at[1]} for rank {names}. {' '.join(lines)}"
 
     def _watch(self) -> None:
+        """Write this rank's place; log whom it waits for, and end the process if that has lasted for the time limit."""
         while not self._closed.wait(self._interval):
             with contextlib.suppress(RuntimeError, OSError):  # rank 0 may be gone
                 self._write()
-                self._report_wait(time.time() - self._at[2])
-
-    def _report_wait(self, waited: float) -> None:
-        """Log whom this rank waits for; end the process if that has lasted for the time limit."""
-        due = self._due
-        if waited < due:
-            return
-        self._due = next_report(waited, self._first, self._limit + _GRACE)
-        if not any(place.count < self._at[0] for place in self._read().values()):
-            return
-        over = waited >= self._limit + _GRACE
-        if over or self._store.add(f"reports/{self._at[0]}/{due:.2f}", 1) == 1:
-            self._report(f"{self.describe()} It has waited for {waited:,.0f} s.")
-        if over:
-            self._end_process(1)  # the waiting thread is in a library that does not return
+                waited, due = time.time() - self._at[2], self._due
+                if waited < due:
+                    continue
+                self._due = next_report(waited, self._first, self._limit + _GRACE)
+                if not any(place.count < self._at[0] for place in self._read().values()):
+                    continue
+                over = waited >= self._limit + _GRACE
+                if over or self._store.add(f"reports/{self._at[0]}/{due:.2f}", 1) == 1:
+                    self._report(f"{self.describe()} It has waited for {waited:,.0f} s.")
+                if over:
+                    self._end_process(1)  # the waiting thread is in a library that does not return
 
     def _write(self, ended: str = "") -> None:
         count, what, since, waits = self._at
-        frame, collective = _frame_of(sys._current_frames().get(self._thread_id))
+        frame, line = sys._current_frames().get(self._thread_id), "code of libraries"
+        while frame is not None:  # to the innermost one outside torch and Python
+            code = frame.f_code
+            waits = waits or bool(_COLLECTIVES.search(code.co_filename))
+            if not code.co_filename.startswith("<") and not _LIBRARIES.search(code.co_filename):
+                line = f"{'/'.join(code.co_filename.split('/')[-3:])}:{frame.f_lineno} in {code.co_name}"
+                break
+            frame = frame.f_back
         host, pid = socket.gethostname(), os.getpid()
-        place = RankPlace(count, what, since, frame, waits or collective, host, pid, time.time(), ended)
+        place = RankPlace(count, what, since, line, waits, host, pid, time.time(), ended)
         self._store.set(f"places/{self._rank}", json.dumps(asdict(place)))
 
     def _read(self) -> dict[int, RankPlace]:
@@ -307,30 +302,6 @@ def describe_rank(rank: int, place: RankPlace | None, silence: float) -> str:
         f"{where} has been at {place.what} for {place.written - place.since:,.0f} s, in {place.frame}. Look at what it "
         f"waits for there: `py-spy dump --pid {place.pid}` on {place.host} shows its threads."
     )
-
-
-def _frame_of(frame: FrameType | None) -> tuple[str, bool]:
-    """The innermost frame outside torch and Python, as ``FILE:LINE in FUNCTION``, and whether it is in a collective."""
-    collective = False
-    while frame is not None:
-        file = frame.f_code.co_filename
-        collective = collective or bool(_COLLECTIVES.search(file))
-        if not file.startswith("<") and not _LIBRARIES.search(file):
-            name = "/".join(file.split("/")[-3:])
-            return f"{name}:{frame.f_lineno} in {frame.f_code.co_name}", collective
-        frame = frame.f_back
-    return "code of libraries", collective
-
-
-# -- The processes that train together, and what they communicate besides gradients.
-
-_LOG = logging.getLogger(__name__)
-T = TypeVar("T")
-#: Timeout of the control group: rank 0 may evaluate and write for longer than any collective of a step takes.
-_CONTROL_TIMEOUT = timedelta(hours=12)
-_SHARED_PROBE = (".tmp", "shared-output.json")
-#: What rank 0 broadcasts about its work; a positive number is the signal that stopped it.
-_SUCCESS, _ERROR, _USER_ERROR = 0, -1, -2
 
 
 @dataclass(frozen=True)
@@ -461,7 +432,13 @@ def join_ranks(
     machine = {"CPU": available_cores(), "GPU": torch.cuda.device_count()}
     gpus = default_gpus([machine]) if compute.gpus is None else compute.gpus
     cpus = compute.cpus or cpus or cores_per_process([machine], gather.local_world_size() if owns_group else 1, gpus)
-    device = device or _own_device(compute, gpus, local_rank, alone=not (owns_group or dist.is_initialized()))
+    if device is None:  # a card, else a GPU of Apple if the rank is alone, or the CPU
+        device = f"cuda:{local_rank}" if gpus else "cpu"
+        if compute.gpus != 0 and best_device() == "mps":
+            if not (owns_group or dist.is_initialized()):
+                device = "mps"
+            else:
+                _LOG.warning("several ranks train on the CPU: torch cannot exchange gradients on mps")
     with strict_flags(device, compute.deterministic):
         try:
             accelerator = Accelerator(device, compute.precision)
@@ -469,15 +446,6 @@ def join_ranks(
             raise UserError(f"train.compute.gpus: {error}. Set train.compute.gpus to 0 to train on the CPU.") from error
         with _process_group(accelerator, owns_group, cpus, report, timeout) as ranks:
             yield ranks
-
-
-def _own_device(compute: Compute, gpus: float, local_rank: int, alone: bool) -> str:
-    """The device of a rank that Ray gave none: a card, else a GPU of Apple if the rank is ``alone``, or the CPU."""
-    if compute.gpus != 0 and best_device() == "mps":
-        if alone:
-            return "mps"
-        _LOG.warning("several ranks train on the CPU: torch cannot exchange gradients on mps")
-    return f"cuda:{local_rank}" if gpus else "cpu"
 
 
 @contextlib.contextmanager

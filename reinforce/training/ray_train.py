@@ -1,8 +1,9 @@
-"""The hosts of a training run on Ray: which of them are lost, and when the training run ends for it.
+"""Training runs on Ray Train, which starts and restarts the ranks; the loop does everything else.
 
-Ray reports a silent host as dead after about a minute. Ray Train then restarts all ranks, and waits without a limit
-where the hosts that are left cannot hold them. A host may be lost before its rank has started, so all hosts that were
-alive when the training run began are watched.
+The driver shows the ranks' logs, forwards signals, and ends what cannot continue. Ray reports a silent host as dead
+after about a minute. Ray Train then restarts all ranks, and waits without a limit where the hosts that are left cannot
+hold them. A host may be lost before its rank has started, so all hosts that were alive when the training run began are
+watched.
 """
 
 from __future__ import annotations
@@ -51,6 +52,17 @@ from teachers.runtime import determinism
 _INTERVAL = 2.0  # seconds between two questions to Ray
 #: Seconds from the loss of a host until the training run ends, if the other hosts cannot hold its ranks by then.
 _RETURN_SECONDS = 30.0
+_TICK = 0.2
+_WAITING_SECONDS = 30.0  # between messages while the cluster is too small
+_RECEIPT_SECONDS = 30.0  # from a signal until a rank has received it; later, none runs
+#: From SIGINT and other signals until the step and its checkpoint are finished. Whoever sends SIGTERM ends the machine
+#: soon after, so what takes longer is left to the last checkpoint. A second SIGINT ends the training run at once.
+_STOP_SECONDS, _TERMINATION_SECONDS = 600.0, 45.0
+_CONTROL_SECONDS = 20.0  # without Ray's control service; Ray itself ends this process after 60
+#: Callbacks of Ray Train that are not used. The cleaner is for long-lived drivers, and without a dashboard it delays
+#: the end by 10 s. The others, of several versions, start an actor for Ray Data and import that in each rank.
+_UNUSED_CALLBACKS = {"PlacementGroupCleanerCallback", "DatasetsCallback", "DatasetsSetupCallback"}
+_ALL_FAILED_SECONDS = 5.0  # wait for the other ranks to report the same user error
 
 
 @dataclass(frozen=True)
@@ -60,11 +72,6 @@ class RankHost:
     node: str
     name: str
     address: str
-
-    @classmethod
-    def here(cls) -> RankHost:
-        node = ray.get_runtime_context().get_node_id()
-        return cls(node, socket.gethostname(), ray.util.get_node_ip_address())
 
 
 def live_hosts(nodes: Iterable[Mapping[str, Any]]) -> dict[str, RankHost]:
@@ -154,12 +161,9 @@ class HostWatch:
         self._mailbox, self._ranks, self._cpus, self._gpus = mailbox, ranks, cpus, gpus
         self._known = {**known}
         self._hosts = LostHosts(ranks, cpus, gpus)
-        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._lock, self.closed = threading.Lock(), threading.Event()
         self._lines: list[str] = []
         threading.Thread(target=self._watch, daemon=True, name="host watch").start()
-
-    def close(self) -> None:
-        self._closed.set()
 
     @property
     def any_lost(self) -> bool:
@@ -181,7 +185,7 @@ class HostWatch:
             return self._hosts.error(time.monotonic(), failed)
 
     def _watch(self) -> None:
-        while not self._closed.wait(_INTERVAL):
+        while not self.closed.wait(_INTERVAL):
             with contextlib.suppress(RayError, RuntimeError, OSError):  # Ray is being shut down
                 self._look()
 
@@ -196,18 +200,6 @@ class HostWatch:
         with self._lock:
             if line := self._hosts.update(found, time.monotonic()):
                 self._lines.append(line)
-
-
-# -- The driver's side of a training run on Ray: it shows the ranks' logs, forwards signals, and ends what cannot
-# continue.
-
-_TICK = 0.2
-_WAITING_SECONDS = 30.0  # between messages while the cluster is too small
-_RECEIPT_SECONDS = 30.0  # from a signal until a rank has received it; later, none runs
-#: From SIGINT and other signals until the step and its checkpoint are finished. Whoever sends SIGTERM ends the machine
-#: soon after, so what takes longer is left to the last checkpoint. A second SIGINT ends the training run at once.
-_STOP_SECONDS, _TERMINATION_SECONDS = 600.0, 45.0
-_CONTROL_SECONDS = 20.0  # without Ray's control service; Ray itself ends this process after 60
 
 
 class Supervisor:
@@ -234,32 +226,43 @@ class Supervisor:
                 thread.start()
                 while thread.is_alive():
                     thread.join(_TICK)
-                    self._show(screen)
+                    # what the ranks have sent since the last time, and what the driver waits for
+                    lines, bar, starts = ray.get(self._mailbox.read_screen.remote())
+                    for line in [*lines, *self._hosts.lines()]:
+                        screen.log(line)
+                    if bar is not None:
+                        screen.draw(*bar)
+                    now, self._started = time.monotonic(), starts > 0
+                    if (not starts or self._hosts.any_lost) and now - self._waiting > _WAITING_SECONDS:
+                        self._waiting = now
+                        screen.log(f"waiting until the cluster can hold {self._ranks} ranks with {self._share} each")
                     if thread.is_alive():
                         self._check()
-            self._raise_outcome()
+            user_errors, signum = ray.get(self._mailbox.outcome.remote())
+            if user_errors:
+                raise UserError(user_errors[min(user_errors)])
+            if signum:
+                raise Stopped(signum)
+            if self._errors:
+                lost = self._hosts.error(failed=True)
+                raise self._errors[0] if lost is None else HostLost(lost) from self._errors[0]
         finally:
-            self._hosts.close()
+            self._hosts.closed.set()
             self._control.close()
-            self._end(thread.is_alive())
+            running = thread.is_alive()
+            if not self._control_lost:  # else requests to it would wait
+                # end Ray Train's controller and its ranks, and the mailbox, which has a reference to it
+                with contextlib.suppress(RayError):
+                    controller = ray.get(self._mailbox.close.remote())
+                    if running and controller is not None:
+                        kill_with_placement_groups(controller)
+                    ray.kill(self._mailbox)
 
     def _call(self, fit: Callable[[], Any]) -> None:
         try:
             fit()
         except Exception as error:
             self._errors.append(error)
-
-    def _show(self, screen: Screen) -> None:
-        """Show what the ranks have sent since the last call, and what the driver waits for."""
-        lines, bar, starts = ray.get(self._mailbox.read_screen.remote())
-        for line in [*lines, *self._hosts.lines()]:
-            screen.log(line)
-        if bar is not None:
-            screen.draw(*bar)
-        now, self._started = time.monotonic(), starts > 0
-        if (not starts or self._hosts.any_lost) and now - self._waiting > _WAITING_SECONDS:
-            self._waiting = now
-            screen.log(f"waiting until the cluster can hold {self._ranks} ranks with {self._share} each")
 
     def _check(self) -> None:
         """Raise what ends the training run before Ray Train does."""
@@ -283,35 +286,6 @@ class Supervisor:
             limit = _TERMINATION_SECONDS if self._stop.signum == signal.SIGTERM else _STOP_SECONDS
         if not self._started or self._hosts.any_lost or now - self._stopped_at > limit:
             raise Stopped(self._stop.signum)  # no rank can stop by itself
-
-    def _raise_outcome(self) -> None:
-        """Raise what the ranks, or else Ray Train, report as the end."""
-        user_errors, signum = ray.get(self._mailbox.outcome.remote())
-        if user_errors:
-            raise UserError(user_errors[min(user_errors)])
-        if signum:
-            raise Stopped(signum)
-        if self._errors:
-            lost = self._hosts.error(failed=True)
-            raise self._errors[0] if lost is None else HostLost(lost) from self._errors[0]
-
-    def _end(self, running: bool) -> None:
-        """End Ray Train's controller and its ranks if they run, and the mailbox, which has a reference to it."""
-        if self._control_lost:
-            return  # requests to it would wait
-        with contextlib.suppress(RayError):
-            controller = ray.get(self._mailbox.close.remote())
-            if running and controller is not None:
-                kill_with_placement_groups(controller)
-            ray.kill(self._mailbox)
-
-
-# -- Training runs on Ray Train, which starts and restarts the ranks; the loop does everything else.
-
-#: Callbacks of Ray Train that are not used. The cleaner is for long-lived drivers, and without a dashboard it delays
-#: the end by 10 s. The others, of several versions, start an actor for Ray Data and import that in each rank.
-_UNUSED_CALLBACKS = {"PlacementGroupCleanerCallback", "DatasetsCallback", "DatasetsSetupCallback"}
-_ALL_FAILED_SECONDS = 5.0  # wait for the other ranks to report the same user error
 
 
 @dataclass(frozen=True)
@@ -416,12 +390,8 @@ class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Start the process group; runs in the controller."""
         if len(set(worker_group.execute(ray.util.get_node_ip_address))) > 1:
-            worker_group.execute(_use_interface)
+            worker_group.execute(lambda: use_interface_of(ray.util.get_node_ip_address()))
         super().on_start(worker_group, backend_config)
-
-
-def _use_interface() -> None:
-    use_interface_of(ray.util.get_node_ip_address())
 
 
 class ReportController(ControllerCallback):
@@ -475,7 +445,8 @@ def _train_rank(settings: dict[str, Any]) -> None:
     stop = StopSignal()
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
-    starts = ray.get(mailbox.report_start.remote(rank, RankHost.here()))
+    node, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+    starts = ray.get(mailbox.report_start.remote(rank, RankHost(node, socket.gethostname(), address)))
     if starts is None:
         return  # this is a restart after a user error, which a restart cannot fix, or the training run has ended
     if rank == 0:

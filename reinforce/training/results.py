@@ -1,4 +1,4 @@
-"""The results of a training run: results.json, and a summary in a few lines."""
+"""What a training run measures and leaves: evaluations, exported weights, results.json, a trace of some steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from reinforce.terminal import Screen, format_duration, plural
 from reinforce.training.checkpoints import (
     FOLDER,
     BestCheckpoint,
-    Checkpoints,
     CheckpointWriter,
     DamagedCheckpoint,
     Progress,
@@ -37,6 +36,11 @@ RESULTS = "results.json"
 _METRICS = "metric, %"
 #: Ends of the names of metrics that are no shares.
 _NUMBERS = ("loss", "cider", "bleu")
+PROFILE_FOLDER = "profile"
+_AFTER, _ROWS, _NAME = 10, 25, 60
+_MAX_BYTES = 256 * 2**20
+#: Called on rank 0 with the step and the metrics of each new evaluation.
+OnEvaluation = Callable[[int, Mapping[str, float]], None]
 
 
 def metric_text(name: str, value: float | None) -> str:
@@ -95,9 +99,8 @@ class Results:
         ]
         if self.loss is not None:
             lines.append(f"final loss: {self.loss:.4f}")
-        lines += metric_lines(
-            self.metrics, self.parts, f"step {self.steps if self.exported is None else self.exported:,}"
-        )
+        step = f"step {self.steps if self.exported is None else self.exported:,}"
+        lines += metric_lines(self.metrics, self.parts, step)
         if self.best is not None and self.best.step != self.steps:
             where = "exported" if self.best.step == self.exported else "kept as a checkpoint"
             name, best = name_part(self.best.metric, self.parts), metric_text(self.best.metric, self.best.value)
@@ -152,12 +155,6 @@ def read_results(storage: Storage) -> Results | None:
     return Results(**{**fields, "best": BestCheckpoint(**best) if best else None})
 
 
-# -- Evaluations during a training run, and what it leaves at its end: exported weights and results.
-
-#: Called on rank 0 with the step and the metrics of each new evaluation.
-OnEvaluation = Callable[[int, Mapping[str, float]], None]
-
-
 @dataclass
 class Evaluations:
     """The evaluations of a training run of ``steps`` steps, of the state of rank 0. ``log`` is None on other ranks."""
@@ -173,10 +170,6 @@ class Evaluations:
     on_evaluation: OnEvaluation | None
     log: Log | None = None
     _noted: bool = False
-
-    @property
-    def checkpoints(self) -> Checkpoints:
-        return self.writer.checkpoints
 
     def due(self, step: int) -> bool:
         every = self.job.evaluate_every
@@ -214,26 +207,22 @@ class Evaluations:
         if metrics:
             shown = (f"{name_part(name, parts)} {metric_text(name, value)}" for name, value in metrics.items())
             self.screen.log(f"step {step:,}, %: " + "  ".join(shown))
-            self._choose(step, metrics, parts)
+            chosen = self.job.best or next(iter(metrics))
+            if chosen not in metrics:
+                raise UserError(f"evaluate.best: there is no metric {chosen}; there are {', '.join(metrics)}.")
+            if chosen in parts and not self.job.best_of_part:
+                why = f"{chosen} is of {parts[chosen]}"
+                if self.job.export_best:
+                    raise UserError(f"evaluate.export: best chooses by evaluate.best, and {why}. Set evaluate.best.")
+                if not self._noted:
+                    self.screen.log(f"no best checkpoint is kept, since {why}; set evaluate.best to choose by it")
+                self._noted = True
+            elif (step or self.job.export_best) and math.isfinite(metrics[chosen]):  # else step 0 has no checkpoint
+                self.writer.checkpoints.update_best(step, chosen, metrics[chosen])
         self.log.add({"step": step, "metrics": metrics} | ({"parts": parts} if parts else {}))
         self.log.publish()
         if self.on_evaluation is not None:
             self.on_evaluation(step, metrics)
-
-    def _choose(self, step: int, metrics: Mapping[str, float], parts: Mapping[str, str]) -> None:
-        """Keep the step as the best one if it is. Raises UserError for a metric that cannot choose."""
-        chosen = self.job.best or next(iter(metrics))
-        if chosen not in metrics:
-            raise UserError(f"evaluate.best: there is no metric {chosen}; there are {', '.join(metrics)}.")
-        if chosen in parts and not self.job.best_of_part:
-            why = f"{chosen} is of {parts[chosen]}"
-            if self.job.export_best:
-                raise UserError(f"evaluate.export: best chooses by evaluate.best, and {why}. Set evaluate.best.")
-            if not self._noted:
-                self.screen.log(f"no best checkpoint is kept, since {why}; set evaluate.best to choose by it")
-            self._noted = True
-        elif (step or self.job.export_best) and math.isfinite(metrics[chosen]):  # else step 0 has no checkpoint
-            self.checkpoints.update_best(step, chosen, metrics[chosen])
 
     def _logged_row(self, step: int) -> dict[str, Any] | None:
         """The row of the log with the metrics of a step, or None if it was not evaluated."""
@@ -245,8 +234,12 @@ class Evaluations:
         """The step whose weights are exported. Raises UserError if the best one is wanted and not known."""
         if not self.job.export_best:
             return self.steps
-        best = self.checkpoints.best()
-        if best is None or best.metric != (self.job.best or best.metric) or best.step not in self.checkpoints.steps():
+        best = self.writer.checkpoints.best()
+        if (
+            best is None
+            or best.metric != (self.job.best or best.metric)
+            or best.step not in self.writer.checkpoints.steps()
+        ):
             raise UserError(
                 f"evaluate.export: best, but {self.job.output} has no checkpoint of a step that is known to be the "
                 f"best by {self.job.best or 'a finite metric'}. Set it to last."
@@ -263,7 +256,7 @@ class Evaluations:
         exported = self.exported_step()
         if exported != self.steps:
             try:
-                self.state.load(self.checkpoints.load(exported)[1])
+                self.state.load(self.writer.checkpoints.load(exported)[1])
             except DamagedCheckpoint as error:
                 raise UserError(f"{error}, and evaluate.export is best. Restore it, or set it to last.") from error
         storage = Storage(self.job.output)
@@ -282,20 +275,13 @@ class Evaluations:
             loss=losses[-1] if losses else None,
             metrics=row.get("metrics", {}),
             parts=row.get("parts", {}),
-            best=self.checkpoints.best(),
+            best=self.writer.checkpoints.best(),
             skipped=progress.skipped,
             exported=exported,
             fast_paths=fast_paths,
         )
         self.log.publish(last=True)
         results.write(storage)
-
-
-# -- A trace of some steps of a training run, for Perfetto and chrome://tracing, and a table of the longest operations.
-
-PROFILE_FOLDER = "profile"
-_AFTER, _ROWS, _NAME = 10, 25, 60
-_MAX_BYTES = 256 * 2**20
 
 
 class StepProfiler:

@@ -41,7 +41,8 @@ class Prefetcher:
         if batch is None:
             raise RuntimeError("the feed ended before the training: its batches must be endless")
         with self._accelerator.copy_stream():
-            self._ready = _map_batch(batch, self._to_device)
+            put = self._accelerator.put
+            self._ready = _map_batch(batch, lambda value: put(value) if isinstance(value, torch.Tensor) else value)
 
     def take(self) -> Batch:
         """Return the batch that was fetched last, once."""
@@ -53,9 +54,6 @@ class Prefetcher:
         assert self._ready is not None
         self._accelerator.wait_for_copies(_tensors(self._ready))
         return self._ready
-
-    def _to_device(self, value: Any) -> Any:
-        return self._accelerator.put(value) if isinstance(value, torch.Tensor) else value
 
 
 def slice_batch(batch: Batch, start: int, stop: int) -> dict[str, Any]:
@@ -94,7 +92,7 @@ def backpropagate(
     if len(seeds) == 1:
         encoded = _encode(model, batch, seeds[0], accelerator)
         losses = {**task.losses(encoded, batch), **encoded.losses}
-        _sum(losses).backward()
+        torch.stack([loss.float() for loss in losses.values()]).sum().backward()
         return StepOutput(_detached(losses), _detached(encoded.scalars))
     length = size // len(seeds)
     microbatches = [slice_batch(batch, start, start + length) for start in range(0, size, length)]
@@ -154,7 +152,12 @@ def _backpropagate_microbatches(
     for index in range(kept):
         with reducing(index):
             encodings.append(_encode(model, microbatches[index], seeds[index], accelerator))
-    encodings += _encode_without_gradients(task.model, microbatches[kept:], seeds[kept:], accelerator)
+    before = [buffer.clone() for buffer in task.model.buffers()]  # running statistics, which keep their values
+    with torch.no_grad():
+        for microbatch, seed in zip(microbatches[kept:], seeds[kept:], strict=True):
+            encodings.append(_encode(task.model, microbatch, seed, accelerator))
+        for buffer, value in zip(task.model.buffers(), before, strict=True):
+            buffer.data.copy_(value)  # kept microbatches refer to it, and autograd would take it for changed
     features = {
         name: torch.cat([encoded.features[name].detach() for encoded in encodings]).requires_grad_()
         for name in encodings[0].features
@@ -162,7 +165,7 @@ def _backpropagate_microbatches(
     scalars = {name: value.detach().clone().requires_grad_() for name, value in encodings[0].scalars.items()}
     losses = task.losses(Encoded(features, scalars=scalars), batch)
     if losses:
-        _sum(losses).backward()
+        torch.stack([loss.float() for loss in losses.values()]).sum().backward()
 
     share = 1 / len(microbatches)
     for index, (microbatch, seed) in enumerate(zip(microbatches, seeds, strict=True)):
@@ -188,23 +191,5 @@ def _encode(model: Any, microbatch: Batch, seed: int, accelerator: Accelerator) 
     return encoded
 
 
-def _encode_without_gradients(
-    model: torch.nn.Module, microbatches: Sequence[Batch], seeds: Sequence[int], accelerator: Accelerator
-) -> list[Encoded]:
-    """Run the model on all microbatches; its buffers (running statistics) keep their values."""
-    before = [buffer.clone() for buffer in model.buffers()]
-    with torch.no_grad():
-        encodings = [
-            _encode(model, microbatch, seed, accelerator) for microbatch, seed in zip(microbatches, seeds, strict=True)
-        ]
-        for buffer, value in zip(model.buffers(), before, strict=True):
-            buffer.data.copy_(value)  # kept microbatches refer to it, and autograd would take it for changed
-    return encodings
-
-
 def _detached(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in values.items()}
-
-
-def _sum(losses: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.stack([loss.float() for loss in losses.values()]).sum()

@@ -107,26 +107,21 @@ class Trials:
             outputs = (*encoded.features.values(), *encoded.losses.values())
             return torch.stack([value.float().sum() for value in outputs])
 
-        def forward() -> None:
-            with torch.no_grad():
-                encode()
-
         with no_trace(self.state):
             for rows in range(1, min(2, self.size) + 1):  # batch normalisation of one row may raise
                 with torch.no_grad():
                     few = task.prepare(slice_batch(self.batch, 0, rows))
                 if whole := count_flops(lambda: encode().sum().backward()):
                     break
-            once = count_flops(forward) if recomputed or not whole else 0
+            once = count_flops(torch.no_grad()(encode)) if recomputed or not whole else 0
         return max(once, whole - once * recomputed) / rows
 
     def _fits(self, microbatches: int, kept: int) -> bool:
-        """Whether a step of so many microbatches, of which some are ``kept``, fits on each rank."""
-        return not self.ranks.start_max(not self._fits_here(microbatches, kept))()
+        """Whether a step of so many microbatches, of which some are ``kept``, fits on each rank.
 
-    def _fits_here(self, microbatches: int, kept: int) -> bool:
-        """Whether a step fits on this rank, with the optimizer's state and a reserve beside it."""
-        device, optimizer = self.ranks.accelerator.device, self.state.optimizer
+        The optimizer's state and a reserve are beside it.
+        """
+        device, optimizer, fits = self.ranks.accelerator.device, self.state.optimizer, False
         try:
             with no_trace(self.state):
                 total = torch.cuda.get_device_properties(device).total_memory
@@ -135,7 +130,7 @@ class Trials:
                     new = [parameter for parameter in group["params"] if parameter not in optimizer.state]
                     beside += [torch.empty_like(parameter) for parameter in new for _ in range(2)]
                 self.step(self.task.model, microbatches, kept)
-            return True
+            fits = True
         except Exception as error:
             # cuDNN reports lack of memory for a convolution's workspace as lack of an algorithm.
             if not is_out_of_memory(error) and not (is_without_engine(error) and (kept or microbatches < self.size)):
@@ -144,7 +139,7 @@ class Trials:
         finally:
             beside = []
             release_cache(device)
-        return False
+        return not self.ranks.start_max(not fits)()
 
 
 @contextmanager

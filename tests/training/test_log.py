@@ -28,6 +28,7 @@ from reinforce.training.checkpoints import BestCheckpoint
 from reinforce.training.config import Job, Trackers
 from reinforce.training.log import (
     RUNS,
+    Backend,
     Log,
     Scalars,
     Throughput,
@@ -243,7 +244,7 @@ class Kept:
 
 def test_a_tracker_gets_finite_numbers_in_order_and_how_the_training_ended() -> None:
     kept = Kept()
-    tracker = Tracker("x", lambda: kept)
+    tracker = Tracker("x", lambda: Backend(kept.log, kept.close))
     tracker.add(1, {"loss": 2.0, "memory": float("inf")})
     tracker.add(2, {"loss": float("nan")})
     tracker.add(3, {"loss": 1.0, "skipped": 0})
@@ -269,7 +270,11 @@ class Broken(Kept):
 def test_a_tracker_that_fails_is_reported_once(
     where: str, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracker = Tracker("wandb", lambda: Broken(where, error))
+    def start() -> Backend:
+        broken = Broken(where, error)
+        return Backend(broken.log, broken.close)
+
+    tracker = Tracker("wandb", start)
     for step in range(50):
         tracker.add(step, {"loss": 1.0})
     tracker.close(failed=False)
@@ -285,11 +290,8 @@ def test_a_tracker_that_does_not_answer_costs_no_step_and_does_not_hold_the_end(
 ) -> None:
     answer = threading.Event()
 
-    class Slow(Kept):
-        def log(self, step: int, scalars: Scalars) -> None:
-            answer.wait(600)
-
-    tracker = Tracker("mlflow", Slow, closing_seconds=0.2)
+    slow = Backend(lambda step, scalars: answer.wait(600), lambda failed: None)
+    tracker = Tracker("mlflow", lambda: slow, closing_seconds=0.2)
     for step in range(10_100):
         tracker.add(step, {"loss": 1.0})
     tracker.close(failed=False)
