@@ -18,7 +18,6 @@ from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.student.config import Loss, StudentConfig
-from reinforce.student.loss import Objective, contrastive_losses
 from reinforce.student.task import read_stored
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from reinforce.student.terms.anchor_weights import distance_from_start
@@ -26,6 +25,7 @@ from reinforce.student.terms.base import MAP, Rows, Tensors, as_scalar, check_ro
 from reinforce.student.terms.dense import dense
 from reinforce.student.terms.features import features
 from reinforce.student.terms.interactive import interactive
+from reinforce.student.terms.pairs import Objective, contrastive_losses
 from reinforce.student.terms.probabilities import probabilities
 from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.student.towers import map_width

@@ -25,7 +25,7 @@ from reinforce.captioning.evaluator import CaptionerEvaluator
 from reinforce.captioning.model import CaptionerModel, build_captioner, check_captioner, describe_parameters
 from reinforce.processes.imports import require
 from reinforce.storage import Storage
-from reinforce.student.loss import Objective, contrastive_losses
+from reinforce.student.terms.pairs import Objective, contrastive_losses
 from reinforce.terminal import plural
 from reinforce.training import gather
 from reinforce.training.config import make_job

@@ -24,9 +24,9 @@ from reinforce.student.layers import (
     quantize,
     round_in_eval,
 )
-from reinforce.student.loss import Form
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from reinforce.student.terms.base import unit
+from reinforce.student.terms.pairs import Form
 from reinforce.student.terms.registry import Terms
 from reinforce.student.towers import (
     Plan,
@@ -246,7 +246,13 @@ def build_student(
     reported before anything is loaded.
     """
     try:
-        made = _image_network(spec, seed) if spec.images_alone else _two_towers(spec, seed, form, terms, only)
+        if spec.images_alone:
+            with seeded(seed):
+                clip, backbone = build_backbone(spec.backbone)
+            towers, parts = ["image"] * backbone.pretrained, {"backbone": backbone}
+            made = _Network(backbone.name, clip, {"embed_dim": backbone.dim}, backbone.image, towers, parts)
+        else:
+            made = _two_towers(spec, seed, form, terms, only)
         if spec.quantize is not None and not can_quantize(made.clip):
             raise ValueError(f"{made.name} has no layer whose weights `quantize` could round: remove the key")
         if checkpointing:
@@ -260,14 +266,6 @@ def build_student(
     student.keep_start()
     student.set_batch_norm(spec.batch_norm or ("keep" if student.pretrained else "train"))
     return student
-
-
-def _image_network(spec: StudentSpec, seed: int) -> _Network:
-    """A network of images alone, of timm or of a class. Raises ValueError if it is unknown or does not fit."""
-    with seeded(seed):
-        clip, backbone = build_backbone(spec.backbone)
-    towers = ["image"] * backbone.pretrained
-    return _Network(backbone.name, clip, {"embed_dim": backbone.dim}, backbone.image, towers, {"backbone": backbone})
 
 
 def _two_towers(spec: StudentSpec, seed: int, form: Form, terms: Terms | None, only: Tower | None) -> _Network:
@@ -286,7 +284,13 @@ def _two_towers(spec: StudentSpec, seed: int, form: Form, terms: Terms | None, o
             terms.heads(config["embed_dim"])  # reports teachers of other dimensions
     clip = _load(model, spec.image_size, seed)
     if plan is not None:
-        clip = _join(plan, clip, spec, seed)
+        text = clip
+        if spec.text is not None and plan.text.pretrained:
+            text = load_model(ModelSpec(model=spec.text.model, pretrained=spec.text.pretrained))
+        with seeded(seed):
+            clip, new = join_towers(plan, clip, text)
+        if new:
+            _LOG.info("student: new last layers for %d dimensions: %s", plan.config["embed_dim"], ", ".join(new))
     if any(FUSED in key for key in clip.state_dict()):
         raise ValueError(
             f"the weights of {name} are reparameterised for inference and lack the branches that are trained: start "
@@ -310,18 +314,6 @@ def _two_towers(spec: StudentSpec, seed: int, form: Form, terms: Terms | None, o
     weights = {"image": pretrained, "text": pretrained} if plan is None else plan.weights
     towers = [tower for tower, has in weights.items() if has]
     return _Network(name, clip, config, image, towers, {"text_name": plan.text.name} if plan else {})
-
-
-def _join(plan: Plan, image: Any, spec: StudentSpec, seed: int) -> Any:
-    """The student of two models, of which that of the images is loaded."""
-    text = image
-    if spec.text is not None and plan.text.pretrained:
-        text = load_model(ModelSpec(model=spec.text.model, pretrained=spec.text.pretrained))
-    with seeded(seed):
-        clip, new = join_towers(plan, image, text)
-    if new:
-        _LOG.info("student: new last layers for %d dimensions: %s", plan.config["embed_dim"], ", ".join(new))
-    return clip
 
 
 def _load(model: OpenClipOptions, image_size: int | None, seed: int) -> Any:

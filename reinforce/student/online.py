@@ -1,6 +1,11 @@
 """Online teachers: the baseline that runs teachers in the training loop instead of reading stored embeddings.
 
 They get the augmentations and texts that the stored teachers got, so the targets are equal.
+
+The statistics of standardised targets are fitted to the first ones of a training run: those of the first examples of
+the datasets, in the order of their files, as a training run takes them: one augmentation of each image, the texts that
+are read, and of each teacher its vectors of the images, of the true captions and of the synthetic ones, or its patches.
+Stored targets are read and online ones computed, of the same examples.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS,
 from reinforce.student.terms.base import Tensors
 from reinforce.student.terms.moments import Fit, Moments
 from reinforce.training.order import GroupChunk
+from reinforce.training.step import map_batch
 from reinforce.training.task import Batch
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec, Teacher
@@ -82,7 +88,7 @@ def teacher_info(teacher: Teacher, spec: TeacherSpec, texts: bool = True) -> Tea
 def add_targets(
     batch: Batch, teachers: Mapping[str, Teacher], others: Sequence[tuple[str, TargetEncoder]] = ()
 ) -> Batch:
-    """The batch with ``targets`` on its device, computed from its ``crops`` and ``texts``; see ``data/assembly.py``.
+    """The batch with ``targets`` on its device, computed from its ``crops`` and ``texts``; see ``data/feed.py``.
 
     They are vectors of ``teachers`` at unit norm, of which half precision takes them away, and ``others``, each with
     the name of its teacher. Stored targets of other models stay.
@@ -111,10 +117,10 @@ def replace_unusable(batch: Batch, teachers: Collection[str]) -> Batch:
     usable = torch.ones(len(batch[IMAGE]), dtype=torch.bool, device=batch[IMAGE].device)
     for name in teachers:
         for what, values in batch["targets"][name].items():
-            rows = values.reshape(len(values), -1)
-            usable &= rows.isfinite().all(dim=1)
+            flat = values.reshape(len(values), -1)
+            usable &= flat.isfinite().all(dim=1)
             if what in (IMAGE, CAPTION, SYNTHETIC):
-                usable &= rows.any(dim=1)
+                usable &= flat.any(dim=1)
     places = usable.nonzero().flatten()
     if len(places) in (0, len(usable)):
         return batch
@@ -124,15 +130,8 @@ def replace_unusable(batch: Batch, teachers: Collection[str]) -> Batch:
         len(usable) - len(places),
         len(usable),
     )
-    found: Batch = _take(batch, places[following % len(places)])
-    return found
-
-
-def _take(values: Any, rows: torch.Tensor) -> Any:
-    """These rows of nested mappings of tensors."""
-    if isinstance(values, Mapping):
-        return {name: _take(value, rows) for name, value in values.items()}
-    return values[rows]
+    rows = places[following % len(places)]
+    return map_batch(batch, lambda values: values[rows])
 
 
 def _encode(encode: Callable[[torch.Tensor], torch.Tensor], spec: ImageSpec, crops: torch.Tensor) -> torch.Tensor:
@@ -141,13 +140,6 @@ def _encode(encode: Callable[[torch.Tensor], torch.Tensor], spec: ImageSpec, cro
     parts = [encode(to_pixels(part, spec)).clone() for part in crops.split(_MAX_BATCH)]
     return torch.cat(parts).float()  # a new tensor: parts may be inference tensors, which autograd refuses
 
-
-# -- The first targets of a training run, to which the statistics of standardised ones are fitted.
-#
-# They are those of the first examples of the datasets, in the order of their files, as a training run takes them: one
-# augmentation of each image, the texts that are read, and of each teacher its vectors of the images, of the true
-# captions and of the synthetic ones, or its patches. Stored targets are read and online ones computed, of the same
-# examples.
 
 _VECTORS, _GRIDS = 4096, 1024  # examples
 _AT_ONCE = 64

@@ -123,12 +123,14 @@ def stored_models(
         found[url] = {name: manifest["layers"][layers[name]] for name in models if name in layers}
         for name in found[url] if only is None else only:
             if name in found[url] and found[url][name]["dim"] is None:
-                raise _unfinished(url, layers[name])
+                raise UserError(f"{url}: dataset.json has no dimension of {layers[name]}. Finish the run.")
     first = _agreed(section, found)
     url, what = next(iter(found)), "" if section == owner else f"{section} with "
     for other_url, other in found.items():
         for name, entry in first.items():
-            one, two = _of_targets(entry), _of_targets(other[name])
+            # all but the models' identities and inputs must be equal
+            free = ("fingerprint", "model", "code", "count", "sees")
+            one, two = ({k: v for k, v in of.items() if k not in free} for of in (entry, other[name]))
             if keys := [key for key in one | two if one.get(key) != two.get(key)]:
                 fix = f"Name those to use under data.{owner}."
                 if "codebook" in keys:
@@ -150,15 +152,6 @@ def _agreed(section: str, found: Mapping[str, T]) -> T:
                 f"{', '.join(other) or 'none'}. Name the {owner_of(section)} to use under data.{owner_of(section)}."
             )
     return first
-
-
-def _unfinished(url: str, what: str) -> UserError:
-    return UserError(f"{url}: dataset.json has no dimension of {what}. Finish the run.")
-
-
-def _of_targets(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of an entry that must be equal in all datasets: all but the models' identities and inputs."""
-    return {k: v for k, v in entry.items() if k not in ("fingerprint", "model", "code", "count", "sees")}
 
 
 def text_kinds(data: Data, manifests: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
@@ -193,7 +186,7 @@ def _stored_teacher(name: str, data: Data, url: str, manifest: Mapping[str, Any]
     dims = [*(layers.get(embeddings_layer(name, what), {}).get("dim") for what in (IMAGES, *found)), entry["dim"]]
     dim = next((dim for dim in dims if dim), 0)
     if sides and not dim:
-        raise _unfinished(url, f"teacher {name}")
+        raise UserError(f"{url}: dataset.json has no dimension of teacher {name}. Finish the run.")
     source = f"dataset: {entry['logit_scale_from']}"
     return TeacherInfo(dim, frozenset(sides), entry["logit_scale"], source)
 

@@ -15,7 +15,6 @@ import torch
 from timm.models import group_parameters
 
 from reinforce.student.config import Student as StudentSpec
-from reinforce.student.config import TextTower
 from teachers.image_encoder import encoder_of_model
 from teachers.open_clip import catalog
 from teachers.open_clip.teacher import image_spec, model_name, random_model
@@ -70,7 +69,18 @@ def plan_student(spec: StudentSpec, image: Source, only: Tower | None) -> Plan:
 
     ``only`` one tower may be trained. Raises ValueError if its towers do not fit together.
     """
-    text = image if spec.text is None else _text_source(spec.text)
+    text = image
+    if spec.text is not None:
+        try:
+            model = ModelSpec(model=spec.text.model, pretrained=spec.text.pretrained)
+            language_model, config = spec.text.pretrained == "transformers", model_config(model_name(model))
+            if language_model and not config["text_cfg"].get("hf_model_name"):
+                raise ValueError(f"{model.name} has no language model of transformers: set another `pretrained`")
+            text = Source(model_name(model), config, not language_model and has_weights(model), language_model)
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"text: {error}. A text tower is that of a model of open_clip; for a teacher without one remove `text`"
+            ) from error
     keeps_text = text.pretrained and (only == "image" or "text" in (spec.freeze or ()))
     space: Tower = "text" if keeps_text else "image"
     base = text if keeps_text else image
@@ -91,20 +101,6 @@ def plan_student(spec: StudentSpec, image: Source, only: Tower | None) -> Plan:
                 "trained and exported"
             )
     return Plan(image, text, space, config, changed)
-
-
-def _text_source(spec: TextTower) -> Source:
-    """The model of ``student.text``. Raises ValueError if it cannot give a text tower."""
-    try:
-        model = ModelSpec(model=spec.model, pretrained=spec.pretrained)
-        language_model, config = spec.pretrained == "transformers", model_config(model_name(model))
-        if language_model and not config["text_cfg"].get("hf_model_name"):
-            raise ValueError(f"{model.name} has no language model of transformers: set another `pretrained`")
-        return Source(model_name(model), config, not language_model and has_weights(model), language_model)
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"text: {error}. A text tower is that of a model of open_clip; for a teacher without one remove `text`"
-        ) from error
 
 
 def join_towers(plan: Plan, image: Any, text: Any) -> tuple[Any, list[str]]:
@@ -230,13 +226,11 @@ def image_depths(visual: Any) -> dict[str, int]:
 
 def block_depths(names: Iterable[str]) -> dict[str, int]:
     """Depths by the names of the parameters of a text tower, or of an image tower that is not timm's."""
-    groups = {name: _group(name) for name in names}
+    groups: dict[str, tuple[int, ...]] = {}  # what orders parameters from the stem over the blocks to the head
+    for name in names:
+        if block := _BLOCK.search(name):
+            groups[name] = (1, *(int(number) for number in block.groups() if number is not None))
+        else:
+            groups[name] = (0,) if _STEM.match(name) else (2,)
     layers = sorted({*groups.values()}, reverse=True)
     return {name: layers.index(group) for name, group in groups.items()}
-
-
-def _group(name: str) -> tuple[int, ...]:
-    """What orders parameters from the stem (0) over the blocks (1, number) to the head (2)."""
-    if block := _BLOCK.search(name):
-        return (1, *(int(number) for number in block.groups() if number is not None))
-    return (0,) if _STEM.match(name) else (2,)

@@ -42,7 +42,7 @@ class Prefetcher:
             raise RuntimeError("the feed ended before the training: its batches must be endless")
         with self._accelerator.copy_stream():
             put = self._accelerator.put
-            self._ready = _map_batch(batch, lambda value: put(value) if isinstance(value, torch.Tensor) else value)
+            self._ready = map_batch(batch, lambda value: put(value) if isinstance(value, torch.Tensor) else value)
 
     def take(self) -> Batch:
         """Return the batch that was fetched last, once."""
@@ -58,14 +58,13 @@ class Prefetcher:
 
 def slice_batch(batch: Batch, start: int, stop: int) -> dict[str, Any]:
     """Samples ``start`` to ``stop`` of a batch, without a copy."""
-    return _map_batch(batch, lambda value: value[start:stop])
+    return map_batch(batch, lambda value: value[start:stop])
 
 
-def _map_batch(batch: Batch, change: Callable[[Any], Any]) -> dict[str, Any]:
+def map_batch(batch: Batch, change: Callable[[Any], Any]) -> dict[str, Any]:
     """A batch with changed tensors and lists."""
     return {
-        name: _map_batch(value, change) if isinstance(value, Mapping) else change(value)
-        for name, value in batch.items()
+        name: map_batch(value, change) if isinstance(value, Mapping) else change(value) for name, value in batch.items()
     }
 
 

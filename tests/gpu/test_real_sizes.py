@@ -14,10 +14,10 @@ from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from reinforce import settings
-from reinforce.student import loss as chunks
 from reinforce.student.config import StudentConfig
-from reinforce.student.loss import Objective, contrastive_losses
 from reinforce.student.model import Student
+from reinforce.student.terms import pairs as chunks
+from reinforce.student.terms.pairs import Objective, contrastive_losses
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch, Encoded
 from teachers.coca.decoder import CocaNetwork

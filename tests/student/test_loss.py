@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reinforce.student import loss as chunks
-from reinforce.student.loss import Objective, contrastive_losses, scale_losses
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
+from reinforce.student.terms import pairs as chunks
 from reinforce.student.terms.base import Rows
 from reinforce.student.terms.interactive import Interactive
+from reinforce.student.terms.pairs import Objective, contrastive_losses, scale_losses
 from tests.helpers.ranks import results_of_ranks
 
 KINDS = {"both": ("caption", "synthetic"), "mixed": ("caption",)}

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.pipeline.figures import Figure
-from reinforce.student import loss
-from reinforce.student.loss import Objective, contrastive_losses
+from reinforce.student.terms import pairs
+from reinforce.student.terms.pairs import Objective, contrastive_losses
 from reinforce.training import gather
 from teachers.runtime.accelerator import Accelerator
 from teachers.runtime.flops import counted_flops, peak_flops
@@ -98,7 +98,7 @@ def _one_of_ranks(bench: Bench) -> Iterator[None]:
         stack.enter_context(patch.multiple(gather, world_size=lambda: RANKS, rank=lambda: 0))
         stack.enter_context(gather.without_communication())
         if bench.size.tiny:
-            stack.enter_context(patch.object(loss, "CHUNK", entries // 2))
+            stack.enter_context(patch.object(pairs, "CHUNK", entries // 2))
         yield
 
 

@@ -78,10 +78,14 @@ def _open_dataset(source: Source, data: Data, seed: int, models: Models) -> Stre
     captioners = [*captioner_names(data, url, manifest), *parallel]
     if data.images == "none":
         crops = ()
+    weights = {**(data.captioners or {}), **parallel}  # by name, else by the first pattern that a name matches
     spec = ExampleSpec(
         crops=crops,
         texts=texts,
-        captioners={name: _weight_of(name, {**(data.captioners or {}), **parallel}) for name in captioners},
+        captioners={
+            name: weights.get(name, next((one for key, one in weights.items() if fnmatchcase(name, key)), 1.0))
+            for name in captioners
+        },
         captions=data.captions,
         synthetic=data.synthetic,
         pick=data.pick,
@@ -145,18 +149,22 @@ def _layers_of(models: Models, url: str, manifest: Mapping[str, Any]) -> tuple[t
     return tuple(crops), tuple(texts)
 
 
-def _weight_of(name: str, weights: Mapping[str, float]) -> float:
-    """The weight of a captioner by its name, else by the first pattern that it matches."""
-    return weights.get(name, next((weight for key, weight in weights.items() if fnmatchcase(name, key)), 1.0))
-
-
 def samples_groups(
     store: Store, fingerprints: Mapping[str, str], view: View | None
 ) -> tuple[dict[str, int], npt.NDArray[np.int64]]:
     """The complete shards with the bytes of their samples, and their row groups [n, 3]: number of the shard, place in
     its file, and rows, of which those are counted that a view keeps. Raises UserError as ``open_datasets``.
     """
-    sizes = _complete_shards(store, fingerprints)
+    listings = store.listings(fingerprints)
+    if damaged := find_damaged(store, listings, fingerprints):
+        raise UserError(f"{store.url}: {describe_damaged(store.url, damaged)}.")
+    committed = read_index(store, SAMPLES, fingerprints[SAMPLES]).listing()
+    found = check_completeness(store, listings, [committed])
+    if found.missing:
+        raise UserError(f"{store.url}: {found.describe_missing()}. Finish it with `reinforce run` and its config.")
+    if found.quarantined:
+        _LOG.warning("%s: %s", store.url, found.describe_quarantined())
+    sizes = dict(zip(found.complete, listings[SAMPLES].sizes_of(found.complete).tolist(), strict=True))
     if view is not None:
         sizes = {shard: size for shard, size in sizes.items() if shard in view.kept}
     groups = row_group_table(store, fingerprints[SAMPLES], sizes)
@@ -168,23 +176,6 @@ def samples_groups(
             "quarantined."
         )
     return sizes, groups
-
-
-def _complete_shards(store: Store, fingerprints: Mapping[str, str]) -> dict[str, int]:
-    """Shards that exist in every layer of ``fingerprints``, with the size in bytes of their samples file.
-
-    Shards that are quarantined in some layer are left out. Raises UserError if others are missing or damaged.
-    """
-    listings = store.listings(fingerprints)
-    if damaged := find_damaged(store, listings, fingerprints):
-        raise UserError(f"{store.url}: {describe_damaged(store.url, damaged)}.")
-    committed = read_index(store, SAMPLES, fingerprints[SAMPLES]).listing()
-    found = check_completeness(store, listings, [committed])
-    if found.missing:
-        raise UserError(f"{store.url}: {found.describe_missing()}. Finish it with `reinforce run` and its config.")
-    if found.quarantined:
-        _LOG.warning("%s: %s", store.url, found.describe_quarantined())
-    return dict(zip(found.complete, listings[SAMPLES].sizes_of(found.complete).tolist(), strict=True))
 
 
 def _check_some_shards(aligned: AlignedLayers, shards: Sequence[str], roots: ImageRoots | None) -> None:

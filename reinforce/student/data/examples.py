@@ -162,16 +162,21 @@ def make_examples(
     def rows_of(layer: str) -> pa.Table:
         return read(layer).slice(first, stop - first)
 
-    def pick(layer: str, index: Ints) -> PickedValues:
-        return kind_of(layer).pick(rows_of(layer), index)
-
     augmentations: Sequence[Augmentation | None] = [None] * len(keys)
     crops = np.zeros(len(keys), np.intp)
     if spec.images:
         records = _ListColumn(samples["augmentations"])
         crops = picks.index(0, records.counts)
         augmentations = from_records(records.take(crops))
-    usable, unusable, texts, blocks = _pick_rows(samples, rows_of, pick, crops, spec, picks, file.limits)
+    usable, unusable, texts, blocks = _pick_rows(
+        samples,
+        rows_of,
+        lambda layer, index: kind_of(layer).pick(rows_of(layer), index),
+        crops,
+        spec,
+        picks,
+        file.limits,
+    )
     places = np.flatnonzero(usable).tolist()
     examples: list[Example | None] = [None] * len(keys)
     images: Iterable[bytes] = itertools.repeat(b"", len(places))

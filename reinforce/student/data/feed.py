@@ -1,6 +1,7 @@
-"""Assembling batches from the parts that loader processes made, in the format that the student's task reads.
+"""Batches for the training loop: loader processes read streams, and their parts are assembled to batches.
 
-A batch is a plain mapping, so loaders can pin, slice and move it without knowing its content. With B samples of a rank:
+A batch is in the format that the student's task reads. It is a plain mapping, so loaders can pin, slice and move it
+without knowing its content. With B samples of a rank:
 
 =================  ===========================  ==============================================================
 ``key``            list[str]                    sample keys
@@ -64,6 +65,9 @@ from schemas.seeds import Ints
 from teachers.redact import redact
 
 T = TypeVar("T")
+_Assembled: TypeAlias = "tuple[Batch, Counter[str]]"  # a batch, and the unusable rows since the last one, by reason
+_LOG = logging.getLogger(__name__)
+_MOST_NAMED = 10  # rows of a rank that were replaced
 
 
 class BufferPool:
@@ -156,13 +160,6 @@ def _chain(lists: Iterable[Sequence[T]], places: Ints | None) -> list[T]:
     """The items of lists, each at its place."""
     items = [*itertools.chain.from_iterable(lists)]
     return items if places is None else [items[row] for row in np.argsort(places).tolist()]
-
-
-# -- Batches for the training loop: loader processes read streams, and their parts are assembled to batches.
-
-_LOG = logging.getLogger(__name__)
-_MOST_NAMED = 10  # rows of a rank that were replaced
-_Assembled: TypeAlias = "tuple[Batch, Counter[str]]"  # a batch, and the unusable rows since the last one, by reason
 
 
 class Streams(NamedTuple):

@@ -1,4 +1,4 @@
-"""Pixels and tokens of examples: the work of loader processes."""
+"""The work of loader processes: examples in streams, read ahead in windows, and their pixels and tokens."""
 
 from __future__ import annotations
 
@@ -47,6 +47,11 @@ from schemas import image_columns
 _ALIGNMENT = 64  # bytes
 #: Broken images in a row after which a training run fails.
 _MOST_BROKEN = 100
+#: Rows that are searched for a usable one before the training run fails.
+_MAX_UNUSABLE_ROWS = 100_000
+_SCANNERS = 16  # threads that look for null rows
+#: Row groups that a process reads at a time: enough to hide the latency of an object store; each is in memory.
+_READERS = 2
 
 #: n texts -> int64 [n, context].
 Tokenize = Callable[[Sequence[str]], torch.Tensor]
@@ -208,13 +213,6 @@ class PartMaker:
             f"data: {_MOST_BROKEN} images in a row cannot be decoded, the last: {example.file.path}, key "
             f"{example.key}: {error}. Check the shards."
         ) from error
-
-
-# -- The examples of one stream of one dataset, read ahead in windows.
-
-#: Rows that are searched for a usable one before the training run fails.
-_MAX_UNUSABLE_ROWS = 100_000
-_SCANNERS = 16  # threads that look for null rows
 
 
 class Target(NamedTuple):
@@ -413,8 +411,11 @@ class DatasetReader:
                 examples = self._pending.popleft()[1].result()
                 rows += examples.rows
                 self.unusable.update(examples.unusable)
-            waiting = self._replace_unusable([rows[row] for row in window.order.tolist()], window)[window.skip :]
-            del rows
+            usable = [row for place in window.order.tolist() if (row := rows[place]) is not None]
+            if len(usable) < min(len(rows), self._apart):
+                usable = self._with_later_ones(usable, window)[: len(rows)]
+            waiting = list(itertools.islice(itertools.cycle(usable), len(rows)))[window.skip :]
+            del rows, usable
             self._rows_held -= window.skip
             waiting.reverse()
             while waiting:
@@ -428,12 +429,6 @@ class DatasetReader:
             window, chunk = next(self._chunks)
             self._pending.append((window, self._pool.submit(self._dataset.load, chunk, window.epoch, self._keep)))
             self._rows_held += chunk.rows
-
-    def _replace_unusable(self, rows: list[Example | None], window: Window) -> list[Example]:
-        usable = [row for row in rows if row is not None]
-        if len(usable) < min(len(rows), self._apart):
-            usable = self._with_later_ones(usable, window)[: len(rows)]
-        return list(itertools.islice(itertools.cycle(usable), len(rows)))
 
     def _with_later_ones(self, usable: list[Example], window: Window) -> list[Example]:
         """``apart`` or more distinct usable rows: those of a window, and of the stream from its place in the next epoch
@@ -459,12 +454,6 @@ class DatasetReader:
             f"{self._dataset.url}: none of {searched:,} rows can be used ({', '.join(unusable)}). "
             f"{self._dataset.hint(unusable)}"
         )
-
-
-# -- The examples of one rank as an endless torch IterableDataset.
-
-#: Row groups that a process reads at a time: enough to hide the latency of an object store; each is in memory.
-_READERS = 2
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The anchor of similarities: the student's agree with those that the released student stored.
 
-    L = weight * L_distill of the anchor's teacher alone, as in ``reinforce.student.loss``
+    L = weight * L_distill of the anchor's teacher alone, as in ``reinforce.student.terms.pairs``
 
 whichever lambda is, for each kind of text. The teacher is not one of the ensemble.
 """
@@ -15,10 +15,9 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
-from reinforce.student.loss import Objective, contrastive_losses
 from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS
 from reinforce.student.terms.base import Models, Rows, Term
-from reinforce.student.terms.pairs import logit_scale
+from reinforce.student.terms.pairs import Objective, contrastive_losses, logit_scale
 
 
 @dataclass(frozen=True)

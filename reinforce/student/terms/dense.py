@@ -58,20 +58,19 @@ class Dense(Term):
     def losses_of_rows(
         self, features: Tensors, targets: Mapping[str, Tensors], heads: torch.nn.ModuleDict
     ) -> dict[str, torch.Tensor]:
-        found, share = features[MAP], self.loss.weight / len(self.grids)
-        return {f"dense/{name}": share * self._mean(found, targets[name][PATCHES], name, heads) for name in self.grids}
-
-    def _mean(self, found: torch.Tensor, target: torch.Tensor, name: str, heads: torch.nn.ModuleDict) -> torch.Tensor:
-        """The mean over rows of a map [p, C, h, w] and grids [p, rows, columns, D]."""
-        rows = max(1, CHUNK // target[0].numel())
-        total = found.new_zeros((), dtype=torch.float32)
-        head, standardise = heads[head_name(name, PATCHES)], None
-        if name in self.moments:
-            standardise = heads[head_name(name, _STANDARDISE)]
-        for part, of_target in zip(found.split(rows), target.split(rows), strict=True):
-            arguments = (part, of_target, head, standardise)
-            total = total + checkpoint(self._sum, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return total / len(target)
+        found, share, losses = features[MAP], self.loss.weight / len(self.grids), {}
+        for name in self.grids:
+            target = targets[name][PATCHES]
+            rows = max(1, CHUNK // target[0].numel())
+            total = found.new_zeros((), dtype=torch.float32)
+            head, standardise = heads[head_name(name, PATCHES)], None
+            if name in self.moments:
+                standardise = heads[head_name(name, _STANDARDISE)]
+            for part, of_target in zip(found.split(rows), target.split(rows), strict=True):
+                arguments = (part, of_target, head, standardise)
+                total = total + checkpoint(self._sum, *arguments, use_reentrant=False, preserve_rng_state=False)
+            losses[f"dense/{name}"] = share * (total / len(target))
+        return losses
 
     def _sum(
         self, found: torch.Tensor, target: torch.Tensor, head: torch.nn.Module, standardise: torch.nn.Module | None

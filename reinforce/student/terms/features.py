@@ -28,10 +28,10 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.student.config import FeatureLoss, Loss
-from reinforce.student.loss import Logits, cross_entropies, full_precision
 from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.base import Models, Rows, Tensors, Term, check_rows, head_name, unit
 from reinforce.student.terms.moments import Moments, Standardise
+from reinforce.student.terms.pairs import Logits, cross_entropies, full_precision
 from reinforce.training import gather
 from teachers.runtime.determinism import tf32
 
@@ -87,13 +87,16 @@ class Features(Term):
             return {}
         losses: dict[str, torch.Tensor] = {}
         for what, rows in features.items():
-            distances = {
-                name: self._distance(
-                    self._project(name, what, rows, heads), self._target(name, what, targets[name][what], heads)
-                )
-                for name, teacher in self.teachers.items()
-                if teacher.has(what)
-            }
+            distances = {}
+            for name, teacher in self.teachers.items():
+                if teacher.has(what):
+                    projected = self._project(name, what, rows, heads)
+                    target = self._target(name, what, targets[name][what], heads)
+                    if self.loss.distance == "l2":
+                        distances[name] = squared_distance(projected, target, self.loss.standardise)
+                    else:
+                        target = unit(target) if self.loss.standardise else target
+                        distances[name] = cosine_distance(unit(projected), target)
             if distances:
                 losses[f"features/{what}"] = self.weight * self._mean(distances)
         return losses
@@ -114,38 +117,29 @@ class Features(Term):
         losses: dict[str, torch.Tensor] = {}
         with tf32() if rows.reduced else contextlib.nullcontext():
             for what in [name for name in rows.features if "/" not in name]:
-                distances = {
-                    name: self._similarities(name, what, rows)
-                    for name, teacher in self.teachers.items()
-                    if teacher.has(what)
-                }
+                distances = {}
+                for name, teacher in self.teachers.items():
+                    if teacher.has(what):
+                        target = unit(self._target(name, what, rows.targets[name][what], rows.heads))
+                        queue: Any = rows.heads[head_name(name, f"queue-{what}")] if self.loss.queue else None
+                        earlier = None if queue is None else queue.filled()
+                        projected = rows.features[f"{name}/features/{what}"]
+                        distances[name], new = similarity_distance(projected, target, self.loss.temperature, earlier)
+                        if queue is not None:
+                            queue.push(new)
                 if distances:
                     losses[f"features/{what}"] = self.weight * self._mean(distances)
         return losses
 
     def _project(self, name: str, what: str, rows: torch.Tensor, heads: torch.nn.ModuleDict) -> torch.Tensor:
-        found: torch.Tensor = rows if self.loss.head == "none" else heads[head_name(name, _side(what))](rows)
+        side = IMAGES if what == IMAGE else TEXTS
+        found: torch.Tensor = rows if self.loss.head == "none" else heads[head_name(name, side)](rows)
         return found
 
     def _target(self, name: str, what: str, vectors: torch.Tensor, heads: torch.nn.ModuleDict) -> torch.Tensor:
         key = head_name(name, f"standardise-{what}")
         found: torch.Tensor = heads[key](vectors) if self.loss.standardise else vectors
         return found
-
-    def _distance(self, projected: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        if self.loss.distance == "l2":
-            return squared_distance(projected, target, self.loss.standardise)
-        return cosine_distance(unit(projected), unit(target) if self.loss.standardise else target)
-
-    def _similarities(self, name: str, what: str, rows: Rows) -> torch.Tensor:
-        target = unit(self._target(name, what, rows.targets[name][what], rows.heads))
-        queue: Any = rows.heads[head_name(name, f"queue-{what}")] if self.loss.queue else None
-        earlier = None if queue is None else queue.filled()
-        projected = rows.features[f"{name}/features/{what}"]
-        loss, known = similarity_distance(projected, target, self.loss.temperature, earlier)
-        if queue is not None:
-            queue.push(known)
-        return loss
 
     def _mean(self, distances: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The mean over the teachers, by their weights."""
@@ -254,7 +248,3 @@ def make(loss: Loss, models: Models) -> Features | None:
             moments |= {(name, what): found for what, found in models.moments("teachers", name).items()}
     kept = moments if standardise else {}
     return Features(loss.lambda_ * loss.features_weight, teachers, loss.features, models.kinds, kept)
-
-
-def _side(what: str) -> str:
-    return IMAGES if what == IMAGE else TEXTS

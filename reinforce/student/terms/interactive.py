@@ -17,9 +17,9 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
-from reinforce.student.loss import Logits, cross_entropies, full_precision
 from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo
 from reinforce.student.terms.base import Models, Rows, Tensors, Term, as_scalar, check_rows, head_name, unit
+from reinforce.student.terms.pairs import Logits, cross_entropies, full_precision
 from reinforce.training import gather
 from teachers.runtime.determinism import tf32
 
@@ -53,15 +53,13 @@ class Interactive(Term):
         with tf32() if rows.reduced else contextlib.nullcontext():
             for kind in (CAPTION, SYNTHETIC):
                 if kind in rows.features:
-                    found = [self._of_teacher(rows, name, kind) for name in self.teachers]
+                    found = []
+                    for name in self.teachers:
+                        image, text = (rows.features[f"{name}/{what}"] for what in (IMAGE, kind))
+                        of_images, of_texts = (rows.targets[name][what] for what in (IMAGE, kind))
+                        found.append(interactive_loss(image, text, of_images, of_texts, rows.scalars["logit_scale"]))
                     losses[f"interactive/{kind}"] = self.weight * torch.stack(found).mean()
         return losses
-
-    @staticmethod
-    def _of_teacher(rows: Rows, name: str, kind: str) -> torch.Tensor:
-        image, text = (rows.features[f"{name}/{what}"] for what in (IMAGE, kind))
-        targets = rows.targets[name]
-        return interactive_loss(image, text, targets[IMAGE], targets[kind], rows.scalars["logit_scale"])
 
 
 def make(loss: Loss, models: Models) -> Interactive | None:

@@ -116,7 +116,11 @@ class _Scale(torch.nn.Module):
 
 def make_terms(loss: Loss, models: Models) -> Terms:
     """The terms of a config. Raises UserError if the models do not fit, or if nothing would be learnt."""
-    others = _set_anchor_apart(loss, models)
+    others, teachers = models, {**models.teachers}
+    for name in loss.anchors:
+        if name not in teachers:
+            raise UserError(f"loss.anchor.teacher: there is no {name!r}; there are: {', '.join(teachers) or 'none'}.")
+        others = replace(others, anchor=teachers.pop(name), teachers=teachers)
     terms: list[Term] = []
     for name, module in MODULES.items():
         try:
@@ -133,16 +137,6 @@ def make_terms(loss: Loss, models: Models) -> Terms:
             uses.setdefault((owner_of(section), name), []).append(use)
     notes += [f"{section[:-1]} {name}: {'; '.join(found) or _UNUSED}" for (section, name), found in uses.items()]
     return Terms(terms, notes)
-
-
-def _set_anchor_apart(loss: Loss, models: Models) -> Models:
-    """The models with the teacher of ``loss.anchor`` apart from the others. Raises UserError if there is none."""
-    teachers = {**models.teachers}
-    for name in loss.anchors:
-        if name not in teachers:
-            raise UserError(f"loss.anchor.teacher: there is no {name!r}; there are: {', '.join(teachers) or 'none'}.")
-        models = replace(models, anchor=teachers.pop(name), teachers=teachers)
-    return models
 
 
 def _check_learns(loss: Loss, models: Models, terms: Sequence[Term]) -> None:

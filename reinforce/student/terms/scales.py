@@ -1,4 +1,4 @@
-"""The loss from which teachers' logit scales are learnt; see ``reinforce.student.loss``."""
+"""The loss from which teachers' logit scales are learnt; see ``reinforce.student.terms.pairs``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from reinforce.student.config import Loss
-from reinforce.student.loss import scale_losses
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from reinforce.student.terms.base import Models, Rows, Term, scale_name
-from reinforce.student.terms.pairs import find_scales
+from reinforce.student.terms.pairs import find_scales, scale_losses
 
 
 @dataclass(frozen=True)
