@@ -33,7 +33,7 @@ from reinforce.engine.run import run
 from reinforce.evaluation.command import build_evaluation, evaluate_models
 from reinforce.evaluation.model_names import resolve_models
 from reinforce.student.config import StudentConfig
-from reinforce.student.task import StudentTask
+from reinforce.student.train import StudentTask
 from reinforce.student.train import train as train_student
 from teachers.backbones import IMAGENET, build_class, write_class
 from teachers.open_clip.teacher import load_model

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from benchmarks.stored import write_results
 from reinforce import settings
 from reinforce.student.config import StudentConfig
-from reinforce.student.task import StudentTask
+from reinforce.student.train import StudentTask
 from reinforce.training.checkpoints import make_adamw
 from reinforce.training.config import Optimizer
 from reinforce.training.step import Prefetcher, backpropagate

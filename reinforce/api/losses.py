@@ -18,7 +18,6 @@ from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.student.config import Loss, StudentConfig
-from reinforce.student.task import read_stored
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from reinforce.student.terms.anchor_weights import distance_from_start
 from reinforce.student.terms.base import MAP, Rows, Tensors, as_scalar, check_rows, unit
@@ -29,6 +28,7 @@ from reinforce.student.terms.pairs import Objective, contrastive_losses
 from reinforce.student.terms.probabilities import probabilities
 from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.student.towers import map_width
+from reinforce.student.train import read_stored
 from teachers.open_clip.teacher import image_spec
 
 if TYPE_CHECKING:

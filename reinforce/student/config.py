@@ -167,11 +167,11 @@ class Loss(Section):
     learn_scales: bool = Field(
         False,
         description="learn each teacher's logit scale, starting from its given value, from the true pairs of each "
-        "batch; see student/loss.py",
+        "batch; see docs/loss.md",
     )
     logit_biases: dict[str, float] = Field(
         default_factory=dict,
-        description="biases by teacher, for `sigmoid`; default: computed from each batch, see student/loss.py",
+        description="biases by teacher, for `sigmoid`; default: computed from each batch, see docs/loss.md",
     )
     features: Annotated[
         FeatureLoss,

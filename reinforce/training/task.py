@@ -48,7 +48,7 @@ class Metrics(dict[str, float]):
 
 
 class Task(Protocol):
-    """What the loop trains. Implementations are subclasses, such as ``reinforce.student.task``.
+    """What the loop trains. Implementations are subclasses, such as ``reinforce.student.train``.
 
     Draw random numbers (dropout) only from torch's global generators: the loop seeds them for each step, rank and
     microbatch, so that a resumed training run draws the numbers that an uninterrupted one would have drawn.

@@ -16,9 +16,8 @@ from torch.nn.functional import cross_entropy, normalize
 import reinforce
 from reinforce import losses
 from reinforce.errors import UserError
-from reinforce.student.task import StudentTask
 from reinforce.student.terms.registry import MODULES
-from reinforce.student.train import build
+from reinforce.student.train import StudentTask, build
 from teachers.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of, members_of, write_tar

@@ -15,11 +15,10 @@ from reinforce import settings
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.config import StudentConfig
 from reinforce.student.model import Student, build_student
-from reinforce.student.task import StudentTask
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.features import Features
 from reinforce.student.terms.registry import Terms
-from reinforce.student.train import build
+from reinforce.student.train import StudentTask, build
 from reinforce.training.task import Batch
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.models.tiny_models import TOKENS, TOWER, open_clip_config, save_open_clip, tokenizer

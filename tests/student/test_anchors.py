@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import reinforce
 from reinforce.errors import UserError
-from reinforce.student.task import StudentTask
+from reinforce.student.train import StudentTask
 from reinforce.training.task import Batch
 from tests.helpers.students import first_batch, losses_of, student_folder
 from tests.helpers.trainings import curve

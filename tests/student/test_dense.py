@@ -21,12 +21,11 @@ from reinforce.errors import UserError
 from reinforce.student.config import DenseLoss, Loss, StudentConfig
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.model import build_student
-from reinforce.student.task import StudentTask
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo, stored_models
 from reinforce.student.terms import dense
 from reinforce.student.terms.base import MAP, Models
 from reinforce.student.terms.registry import Terms, make_terms
-from reinforce.student.train import build
+from reinforce.student.train import StudentTask, build
 from teachers.image_encoder import features_and_map
 from teachers.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator

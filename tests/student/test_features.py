@@ -14,12 +14,11 @@ import reinforce
 from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
-from reinforce.student.task import StudentTask
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.base import Models
 from reinforce.student.terms.moments import Fit, Moments
 from reinforce.student.terms.registry import make_terms
-from reinforce.student.train import build
+from reinforce.student.train import StudentTask, build
 from reinforce.training.task import Batch
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.models import ColorTeacher

@@ -18,9 +18,9 @@ from reinforce.evaluation.model_names import resolve_models
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.config import StudentConfig
 from reinforce.student.model import build_student, export
-from reinforce.student.task import StudentTask
 from reinforce.student.terms.features import Features
 from reinforce.student.terms.registry import Terms
+from reinforce.student.train import StudentTask
 from teachers.protocols import ImageSpec
 from tests.helpers.evaluation import write_colour_folder
 from tests.helpers.models import HALF

@@ -34,7 +34,7 @@ def vectors(name: str, captions: str = "both", pairs: int = PAIRS) -> dict[str, 
 
 
 def reference(features, scale, bias, teachers, scales, biases, share, form):  # type: ignore[no-untyped-def]
-    """L of reinforce/student/loss.py, in numpy and float64."""
+    """L of reinforce/student/terms/pairs.py, in numpy and float64."""
 
     def softmax(logits):  # type: ignore[no-untyped-def]
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))

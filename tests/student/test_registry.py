@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from reinforce import losses
-from reinforce.student.task import StudentTask
 from reinforce.student.terms.base import MAP, scale_name
 from reinforce.student.terms.registry import MODULES
-from reinforce.student.train import build
+from reinforce.student.train import StudentTask, build
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch, Encoded
 from teachers.pixels import to_pixels

@@ -14,8 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 import reinforce
 from reinforce.errors import UserError
-from reinforce.student.task import StudentTask
-from reinforce.student.train import build, student_job
+from reinforce.student.train import StudentTask, build, student_job
 from reinforce.training.step import backpropagate, slice_batch
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.evaluation import colour_samples, write_classification

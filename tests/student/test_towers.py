@@ -16,10 +16,10 @@ from reinforce.student import model as student_model
 from reinforce.student.config import FeatureLoss
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.model import Student, build_student, export
-from reinforce.student.task import StudentTask
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.features import Features
 from reinforce.student.terms.registry import Terms
+from reinforce.student.train import StudentTask
 from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.students import KINDS, batch_for, plain_open_clip, student_folder
 
