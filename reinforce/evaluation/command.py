@@ -48,7 +48,12 @@ def build_evaluation(
         base = base.model_copy(update=kept)
     data = base.model_dump(exclude_unset=True) | dict(suite or {})
     for section, place, given in (("zero_shot", "images", zero_shot), ("retrieval", "pairs", retrieval)):
-        added = {name: {place: url, "limit": limit} for name, url in map(_split_name, given)}
+        added = {}
+        for text in given:
+            name, equals, url = text.partition("=")
+            if not equals or not name or not url:
+                raise UserError(f"{text!r}: want NAME=URL, for example imagenet=/data/imagenet/val")
+            added[name] = {place: url, "limit": limit}
         data[section] = {**data.get(section, {}), **added}
     for override in overrides:
         settings.apply_override(data, override)
@@ -94,10 +99,3 @@ def _with_limit(one: Any, limit: int) -> Any:
     if "limit" in fields:
         return one.model_copy(update={"limit": min(limit, one.limit or limit)})
     return one.model_copy(update={"test": _with_limit(one.test, limit)}) if "test" in fields else one
-
-
-def _split_name(text: str) -> tuple[str, str]:
-    name, equals, url = text.partition("=")
-    if not equals or not name or not url:
-        raise UserError(f"{text!r}: want NAME=URL, for example imagenet=/data/imagenet/val")
-    return name, url

@@ -101,7 +101,7 @@ class Evaluation(Section):
         """Names of all metrics of the sets, in order; all are between 0 and 1, and higher is better."""
         names = [f"{name}/{score}" for name, (_, one) in self.own_sets.items() for score in one.scores]
         if self.suite is not None:
-            names += [f"{self.suite}/mean", *(metric_of(self.suite, one) for one in self.suite_sets)]
+            names += [f"{self.suite}/mean", *(f"{self.suite}/{one.key}/{one.main_metric}" for one in self.suite_sets)]
         return names
 
     @property
@@ -126,7 +126,7 @@ class Evaluation(Section):
         """The metrics of shares, in order, with the mean of the suite if it is whole. Sets that failed have none."""
         found = {name: score for part in parts for name, score in part.items()}
         if self.suite is not None:
-            scores = [found.get(metric_of(self.suite, one)) for one in self.suite_sets]
+            scores = [found.get(f"{self.suite}/{one.key}/{one.main_metric}") for one in self.suite_sets]
             known = [score for score in scores if score is not None]
             if len(known) == len(scores):
                 found[f"{self.suite}/mean"] = sum(known) / len(known)
@@ -174,8 +174,3 @@ class Evaluation(Section):
         if self.export == "best" and self.best is None and (part := self.parts({}).get(metric)):
             raise ValueError(f"export: best would choose by {metric} of {part}; set `best` to the metric that chooses")
         return self
-
-
-def metric_of(suite: str, one: SuiteSet) -> str:
-    """Name of the main metric of a set of a suite."""
-    return f"{suite}/{one.key}/{one.main_metric}"

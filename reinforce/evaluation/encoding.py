@@ -141,7 +141,11 @@ class Models:
 
         Raises UserError for a model without an image side.
         """
-        specs = {name: _image_spec(name, encoder) for name, encoder in self.encoders.items()}
+        specs = {}
+        for name, encoder in self.encoders.items():
+            if encoder.image is None:
+                raise UserError(f"{name} has no image side; evaluate a model that encodes images.")
+            specs[name] = encoder.image
         sizes = {geometry_of(spec): spec for spec in specs.values()}
         for pixels, targets in images.decode([*sizes.values()], self.batch, self.threads):
             put = dict(zip(sizes, map(self.accelerator.put, pixels), strict=True))
@@ -168,19 +172,16 @@ class Models:
                     self.not_finite.add(name, "image", known.vectors[name])
                 return {name: known.vectors[name] for name in self.encoders}, targets
         self.kept.clear()
-        vectors, targets = self._encode_all(images)
+        parts: dict[str, list[torch.Tensor]] = {}
+        targets = []
+        for of_batch, targets_of_batch in self.encode_images(images):
+            targets += targets_of_batch
+            for name, of_model in of_batch.items():
+                parts.setdefault(name, []).append(of_model.cpu())
+        vectors = {name: torch.cat(of_model) for name, of_model in parts.items()}
         if shared and targets:
             self.kept[shared] = _Encoded(vectors, targets, images)
         return vectors, targets
-
-    def _encode_all(self, images: ImageBatches) -> tuple[dict[str, torch.Tensor], list[Any]]:
-        parts: dict[str, list[torch.Tensor]] = {}
-        targets: list[Any] = []
-        for vectors, batch in self.encode_images(images):
-            targets += batch
-            for name, of_model in vectors.items():
-                parts.setdefault(name, []).append(of_model.cpu())
-        return {name: torch.cat(of_model) for name, of_model in parts.items()}, targets
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Encode N texts -> float32 [N, dim] on the CPU, by model. Raises UserError for a model without a text side."""
@@ -218,9 +219,3 @@ def load_models(specs: Mapping[str, ModelSpec], device: str, precision: Precisio
     """Load all models onto one device, with ``threads`` that decode images. Raises UserError."""
     loaded = [*load_encoders(specs, device, precision, threads)]
     return Models({name: model for name, model, _ in loaded}, loaded[-1][2], batch, threads)
-
-
-def _image_spec(name: str, encoder: Encoder) -> ImageSpec:
-    if encoder.image is None:
-        raise UserError(f"{name} has no image side; evaluate a model that encodes images.")
-    return encoder.image

@@ -1,8 +1,17 @@
-"""Ranks of classes for images, of texts for images and of images for texts, and the metrics made of them.
+"""Ranks of classes for images, of texts for images and of images for texts, and classifiers of image features.
 
 Scores are dot products in float64, rounded to float32, so that equal vectors tie on every device and for every block
 size. Among equal scores the candidate with the lower index ranks first, as in a stable sort. Scores that are not finite
 count against the model: a model that returns NaN has no hits.
+
+Features are classified by votes of the nearest training images, and by a linear probe. Neighbours are weighted as in
+DINO: a class gets the sum of exp(cosine / T). Among equal scores the image with the lower index is nearer, and among
+equal sums the class with the lower index wins, so that results are the same on every device and for every block size.
+
+The probe is softmax regression on standardised features, by full-batch L-BFGS in float64. It minimises the mean
+cross-entropy plus ``l2 / 2`` times the squared norm of the weights, without the bias: of N images, scikit-learn's
+LogisticRegression with C = 1 / (l2 N) behind a StandardScaler. Each pass reads the features in blocks, so that memory
+on the device does not depend on N. Nothing is random.
 """
 
 from __future__ import annotations
@@ -21,6 +30,14 @@ from teachers.runtime.accelerator import Accelerator, device_of_float64, upload
 BLOCK = 2048
 
 _NO_RANK = 2**40  # rank of a query without a finite score; an integer, so that sums over blocks stay integers
+_SIGN, _INDEX = 0x7FFFFFFF, 0xFFFFFFFF
+#: Images of one block; a block takes 16 bytes per image and class.
+PROBE_BLOCK = 4096
+#: Every fifth image of a class is held out to choose ``l2``.
+FOLD = 5
+_ITERATIONS = 300
+_GRADIENT = 1e-6  # largest absolute entry at which a fit ends
+_CONSTANT = 1e-7  # standard deviation of a feature of unit-norm vectors that differs by rounding alone
 
 
 class ClassRanking(NamedTuple):
@@ -132,27 +149,6 @@ def _best_matches(
     return best, index.scatter_reduce(0, rows, torch.where(pair_scores == best[rows], columns, len(candidates)), "amin")
 
 
-# -- Classifiers of image features: votes of the nearest training images, and a linear probe.
-#
-# Neighbours are weighted as in DINO: a class gets the sum of exp(cosine / T). Scores are those of ``ranking``. Among
-# equal scores the image with the lower index is nearer, and among equal sums the class with the lower index wins, so
-# that results are the same on every device and for every block size.
-#
-# The probe is softmax regression on standardised features, by full-batch L-BFGS in float64. It minimises the mean
-# cross-entropy plus ``l2 / 2`` times the squared norm of the weights, without the bias: of N images, scikit-learn's
-# LogisticRegression with C = 1 / (l2 N) behind a StandardScaler. Each pass reads the features in blocks, so that memory
-# on the device does not depend on N. Nothing is random.
-
-_SIGN, _INDEX = 0x7FFFFFFF, 0xFFFFFFFF
-#: Images of one block; a block takes 16 bytes per image and class.
-PROBE_BLOCK = 4096
-#: Every fifth image of a class is held out to choose ``l2``.
-FOLD = 5
-_ITERATIONS = 300
-_GRADIENT = 1e-6  # largest absolute entry at which a fit ends
-_CONSTANT = 1e-7  # standard deviation of a feature of unit-norm vectors that differs by rounding alone
-
-
 def classify(
     train: torch.Tensor,
     labels: torch.Tensor,
@@ -192,22 +188,14 @@ def find_nearest(
     best: torch.Tensor | None = None
     for left in range(0, len(train), block):
         scores = scores_of(part, accelerator.put(train[left : left + block]))
-        keys = _keys(scores, left)
+        # distinct keys of the bits of the score and, below, the index: topk alone has no order among equal scores
+        bits = _flip((scores + 0.0).view(torch.int32))  # + 0.0 makes -0.0 equal to 0.0
+        keys = (bits.long() << 32) | (_INDEX - torch.arange(left, left + scores.shape[1], device=scores.device))
         best = keys if best is None else torch.cat([best, keys], 1)
         best = best.topk(min(count, best.shape[1]), dim=1).values
     assert best is not None
     bits = (best >> 32).to(torch.int32)
     return _flip(bits).view(torch.float32).cpu(), (_INDEX - (best & _INDEX)).cpu()
-
-
-def _keys(scores: torch.Tensor, first: int) -> torch.Tensor:
-    """Distinct int64 keys [Q, C] that order candidates by score, then by index, which starts at ``first``.
-
-    The upper half has the bits of the score, the lower one the index: topk alone has no order among equal scores.
-    """
-    bits = _flip((scores + 0.0).view(torch.int32))  # + 0.0 makes -0.0 equal to 0.0
-    indices = torch.arange(first, first + scores.shape[1], device=scores.device)
-    return (bits.long() << 32) | (_INDEX - indices)
 
 
 def _flip(bits: torch.Tensor) -> torch.Tensor:
@@ -235,7 +223,13 @@ def fit_probe(features: torch.Tensor, labels: np.ndarray, l2: Sequence[float], a
     Of several ``l2``, the one with the most hits among the images of ``hold_out`` is chosen, of equal ones the largest;
     then all images are fitted.
     """
-    data = _Data(features, torch.from_numpy(labels), *_moments(features, accelerator), accelerator)
+    blocks = [features[start : start + PROBE_BLOCK] for start in range(0, len(features), PROBE_BLOCK)]
+    sums = [accelerator.put(part).double().sum(0) for part in blocks]
+    mean = torch.stack(sums).sum(0) / len(features)
+    squares = [(accelerator.put(part).double() - mean).square().sum(0) for part in blocks]
+    deviation = (torch.stack(squares).sum(0) / len(features)).sqrt()
+    scale = torch.where(deviation > _CONSTANT, deviation, 1.0)
+    data = _Data(features, torch.from_numpy(labels), mean, scale, accelerator)
     weights = torch.zeros(int(labels.max()) + 1, features.shape[1] + 1, dtype=torch.float64, device=data.mean.device)
     chosen = l2[0]
     if len(l2) > 1:
@@ -287,34 +281,19 @@ def _fit(data: _Data, rows: np.ndarray, start: torch.Tensor, l2: float) -> torch
 
     def closure() -> torch.Tensor:
         with torch.no_grad():
-            loss, weights.grad = _loss(data, rows, weights, l2)
-            return loss
+            loss, gradient = weights.new_zeros(()), torch.zeros_like(weights)
+            for x, classes in data.blocks(rows):
+                log_p = torch.log_softmax(x @ weights.T, 1)
+                loss -= log_p.gather(1, classes[:, None]).sum()
+                p = log_p.exp_()
+                p.scatter_add_(1, classes[:, None], -p.new_ones(len(p), 1))
+                gradient += p.T @ x
+            free = torch.cat([weights[:, :-1], weights.new_zeros(len(weights), 1)], 1)  # without the bias
+            weights.grad = gradient / len(rows) + l2 * free
+            return loss / len(rows) + l2 / 2 * free.square().sum()
 
     optimizer.step(closure)
     return weights
-
-
-def _loss(data: _Data, rows: np.ndarray, weights: torch.Tensor, l2: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The objective of weights [C, D + 1], and its gradient."""
-    loss, gradient = weights.new_zeros(()), torch.zeros_like(weights)
-    for x, classes in data.blocks(rows):
-        log_p = torch.log_softmax(x @ weights.T, 1)
-        loss -= log_p.gather(1, classes[:, None]).sum()
-        p = log_p.exp_()
-        p.scatter_add_(1, classes[:, None], -p.new_ones(len(p), 1))
-        gradient += p.T @ x
-    free = torch.cat([weights[:, :-1], weights.new_zeros(len(weights), 1)], 1)  # without the bias
-    return loss / len(rows) + l2 / 2 * free.square().sum(), gradient / len(rows) + l2 * free
-
-
-def _moments(features: torch.Tensor, accelerator: Accelerator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each feature, float64 [D] on the device; 1 for a feature that is constant."""
-    parts = [features[start : start + PROBE_BLOCK] for start in range(0, len(features), PROBE_BLOCK)]
-    sums = [accelerator.put(part).double().sum(0) for part in parts]
-    mean = torch.stack(sums).sum(0) / len(features)
-    squares = [(accelerator.put(part).double() - mean).square().sum(0) for part in parts]
-    deviation = (torch.stack(squares).sum(0) / len(features)).sqrt()
-    return mean, torch.where(deviation > _CONSTANT, deviation, 1.0)
 
 
 def _standardise(features: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""Labels and captions of a sample, read from its sidecars at a member's extension or at ``json:FIELD``.
+"""Reading of evaluation sets: class folders, reinforced datasets, sources of runs, and labels and captions in them.
 
-Captions are also read by an expression of JMESPath (https://jmespath.org) over the JSON of the sample.
+Labels and captions of a sample are read from its sidecars at a member's extension or at ``json:FIELD``, captions also
+by an expression of JMESPath (https://jmespath.org) over the JSON of the sample.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import os
 import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,7 @@ from reinforce.source.formats.base import Shard, source_format
 from reinforce.source.samples import RawSample, Refusal, T, caption_of, metadata_of, parse_json, texts_of
 from reinforce.source.urls import COMPRESSIONS, canonical, expand, filesystem, shard_names
 from reinforce.terminal import plural
-from schemas import TRUE_CAPTIONS, Reason
+from schemas import TRUE_CAPTIONS
 
 LINES = "lines:"
 _JSON = "json:"
@@ -93,7 +94,14 @@ def read_captions(sidecars: Mapping[str, bytes], fields: Sequence[str], limits: 
         if field.startswith(LINES):
             texts = sidecars.get(field.removeprefix(LINES), b"").splitlines()
         elif is_in_json(field):
-            value = read_json_field(sidecars, field) if is_json_field(field) else _search(sidecars, field)
+            value = None
+            if is_json_field(field):
+                value = read_json_field(sidecars, field)
+            else:
+                import jmespath  # loaded only for configs that have such a field
+
+                with suppress(jmespath.exceptions.JMESPathError):  # the JSON has values of other types than it needs
+                    value = jmespath.search(field.removeprefix(_JMESPATH), parse_json(sidecars.get("json", b"")))
             texts = [text.encode("utf-8", "replace") for text in texts_of(value)]
         elif field in sidecars:
             texts = [sidecars[field]]
@@ -109,19 +117,6 @@ def read_json_field(sidecars: Mapping[str, bytes], field: str) -> Any:
     name = field.removeprefix(_JSON)
     metadata = metadata_of(sidecars, [name])
     return None if metadata is None else json.loads(metadata)[name]
-
-
-def _search(sidecars: Mapping[str, bytes], field: str) -> Any:
-    """Return the result of ``jmespath:EXPRESSION``; None where the JSON has values of other types than it needs."""
-    import jmespath  # loaded only for configs that have such a field
-
-    try:
-        return jmespath.search(field.removeprefix(_JMESPATH), parse_json(sidecars.get("json", b"")))
-    except jmespath.exceptions.JMESPathError:
-        return None
-
-
-# -- Readers of the images of evaluation sets: class folders, reinforced datasets, and sources of runs.
 
 
 class Table(Section):
@@ -188,7 +183,20 @@ def detect_kind(urls: str | Sequence[str]) -> Literal["classes", "layers", "shar
 def list_class_folders(url: str, where: str) -> dict[str, list[File]]:
     """List images by class folder, at any depth; both are sorted, hidden names are skipped. Raises UserError."""
     fs, root = filesystem(url)
-    names, files = _list_local(root) if isinstance(fs, LocalFileSystem) else _list_remote(fs, root.rstrip("/"))
+    names: list[str] = []
+    files: list[File] = []
+    if isinstance(fs, LocalFileSystem):
+        for folder, subfolders, inside in os.walk(root, followlinks=True):  # sets often consist of links
+            names = names or subfolders
+            for path in (os.path.join(folder, name) for name in inside):
+                size = os.path.getsize(path) if os.path.exists(path) else 0  # a broken link fails when it is read
+                files.append(File(os.path.relpath(path, root).replace(os.sep, "/"), path, size))
+    else:
+        top = root.rstrip("/")
+        entries = fs.ls(top, detail=True)
+        names = [posixpath.basename(str(e["name"]).rstrip("/")) for e in entries if e["type"] == "directory"]
+        for path, info in fs.find(top, detail=True).items():
+            files.append(File(path[len(top) :].lstrip("/"), path, int(info["size"] or 0)))
     folders: dict[str, list[File]] = {name: [] for name in sorted(names) if not name.startswith(".")}
     shown = canonical(url)
     loose: list[File] = []
@@ -208,25 +216,6 @@ def list_class_folders(url: str, where: str) -> dict[str, list[File]]:
             "remove them, or add their images."
         )
     return folders
-
-
-def _list_local(root: str) -> tuple[list[str], list[File]]:
-    """Folders in ``root`` and all files below; links are followed, since sets often consist of them."""
-    names: list[str] = []
-    files = []
-    for folder, subfolders, inside in os.walk(root, followlinks=True):
-        names = names or subfolders
-        for path in (os.path.join(folder, name) for name in inside):
-            size = os.path.getsize(path) if os.path.exists(path) else 0  # a broken link fails when it is read
-            files.append(File(os.path.relpath(path, root).replace(os.sep, "/"), path, size))
-    return names, files
-
-
-def _list_remote(fs: Any, root: str) -> tuple[list[str], list[File]]:
-    entries = fs.ls(root, detail=True)
-    names = [posixpath.basename(str(e["name"]).rstrip("/")) for e in entries if e["type"] == "directory"]
-    found = fs.find(root, detail=True).items()
-    return names, [File(path[len(root) :].lstrip("/"), path, int(info["size"] or 0)) for path, info in found]
 
 
 def make_loader(url: str) -> Callable[[str], bytes]:
@@ -301,10 +290,3 @@ def _read_dataset(url: str, spec: Input) -> Iterator[RawSample]:
         if sample.metadata is not None:
             sidecars["json"] = json.dumps(sample.metadata, ensure_ascii=False).encode()
         yield RawSample(sample.key, sample.image, 0, len(sample.image), sidecars)
-
-
-def check_file_size(file: File, limits: Limits) -> Refusal | None:
-    """Return a refusal for a file above the size limit, else None. The file is not read."""
-    if file.size <= limits.image_bytes:
-        return None
-    return Refusal(file.key, Reason.IMAGE_BYTES, f"{file.size} bytes, above limits.image_bytes of {limits.image_bytes}")

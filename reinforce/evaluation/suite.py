@@ -1,6 +1,8 @@
-"""Download of a suite's sets from the Hub into a folder: each at one revision, which is recorded there.
+"""Suites of published sets: download from the Hub into a folder, evaluation, and results that are kept.
 
-The same command continues: complete files are kept, others go on where they ended, at the recorded revision.
+Each set is downloaded at one revision, which is recorded in the folder. The same command continues: complete files are
+kept, others go on where they ended, at the recorded revision. Models are evaluated in this process, or side by side by
+workers on Ray, each with all models on one accelerator. Finished sets are kept as lines of JSON, the others computed.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from reinforce.evaluation.registry import TEXTLESS, SuiteSet, published_metrics,
 from reinforce.evaluation.report import Outcome, name_refused, score_table
 from reinforce.images.policy import PUBLISHED_POLICY
 from reinforce.processes.cores import available_cores, cores_per_process
-from reinforce.processes.parallel import Actors, MapWorkers
+from reinforce.processes.parallel import Actors
 from reinforce.settings import use_accelerator
 from reinforce.source.urls import canonical, filesystem, read_whole
 from reinforce.storage import Storage, write_file
@@ -45,6 +47,11 @@ if TYPE_CHECKING:
 #: Beside the sets: the repository, the revision and the bytes of each, by its key.
 REVISIONS = "revisions.json"
 _CONNECTIONS = 4  # few, so that the Hub's limit of requests is not reached
+#: A line of a result file: ``key``, ``dataset`` and ``metrics`` as DataComp writes them, and what they were made of.
+Line = dict[str, Any]
+_OTHER_SIZE = "*"
+_PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(?<!-[0-9a-f]{8})")
+_STEM_CHARACTERS = 100
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,13 @@ def fetch_sets(suite: str, root: Path, names: Sequence[str], *, dry_run: bool, l
             log(f"{one.name}: {sizes}; revision {published.revision[:12]}")
     log(f"{len(found)} sets: {format_bytes(total)}, {format_bytes(needed)} to download")
     if not dry_run:
-        _check_room(root, needed)
+        root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(root).free
+        if needed > free:
+            raise UserError(
+                f"{root}: {format_bytes(needed)} are to be downloaded, and {format_bytes(free)} are free. Make room, "
+                "or choose sets with --sets."
+            )
         write_file((json.dumps(recorded, indent=2) + "\n").encode(), str(root / REVISIONS))
         for published in found:
             with _failing(published.one, failed, log):
@@ -154,16 +167,6 @@ def _describe_fetched(one: SuiteSet, error: Exception) -> str:
     return f"{type(error).__name__}: {text} {advice}"
 
 
-def _check_room(root: Path, needed: int) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(root).free
-    if needed > free:
-        raise UserError(
-            f"{root}: {format_bytes(needed)} are to be downloaded, and {format_bytes(free)} are free. Make room, or "
-            "choose sets with --sets."
-        )
-
-
 def _read_revisions(root: Path) -> dict[str, Any]:
     path = root / REVISIONS
     if not path.exists():
@@ -175,16 +178,6 @@ def _read_revisions(root: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} cannot be read ({error}). Remove it; the sets are then of the newest revisions."
         ) from error
-
-
-# -- Results of a suite: lines of JSON that are kept, the table with what is published, and a picture.
-
-#: A line of a result file: ``key``, ``dataset`` and ``metrics`` as DataComp writes them, and what they were made of.
-Line = dict[str, Any]
-
-_OTHER_SIZE = "*"
-_PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(?<!-[0-9a-f]{8})")
-_STEM_CHARACTERS = 100
 
 
 class ResultFile:
@@ -389,11 +382,6 @@ class SuiteReport:
         reports.save(figure, url)
 
 
-# -- Evaluation of models on the sets of a suite: finished sets are kept, the others computed.
-#
-# It is done in this process, or side by side by workers on Ray, each with all models on one accelerator.
-
-
 @dataclass(frozen=True)
 class Job:
     """A set, its files, and the names of the models that lack a result on it.
@@ -460,25 +448,6 @@ def count_workers(workers: int | None, address: str | None, device: str) -> int 
     return workers if workers is not None and workers > 1 else None
 
 
-@contextlib.contextmanager
-def ray_workers(options: Options, address: str | None, workers: int) -> Iterator[tuple[MapWorkers, EvaluateSet]]:
-    """Yield workers on Ray, ``workers`` or one for each accelerator, and what they do with a set.
-
-    Raises UserError if there are fewer accelerators than workers.
-    """
-    from reinforce.processes.cluster import live_resources, ray_cluster
-
-    with ray_cluster(address, log_to_driver=False):
-        nodes = live_resources()
-        gpus = 0 if options.device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
-        count = workers or max(1, gpus)
-        if gpus and count > gpus:
-            raise UserError(f"--workers {count}: there are {gpus} accelerators. Lower it, or use --device cpu.")
-        threads = cores_per_process(nodes, count, 1.0 if gpus else 0.0)
-        with Actors(count, 1 if gpus else 0) as actors:
-            yield actors, EvaluateSet(options, os.getcwd(), threads)
-
-
 class EvaluateSet:
     """Evaluates sets in a worker, which loads the models once; in ``folder`` if the machine has it."""
 
@@ -536,7 +505,20 @@ def evaluate_suite(
     published = published_metrics(compare) if compare else {}
     stores = {name: ResultFile(out, name, _identity(name, spec, precision)) for name, spec in specs.items()}
     report = SuiteReport(suite, len(select_sets(suite)), sets, {name: {} for name in specs}, published, compare)
-    present = _find(report, root)
+    present: list[tuple[SuiteSet, SetFiles]] = []
+    for one in sets:
+        try:
+            files = find_files(one, root)
+        except UserError as error:
+            report.failed[one.key] = str(error)
+            continue
+        if files is None:
+            report.absent[one.key] = where_expected(one, root)
+        else:
+            present.append((one, files))
+    if not present and not report.failed:
+        where = report.absent[sets[0].key]
+        raise UserError(f"--data has none of the {len(sets)} sets: {sets[0].name} is {where}.")
     Storage(out).check_writable()
     jobs = _plan(present, stores, report.results)
     done = _in_turn(jobs, specs, options) if count is None else _side_by_side(jobs, options, address, count)
@@ -612,10 +594,24 @@ def _in_turn(
 def _side_by_side(
     jobs: Sequence[Job], options: Options, address: str | None, workers: int
 ) -> Iterator[tuple[Job, Outcome | str]]:
-    """Evaluate sets by workers on Ray, the largest first. One whose worker dies each time has that as its outcome."""
+    """Evaluate sets by workers on Ray, the largest first. One whose worker dies each time has that as its outcome.
+
+    Raises UserError if there are fewer accelerators than ``workers``; 0: one for each.
+    """
     if not jobs:
         return
-    with ray_workers(options, address, workers) as (pool, evaluate), Screen() as screen:
+    from reinforce.processes.cluster import live_resources, ray_cluster
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ray_cluster(address, log_to_driver=False))
+        nodes = live_resources()
+        gpus = 0 if options.device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
+        count = workers or max(1, gpus)
+        if gpus and count > gpus:
+            raise UserError(f"--workers {count}: there are {gpus} accelerators. Lower it, or use --device cpu.")
+        evaluate = EvaluateSet(options, os.getcwd(), cores_per_process(nodes, count, 1.0 if gpus else 0.0))
+        pool = stack.enter_context(Actors(count, 1 if gpus else 0))
+        screen = stack.enter_context(Screen())
         screen.log(f"{plural(len(jobs), 'set')} by {plural(min(pool.limit(), len(jobs)), 'worker')}")
         largest = sorted(jobs, key=lambda job: -job.one.size)
         found = pool.map(evaluate, largest, name=lambda job: job.one.name, lost=lambda job, reason: reason)
@@ -641,25 +637,6 @@ def _describe(job: Job, outcome: Outcome | str, time_taken: str = "") -> str:
     parts += ["evaluated again, since the content has changed"] if {*job.kept} - kept else []
     samples = f"{outcome.samples:,} samples" if outcome.samples else "read"
     return f"{one.name}: {samples}{time_taken}; {'; '.join(parts)}"
-
-
-def _find(report: SuiteReport, root: str) -> list[tuple[SuiteSet, SetFiles]]:
-    """Find the files of all sets; note those without. Raises UserError if there are none at all."""
-    present = []
-    for one in report.sets:
-        try:
-            files = find_files(one, root)
-        except UserError as error:
-            report.failed[one.key] = str(error)
-            continue
-        if files is None:
-            report.absent[one.key] = where_expected(one, root)
-        else:
-            present.append((one, files))
-    if not present and not report.failed:
-        first = report.sets[0]
-        raise UserError(f"--data has none of the {len(report.sets)} sets: {first.name} is {report.absent[first.key]}.")
-    return present
 
 
 def _identity(name: str, spec: ModelSpec, precision: str) -> str:

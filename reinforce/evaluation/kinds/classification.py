@@ -100,35 +100,40 @@ def _open(one: SuiteSet, files: SetFiles) -> ImageSet:
             if isinstance(item, Refusal):
                 yield item
             else:
-                target = _read_class(one, item, len(classes)), _read_metadata(one, item)
+                label = read_label(item.all_sidecars, _LABEL)
+                if not isinstance(label, int) or not 0 <= label < len(classes):
+                    raise UserError(
+                        f"{one.name}: {item.key} has the label {label!r} in its .{_LABEL} member; want the index of "
+                        f"one of the {len(classes)} classes in {CLASSES}."
+                    )
+                target = label, _read_metadata(one, item)
                 yield LabelledImage(item.key, functools.partial(bytes, item.image), target)
 
     def metrics(targets: list[Any], labels: np.ndarray, ranks: np.ndarray, predicted: np.ndarray) -> Metrics:
-        further = _metrics_of_fields(one, targets, labels, ranks, predicted) if one.fields else {}
+        further: Metrics = {}
+        if one.fields:
+            metadata = np.array([values for _, values in targets], np.int64)
+            top5 = one.main_metric.startswith("acc_top5")
+            prefix, hits = ("acc_top5", ranks < _TOP) if top5 else ("acc", ranks == 0)
+            further[f"{prefix}_avg"] = float(hits.mean())
+            for worst, field in one.groups.items():
+                groups = metadata[:, one.fields.index(field)]
+                found = {int(group): hits[groups == group] for group in np.unique(groups)}
+                for group, inside in found.items():
+                    further[f"{prefix}_{field}:{group}"] = float(inside.mean())
+                    further[f"count_{field}:{group}"] = float(len(inside))
+                further[worst] = min(float(inside.mean()) for inside in found.values())
+            if one.main_metric.startswith("F1"):
+                further |= {
+                    "recall-macro_all": macro_recall(labels, predicted),
+                    "F1-macro_all": macro_f1(labels, predicted),
+                }
         return further | classification_metrics(labels, ranks, predicted, len(classes))
 
     return ImageSet(one.name, examples, functools.partial(_score, classes, templates, metrics))
 
 
 KIND = SetKind("classification", _open, section="zero_shot", open_own=_open_own)
-
-
-def _metrics_of_fields(
-    one: SuiteSet, targets: list[Any], labels: np.ndarray, ranks: np.ndarray, predicted: np.ndarray
-) -> Metrics:
-    """Further metrics of a set with metadata."""
-    metadata = np.array([values for _, values in targets], np.int64)
-    prefix, hits = ("acc_top5", ranks < _TOP) if one.main_metric.startswith("acc_top5") else ("acc", ranks == 0)
-    metrics: Metrics = {f"{prefix}_avg": float(hits.mean())}
-    for worst, field in one.groups.items():
-        groups = metadata[:, one.fields.index(field)]
-        found = {int(group): hits[groups == group] for group in np.unique(groups)}
-        for group, inside in found.items():
-            metrics |= {f"{prefix}_{field}:{group}": float(inside.mean()), f"count_{field}:{group}": float(len(inside))}
-        metrics[worst] = min(float(inside.mean()) for inside in found.values())
-    if one.main_metric.startswith("F1"):
-        metrics |= {"recall-macro_all": macro_recall(labels, predicted), "F1-macro_all": macro_f1(labels, predicted)}
-    return metrics
 
 
 def classification_metrics(labels: np.ndarray, ranks: np.ndarray, predicted: np.ndarray, classes: int) -> Metrics:
@@ -158,16 +163,6 @@ def macro_f1(labels: np.ndarray, predicted: np.ndarray) -> float:
         hits = ((predicted == label) & (labels == label)).sum()
         scores.append(2 * hits / ((predicted == label).sum() + (labels == label).sum()))
     return float(np.mean(scores))
-
-
-def _read_class(one: SuiteSet, sample: RawSample, classes: int) -> int:
-    label = read_label(sample.all_sidecars, _LABEL)
-    if not isinstance(label, int) or not 0 <= label < classes:
-        raise UserError(
-            f"{one.name}: {sample.key} has the label {label!r} in its .{_LABEL} member; want the index of one of the "
-            f"{classes} classes in {CLASSES}."
-        )
-    return label
 
 
 def _read_metadata(one: SuiteSet, sample: RawSample) -> tuple[int, ...]:

@@ -101,28 +101,26 @@ def _score(config: IndexSet, index: _Index, models: Models, images: ImageBatches
 
 def _recalls(queries: torch.Tensor, index: torch.Tensor, counts: Sequence[int], accelerator: Accelerator) -> Metrics:
     """Recall of the nearest in ``index`` [N, D] by its own rows when they are searched by ``queries`` [N, D]."""
-    accelerator = accelerator.of_float64("nearest neighbours")
-    found, wanted = (_neighbours(rows, index, max(counts), accelerator) for rows in (queries, index))
+    import torch
+
+    from reinforce.evaluation.ranking import BLOCK, find_nearest
+
+    accelerator, most = accelerator.of_float64("nearest neighbours"), max(counts)
+    neighbours = []  # the nearest rows of ``index``, int64 [N, most], without the row of the query
+    for rows in (queries, index):
+        parts = []
+        for start in range(0, len(rows), BLOCK):
+            nearest = find_nearest(rows[start : start + BLOCK], index, most + 1, accelerator)[1]
+            others = nearest != torch.arange(start, start + len(nearest))[:, None]
+            others[others.all(dim=1), -1] = False  # the image itself is not among them
+            parts.append(nearest[others].view(len(nearest), most))
+        neighbours.append(torch.cat(parts))
+    found, wanted = neighbours
     recalls: Metrics = {}
     for count in counts:
         same = found[:, :count, None] == wanted[:, None, :count]
         recalls[f"k{count}/recall"] = float(same.any(dim=2).double().mean())
     return recalls
-
-
-def _neighbours(queries: torch.Tensor, index: torch.Tensor, count: int, accelerator: Accelerator) -> torch.Tensor:
-    """The ``count`` nearest rows of ``index``, int64 [N, count], for each query, without the row of the query."""
-    import torch
-
-    from reinforce.evaluation.ranking import BLOCK, find_nearest
-
-    parts = []
-    for start in range(0, len(queries), BLOCK):
-        nearest = find_nearest(queries[start : start + BLOCK], index, count + 1, accelerator)[1]
-        others = nearest != torch.arange(start, start + len(nearest))[:, None]
-        others[others.all(dim=1), -1] = False  # the image itself is not among them
-        parts.append(nearest[others].view(len(nearest), count))
-    return torch.cat(parts)
 
 
 def _too_few(images: int, config: IndexSet) -> str:

@@ -14,10 +14,8 @@ from reinforce.errors import UserError
 from reinforce.evaluation.classes import load_class_names, load_groups, name_folders
 from reinforce.evaluation.kinds.base import OwnSet, SetSource
 from reinforce.evaluation.reading import (
-    File,
     LabelledImage,
     SetReader,
-    check_file_size,
     detect_kind,
     input_of,
     is_json_field,
@@ -118,7 +116,13 @@ def read_labels(
 
     def samples() -> Iterator[RawSample | Refusal]:
         for item in itertools.islice(read_samples(config.images, spec, name), config.limit):
-            yield (fields and isinstance(item, RawSample) and _broken_json(item)) or item
+            broken = None
+            if fields and isinstance(item, RawSample):  # else the label of a sample with broken JSON is not known
+                data = item.all_sidecars.get("json")
+                broken = item.left_out.get("json")
+                if data is not None and (fault := json_error(data)) is not None:
+                    broken = Refusal(item.key, Reason.SIDECAR_BROKEN, f".json: {fault}")
+            yield broken or item
 
     for item in samples():
         images += 1
@@ -170,32 +174,23 @@ def _read_folders(
     folders = list_class_folders(config.images, name)
     classes = name_folders(config.classes, list(folders), name)
     of_classes = None if groups is None else load_groups(groups, classes, name)
-    files = _select_files(list(folders.values()), config.limit)
+    chosen = [*folders.values()]
+    if config.limit is not None:  # images taken in turn from each class
+        in_turn = (file for file in itertools.chain.from_iterable(itertools.zip_longest(*chosen)) if file is not None)
+        kept = {file.key for file in itertools.islice(in_turn, config.limit)}
+        chosen = [[file for file in of_class if file.key in kept] for of_class in chosen]
+    files = [(label, file) for label, of_class in enumerate(chosen) for file in of_class]
     load = make_loader(config.images)
 
     def examples() -> Iterator[LabelledImage | Refusal]:
         for label, file in files:
-            yield check_file_size(file, limits) or LabelledImage(file.key, functools.partial(load, file.path), label)
+            if file.size <= limits.image_bytes:
+                yield LabelledImage(file.key, functools.partial(load, file.path), label)
+            else:
+                above = f"{file.size} bytes, above limits.image_bytes of {limits.image_bytes}"
+                yield Refusal(file.key, Reason.IMAGE_BYTES, above)
 
     return Labelled(classes, of_classes, len(files), _count(classes, (label for label, _ in files)), examples)
-
-
-def _select_files(folders: Sequence[list[File]], limit: int | None) -> list[tuple[int, File]]:
-    """Return (label, file) of all images, or of ``limit`` images taken in turn from each class."""
-    if limit is not None:
-        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*folders))
-        kept = {file.key for file in itertools.islice((file for file in in_turn if file is not None), limit)}
-        folders = [[file for file in files if file.key in kept] for files in folders]
-    return [(label, file) for label, files in enumerate(folders) for file in files]
-
-
-def _broken_json(sample: RawSample) -> Refusal | None:
-    """A refusal if the JSON of a sample is broken or was not read; its label is not known."""
-    data = sample.all_sidecars.get("json")
-    fault = None if data is None else json_error(data)
-    return (
-        sample.left_out.get("json") if fault is None else Refusal(sample.key, Reason.SIDECAR_BROKEN, f".json: {fault}")
-    )
 
 
 def _require_label(sample: RawSample, field: str, where: str) -> int | str:

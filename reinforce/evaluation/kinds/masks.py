@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -44,10 +44,6 @@ class Layout:
     classes: int
     train: str
     test: str
-
-    def masks_of(self, part: str) -> str:
-        """The folder of a part's masks. ``trainaug`` of VOC has its own masks."""
-        return self.masks.format(part) + ("Aug" if self.names and part.endswith("aug") else "")
 
     def table(self, classes: int) -> np.ndarray:
         """Class indices by mask value, int16 [256]: ``IGNORED`` for ignored ones, -1 for values that no class has."""
@@ -99,9 +95,17 @@ def list_pairs(url: str, layout: Layout, part: str, training: bool, where: str, 
     """The pairs of a part in the order of its list, or of names; the first ``limit``. Raises UserError for gaps."""
     fs, path = filesystem(url)
     root = path.rstrip("/")
-    folders = [f"{root}/{layout.images.format(part)}", f"{root}/{layout.masks_of(part)}"]
+    own = "Aug" if layout.names and part.endswith("aug") else ""  # ``trainaug`` of VOC has its own masks
+    folders = [f"{root}/{layout.images.format(part)}", f"{root}/{layout.masks.format(part)}{own}"]
     with storage_errors(f"{where}: {canonical(url)} cannot be read", "Check that the set is complete."):
-        images, masks = (dict(_files(fs, folder)) for folder in folders)
+        images, masks = (
+            {
+                name.rpartition(".")[0]: file
+                for file in sorted(str(entry) for entry in fs.ls(folder, detail=False))
+                if is_image_name(name := file.rpartition("/")[2]) and not name.startswith(".")
+            }
+            for folder in folders
+        )
         if layout.names is None:
             names = sorted(images)
         else:
@@ -120,14 +124,6 @@ def list_pairs(url: str, layout: Layout, part: str, training: bool, where: str, 
         Pair(name, training, functools.partial(load, images[name]), functools.partial(load, masks[name]))
         for name in names
     ]
-
-
-def _files(fs: Any, folder: str) -> Iterator[tuple[str, str]]:
-    """The names without endings and the paths of the images in a folder."""
-    for file in sorted(str(entry) for entry in fs.ls(folder, detail=False)):
-        name = file.rpartition("/")[2]
-        if is_image_name(name) and not name.startswith("."):
-            yield name.rpartition(".")[0], file
 
 
 def read_mask(pair: Pair, table: np.ndarray, size: Sequence[int], where: str) -> np.ndarray:
@@ -153,9 +149,6 @@ def read_mask(pair: Pair, table: np.ndarray, size: Sequence[int], where: str) ->
             "`classes` or `layout`, or correct the mask."
         )
     return labels.astype(np.uint8)
-
-
-# -- Crops of images and masks for the training of a segmentation head, and whole ones for inference.
 
 
 def random_crop(

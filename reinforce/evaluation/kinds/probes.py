@@ -1,4 +1,8 @@
-"""Sets of two parts, with which image features are measured without texts: a classifier learns from one of them."""
+"""Sets of two parts, with which image features are measured without texts: a classifier learns from one of them.
+
+With k nearest neighbours, each test image gets the class of the most similar training images, as in DINO's evaluation.
+A linear probe is softmax regression from the features of the training images to their classes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from reinforce.errors import UserError
 from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetKind
 from reinforce.evaluation.kinds.classification import own_metrics
-from reinforce.evaluation.kinds.labels import Labelled, LabelledSource, read_labels
+from reinforce.evaluation.kinds.labels import LabelledSource, read_labels
 from reinforce.evaluation.reading import LabelledImage
 from reinforce.evaluation.report import Metrics, Outcome
 from reinforce.source.config import Limits
@@ -69,11 +73,6 @@ class Features:
 Classify = Callable[[TwoPartSet, Features, "Accelerator"], Metrics]
 
 
-def two_part_kind(name: str, classify: Classify) -> SetKind:
-    """The kind of the sets in the section ``name``, whose configs derive from TwoPartSet."""
-    return SetKind(name, None, section=name, open_own=functools.partial(_open, classify))
-
-
 class _Parts:
     """The two parts, read as one set: targets are pairs of the part, 0 or 1, and the index into ``classes``."""
 
@@ -83,7 +82,14 @@ class _Parts:
             part: read_labels(source, f"{name}.{part}", limits, images_from, numbers=True)
             for part, source in sources.items()
         }
-        keys = {part: _keys(found) for part, found in self._parts.items()}
+        # classes by name, and by number among those of equal names: ImageNet's names have two missiles
+        keys: dict[str, list[tuple[str, int]]] = {}
+        for part, found in self._parts.items():
+            seen: Counter[str] = Counter()
+            keys[part] = []
+            for text in found.classes:
+                keys[part].append((text, seen[text]))
+                seen[text] += 1
         index = {key: number for number, key in enumerate(dict.fromkeys([*keys[TRAIN], *keys[TEST]]))}
         self.classes = [name for name, _ in index]
         self._index = {part: [index[key] for key in of_part] for part, of_part in keys.items()}
@@ -126,16 +132,6 @@ class _Parts:
         return f"{plural(both, 'test image')} of {len(test):,} also in the training part" if both else ""
 
 
-def _keys(part: Labelled) -> list[tuple[str, int]]:
-    """The classes by name, and by number among those of equal names: ImageNet's names have two missiles."""
-    seen: Counter[str] = Counter()
-    keys = []
-    for name in part.classes:
-        keys.append((name, seen[name]))
-        seen[name] += 1
-    return keys
-
-
 def _load(load: Callable[[], bytes], hashes: np.ndarray, row: int) -> bytes:
     data = load()
     if row < len(hashes):  # else the source has grown since it was opened
@@ -176,9 +172,6 @@ def _open(
         return replace(outcome, metrics=metrics)
 
     return ImageSet(name, parts.examples, score, parts.images, parts=parts)
-
-
-# -- k nearest neighbours: each test image gets the class of the most similar training images, as in DINO's evaluation.
 
 
 class KnnSet(TwoPartSet):
@@ -224,10 +217,7 @@ def _classify_nearest(config: TwoPartSet, features: Features, accelerator: Accel
     return {f"k{count}/top1": float((predicted == true).double().mean()) for count, predicted in found.items()}
 
 
-KNN = two_part_kind("knn", _classify_nearest)
-
-
-# -- A linear probe: softmax regression from the features of the training images to their classes.
+KNN = SetKind("knn", None, section="knn", open_own=functools.partial(_open, _classify_nearest))
 
 
 class LinearSet(TwoPartSet):
@@ -271,4 +261,4 @@ def _classify(config: TwoPartSet, features: Features, accelerator: Accelerator) 
     return own_metrics(None, None, features.test_labels, ranks, predicted)
 
 
-LINEAR = two_part_kind("linear", _classify)
+LINEAR = SetKind("linear", None, section="linear", open_own=functools.partial(_open, _classify))

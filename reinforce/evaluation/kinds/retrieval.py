@@ -1,4 +1,7 @@
-"""Images in files of their own with captions beside them: SugarCrepe, ShareGPT4V, Urban1k, XM3600, as published."""
+"""Images with captions: retrieval, where models find one by the other, and the choice of a caption (SugarCrepe).
+
+Published sets are tables, or images in files of their own with captions beside them.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from reinforce.evaluation.encoding import Models
 
 _PREFIX_BYTES = 32 * 2**20  # of ShareGPT4V's file of gigabytes, which has the set at its beginning
+#: Directions, with the names that DataComp's result files have for them.
+_WAYS = {"text_to_image": "image_retrieval", "image_to_text": "text_retrieval"}
 
 
 def read_annotated(one: SuiteSet, files: SetFiles) -> Iterator[LabelledImage]:
@@ -97,9 +102,6 @@ def _read(url: str) -> str:
     return read_whole(fs, path).decode("utf-8-sig")
 
 
-# -- The choice between a right and a wrong caption of an image (SugarCrepe).
-
-
 def _score_choice(models: Models, images: ImageBatches) -> Outcome:
     """The share of images whose right caption, the first of two, has the higher score.
 
@@ -117,12 +119,6 @@ def _score_choice(models: Models, images: ImageBatches) -> Outcome:
 CHOICE = SetKind(
     "choice", lambda one, files: ImageSet(one.name, functools.partial(read_annotated, one, files), _score_choice)
 )
-
-
-# -- Retrieval: images with captions, where models find one by the other.
-
-#: Directions, with the names that DataComp's result files have for them.
-_WAYS = {"text_to_image": "image_retrieval", "image_to_text": "text_retrieval"}
 
 
 class RetrievalSet(SetSource, OwnSet):
@@ -166,14 +162,12 @@ def _score(distinct: bool, models: Models, images: ImageBatches, shared: str = "
         pairs = np.stack([owners, np.array(rows)]).astype(np.int64)
         for name, of_images in vectors.items():
             recalls = compute_recalls(of_images, of_texts[name], pairs, models.accelerator)
-            metrics[name] = {**recalls} if distinct else _as_published(recalls)
+            if distinct:
+                metrics[name] = {**recalls}
+            else:
+                published = {f"{new}_recall@{k}": recalls[f"{way}/r{k}"] for way, new in _WAYS.items() for k in RECALLS}
+                metrics[name] = published | {"mean_recall@1": sum(recalls[f"{way}/r1"] for way in _WAYS) / 2}
     return Outcome(metrics, len(captions) + len(images.refused), images.refused, note=note)
-
-
-def _as_published(recalls: dict[str, float]) -> Metrics:
-    """Rename recalls, and add the mean of both directions at rank 1."""
-    named: Metrics = {f"{new}_recall@{k}": recalls[f"{way}/r{k}"] for way, new in _WAYS.items() for k in RECALLS}
-    return named | {"mean_recall@1": sum(recalls[f"{way}/r1"] for way in _WAYS) / 2}
 
 
 def _open_own(config: RetrievalSet, name: str, limits: Limits, images_from: Sequence[str] = ()) -> ImageSet:

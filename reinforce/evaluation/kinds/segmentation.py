@@ -1,4 +1,7 @@
-"""A page of segmentations: images of sets with masks, their true classes, and those that each model finds."""
+"""Semantic segmentation: a linear head learns the class of each pixel from frozen patch features, without texts.
+
+A page shows images, their true classes, and those that each model finds.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     import torch
 
     from reinforce.evaluation.encoding import Encoder, Models
-    from reinforce.evaluation.kinds.segmentation_head import Schedule, Segmenter
+    from reinforce.evaluation.kinds.segmentation_head import Segmenter
     from teachers.image_encoder import PatchEncoder
     from teachers.runtime.accelerator import Accelerator
 
@@ -57,6 +59,19 @@ SHOWN = 12
 _SIDE = 320  # pixels of the longer side of a picture
 _OPACITY = 0.7
 _GOLDEN = 0.618034  # of the circle of hues: neighbours in the list of classes differ
+_HUES = [colorsys.hsv_to_rgb(index * _GOLDEN % 1, 0.55 + 0.45 * (index % 3) / 2, 1.0) for index in range(255)]
+#: A colour for each class index, float32 [256, 3]; the first is black, as the background of many sets.
+_COLOURS = 255 * np.array([(0, 0, 0), *_HUES], np.float32)
+_CHECKED = 16  # masks of each part that are read when a set is opened
+_RATIOS = 0.5, 2.0
+#: Steps and warm-up by schedule: DINOv3's on ADE20K, which DINOv2 has on VOC, and a short one.
+_STEPS = {"published": (40_000, 1500), "short": (1000, 40)}
+_PUBLISHED_CROP = 512
+#: As published: they have no key, so that scores of two students are of one head.
+_DROPOUT = 0.1
+_SEED = 0  # of crops, their order, and the head
+_WEIGHT_DECAY: Mapping[LayoutName, float] = {"voc2012": 1e-4, "ade20k": 1e-3}
+_DECAY: Mapping[LayoutName, Literal["cosine", "linear"]] = {"voc2012": "linear", "ade20k": "cosine"}
 
 
 def draw(key: str, image: Image.Image, true: np.ndarray, found: np.ndarray, right: float) -> Segmented:
@@ -88,35 +103,14 @@ def _coloured(image: Image.Image, labels: np.ndarray) -> np.ndarray:
     """The image under the colours of its classes; ignored pixels stay."""
     small = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST))
     pixels = np.asarray(image, np.float32)
-    mixed = pixels + _OPACITY * (_colours()[small] - pixels)
+    mixed = pixels + _OPACITY * (_COLOURS[small] - pixels)
     return np.where((small == IGNORED)[:, :, None], pixels, mixed).astype(np.uint8)
-
-
-@lru_cache(maxsize=1)
-def _colours() -> np.ndarray:
-    """A colour for each class index, float32 [256, 3]; the first is black, as the background of many sets."""
-    hues = [colorsys.hsv_to_rgb(index * _GOLDEN % 1, 0.55 + 0.45 * (index % 3) / 2, 1.0) for index in range(255)]
-    return 255 * np.array([(0, 0, 0), *hues], np.float32)
 
 
 def _encode(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "WEBP", quality=80)
     return buffer.getvalue()
-
-
-# -- Semantic segmentation: a linear head learns the class of each pixel from frozen patch features, without texts.
-
-_CHECKED = 16  # masks of each part that are read when a set is opened
-_RATIOS = 0.5, 2.0
-#: Steps and warm-up by schedule: DINOv3's on ADE20K, which DINOv2 has on VOC, and a short one.
-_STEPS = {"published": (40_000, 1500), "short": (1000, 40)}
-_PUBLISHED_CROP = 512
-#: As published: they have no key, so that scores of two students are of one head.
-_DROPOUT = 0.1
-_SEED = 0  # of crops, their order, and the head
-_WEIGHT_DECAY: Mapping[LayoutName, float] = {"voc2012": 1e-4, "ade20k": 1e-3}
-_DECAY: Mapping[LayoutName, Literal["cosine", "linear"]] = {"voc2012": "linear", "ade20k": "cosine"}
 
 
 class SegmentationSet(OwnSet):
@@ -160,21 +154,6 @@ class SegmentationSet(OwnSet):
     def size(self) -> int | None:
         return None if self.limit is None else 2 * self.limit
 
-    def schedule_of(self, layout: LayoutName) -> Schedule:
-        from reinforce.evaluation.kinds.segmentation_head import Schedule
-
-        steps, warmup = _STEPS[self.schedule]
-        steps = self.steps or steps
-        return Schedule(
-            steps=steps,
-            batch=self.batch,
-            warmup=min(steps // 2, warmup),
-            learning_rate=self.learning_rate,
-            weight_decay=_WEIGHT_DECAY[layout],
-            decay=_DECAY[layout],
-            dropout=_DROPOUT,
-        )
-
     def windows(self, encoder: Encoder) -> tuple[tuple[int, int], int | None]:
         """The (height, width) of crops and windows for a model, and the stride of windows; None: whole images."""
         assert encoder.image is not None
@@ -211,15 +190,6 @@ class _Masks:
     def mask(self, pair: Pair, size: Sequence[int]) -> np.ndarray:
         return read_mask(pair, self.table, size, self.name)
 
-    def check(self) -> None:
-        """Read the first masks, so that a wrong layout or number of classes is found early. Raises UserError."""
-        for pair in (*self.train[:_CHECKED], *self.test[:_CHECKED]):
-            try:
-                size = Image.open(io.BytesIO(pair.load_image())).size
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-                continue  # refused when it is decoded
-            self.mask(pair, size)
-
 
 def _list(config: SegmentationSet, name: str) -> _Masks:
     """List a set and check its first masks. Raises UserError."""
@@ -230,7 +200,12 @@ def _list(config: SegmentationSet, name: str) -> _Masks:
         for part, training in ((config.train or of_layout.train, True), (config.test or of_layout.test, False))
     ]
     found = _Masks(config, name, layout, of_layout.table(config.classes or of_layout.classes), *parts)
-    found.check()
+    for pair in (*found.train[:_CHECKED], *found.test[:_CHECKED]):  # finds a wrong layout or number of classes early
+        try:
+            size = Image.open(io.BytesIO(pair.load_image())).size
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            continue  # refused when it is decoded
+        found.mask(pair, size)
     return found
 
 
@@ -279,7 +254,7 @@ def _score(masks: _Masks, models: Models, images: ImageBatches) -> Outcome:
 
 
 def _train(masks: _Masks, name: str, models: Models, images: ImageBatches, refused: dict[str, Refusal]) -> Segmenter:
-    from reinforce.evaluation.kinds.segmentation_head import Segmenter, train_head
+    from reinforce.evaluation.kinds.segmentation_head import Schedule, Segmenter, train_head
     from teachers.image_encoder import patches_of
 
     config, accelerator, encoder = masks.config, models.accelerator, models.encoders[name]
@@ -287,7 +262,17 @@ def _train(masks: _Masks, name: str, models: Models, images: ImageBatches, refus
         raise ValueError("it has no image side; evaluate a model that encodes images")
     size, stride = config.windows(encoder)
     patches = patches_of(encoder, accelerator.device, config.stage, size)
-    schedule = config.schedule_of(masks.layout)
+    steps, warmup = _STEPS[config.schedule]
+    steps = config.steps or steps
+    schedule = Schedule(
+        steps=steps,
+        batch=config.batch,
+        warmup=min(steps // 2, warmup),
+        learning_rate=config.learning_rate,
+        weight_decay=_WEIGHT_DECAY[masks.layout],
+        decay=_DECAY[masks.layout],
+        dropout=_DROPOUT,
+    )
 
     def batches() -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
         with closing(_crops(masks, images, patches, models.threads, refused)) as crops:
