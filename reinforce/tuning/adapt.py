@@ -1,5 +1,8 @@
-"""The page of an adaptation: metrics before and after, the curve between the weights, and held-out images that one of
-both models gets right and the other does not.
+"""``reinforce adapt``: store labels, train, choose between the released and the trained weights, and show both.
+
+Each step continues where a stopped command ended, and can be run separately by a config in the output. The page shows
+metrics before and after, the curve between the weights, and held-out images that one of both models gets right and the
+other does not.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ from reinforce.engine.plan.source_shards import check_output
 from reinforce.engine.preflight.estimate import source_statistics
 from reinforce.engine.run import run
 from reinforce.errors import TooManyQuarantined, UserError
-from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.encoding import Models
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.evaluation.model_names import loading_call, resolve_models, short_name
@@ -60,6 +62,13 @@ PAGE = "index.html"
 _KINDS = {CLASSES: "class", CAPTIONS: "caption"}
 _EXAMPLES = 12  # of each set, gained and lost
 _BY_CHANCE = 0.05  # a gain with a larger probability by chance is not shown by the held-out images
+CONFIG = "adapt.json"
+RUN_FILE, TRAINING_FILE, MODEL = "run.yaml", "train.yaml", "model"
+_PROBE = 8  # images of the measurement of the rate
+_MANY_EPOCHS = 100
+_TOO_FEW = "held-out images: too few to tell what was gained. Add images, or hold out more: --set held_out=0.4"
+
+Log = Callable[[str], None]
 
 
 def write_page(
@@ -76,7 +85,13 @@ def write_page(
     names = dict.fromkeys(name for point in sweep.points for name in point.metrics)
     rows = [(name, name in rule.domain, [point.metrics.get(name) for point in sweep.shown]) for name in names]
     drawn = reports.drawable(f"{out}/{PAGE}: its curve is")
-    examples = [*_examples(held_out, sweep, mixtures)]
+    examples = []  # images of each held-out set that the chosen weights gain and lose
+    for name, images in held_out.items():
+        before, after = (images.answers(mixtures.loaded(sweep.shares(alpha))) for alpha in (0.0, sweep.chosen.alpha))
+        counts = [sum(answer.right for answer in of) for of in (before, after)]
+        gained, lost = images.examples(before, after, _EXAMPLES)
+        shown = [("Gained", gained), ("Lost", lost)]
+        examples.append({"kind": _KINDS[name], "counts": counts, "images": len(before), "shown": shown})
     page = render(
         "adapt.html",
         title=short_name(config.released.model),
@@ -127,29 +142,6 @@ def advice(sweep: Sweep, gain: Gain | None, start: Point, last: Point) -> Iterat
             "--set student.loss.anchor.similarities=3, or lower the rate, student.train.optimizer.lr."
         )
     yield "Another seed shows how much of the difference is chance: --set seed=1, in another folder."
-
-
-def _examples(sets: Mapping[str, HeldOut], sweep: Sweep, mixtures: Mixtures) -> Iterator[Mapping[str, Any]]:
-    """Images of each held-out set that the chosen weights gain and lose."""
-    for name, held_out in sets.items():
-        before, after = (held_out.answers(mixtures.loaded(sweep.shares(alpha))) for alpha in (0.0, sweep.chosen.alpha))
-        counts = [sum(answer.right for answer in of) for of in (before, after)]
-        gained, lost = held_out.examples(before, after, _EXAMPLES)
-        shown = [("Gained", gained), ("Lost", lost)]
-        yield {"kind": _KINDS[name], "counts": counts, "images": len(before), "shown": shown}
-
-
-# -- ``reinforce adapt``: store labels, train, choose between the released and the trained weights, and show both.
-#
-# Each step continues where a stopped command ended, and can be run separately by a config in the output.
-
-CONFIG = "adapt.json"
-RUN_FILE, TRAINING_FILE, MODEL = "run.yaml", "train.yaml", "model"
-_PROBE = 8  # images of the measurement of the rate
-_MANY_EPOCHS = 100
-_TOO_FEW = "held-out images: too few to tell what was gained. Add images, or hold out more: --set held_out=0.4"
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -255,14 +247,18 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
     out, sets = f"{config.output}/{MODEL}", adapt_config.sets_of(config, domain)
     trained = f"{adapt_config.training_of(config)}/student"
     with resolve_models([trained]) as found_models:
-        specs = {RELEASED: _spec(config), "trained": found_models[trained]}
+        released = ModelSpec(model=config.released.model, pretrained=config.released.pretrained)
+        specs = {RELEASED: released, "trained": found_models[trained]}
         mixtures = Mixtures(specs, out, sets, precision=training.train.compute.precision)
         rule = adapt_config.rule_of(config, domain, division.unequal)
         found = sweep(mixtures, specs, out, rule, config.alphas or GRID, log)
     held_out_sets = HeldOut.every(sets)
     answers = {point.alpha: _answers(mixtures, found.shares(point.alpha), held_out_sets) for point in found.points}
     gain = cross_fit(found.points, rule, answers, division.units, config.seed)
-    notes = [*one_class(answers[found.chosen.alpha], domain.classes), *division.lines, *_templates(sets)]
+    notes = [*one_class(answers[found.chosen.alpha], domain.classes), *division.lines]
+    for name, one in sets.zero_shot.items():  # whose metrics depend on their templates
+        named = one.templates if isinstance(one.templates, str) else ", ".join(map(repr, one.templates))
+        notes.append(f"templates of zero_shot/{name}: {named}; other templates give other numbers")
     page = write_page(config, found, gain, notes, held_out_sets, mixtures)
     return Adapted(config.output, found, page, gain, notes)
 
@@ -276,13 +272,6 @@ def _answers(mixtures: Mixtures, weights: Mapping[str, float], sets: Mapping[str
     return {name: Queries(**queries) for name, queries in mixtures.kept(weights, "held_out", compute).items()}
 
 
-def _templates(sets: Evaluation) -> Iterator[str]:
-    """The templates of sets of classes, on which their metrics depend."""
-    for name, one in sets.zero_shot.items():
-        named = one.templates if isinstance(one.templates, str) else ", ".join(map(repr, one.templates))
-        yield f"templates of zero_shot/{name}: {named}; other templates give other numbers"
-
-
 def _load(config: AdaptConfig) -> Student:
     """The released model, on the CPU. Raises UserError for one that cannot be trained with captions."""
     spec = StudentSpec(model=config.released.model, pretrained=config.released.pretrained)
@@ -290,10 +279,6 @@ def _load(config: AdaptConfig) -> Student:
     if not student.pretrained:
         raise UserError(f"{config.released.model} has no weights. Name their tag, too: NAME,TAG.")
     return student.eval()
-
-
-def _spec(config: AdaptConfig) -> ModelSpec:
-    return ModelSpec(model=config.released.model, pretrained=config.released.pretrained)
 
 
 def _check_repeated(storage: Storage, config: AdaptConfig) -> dict[str, Any]:
@@ -375,12 +360,6 @@ def _log_estimate(config: AdaptConfig, plan: Any, student: Student, general: int
     evaluated = (shares + 2) * evaluated + shares * config.held_out * images  # before and after the training, too
     passes = images * (crops + 1) + 3 * seen + evaluated
     unknown = "" if teachers == 1 else ", without the other teachers"
-    time_taken = format_duration(passes * _seconds_of_image(student))
-    log(f"estimate: {time_taken} on this machine by the rate of one image{unknown}")
-
-
-def _seconds_of_image(student: Student) -> float:
-    """Seconds of a forward pass for an image."""
     accelerator, image = Accelerator("auto", "auto"), student.image
     model = accelerator.place(student.clip)
     pixels = accelerator.put(torch.zeros(_PROBE, image.height, image.width, 3, dtype=torch.uint8))
@@ -391,4 +370,5 @@ def _seconds_of_image(student: Student) -> float:
             model.encode_image(to_pixels(pixels, image))
         accelerator.synchronize()
         seconds = time.perf_counter() - start
-    return seconds / _PROBE
+    time_taken = format_duration(passes * (seconds / _PROBE))
+    log(f"estimate: {time_taken} on this machine by the rate of one image{unknown}")

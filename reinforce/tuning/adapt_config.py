@@ -154,8 +154,6 @@ class Rule:
         return f"best {domain} that loses at most {100 * self.allow:g} points of the mean of {', '.join(self.general)}"
 
 
-# -- The configs of the steps of an adaptation, each of which is also a command: run, select, train.
-
 _EPOCHS, _LARGEST_BATCH = 10, 256
 _CROPS, _SCALE = 4, [0.5, 1.0]
 _ANCHORS = {"similarities": 1.0, "features": 1.0}
@@ -293,12 +291,9 @@ def sets_of(config: AdaptConfig, domain: Domain) -> Evaluation:
 
 def rule_of(config: AdaptConfig, domain: Domain, unequal: bool) -> Rule:
     """How a share of the trained weights is chosen; ``unequal``: classes have unequal numbers of images."""
-    return Rule(domain.metrics(unequal), tuple(general_metrics(config.general)), config.allow / 100)
-
-
-def general_metrics(general: Evaluation) -> Iterator[str]:
-    """One metric, or two of a retrieval set, of each general set; the mean of a suite."""
-    yield from (f"zero_shot/{name}/top1" for name in general.zero_shot)
-    yield from (f"retrieval/{name}/{way}" for name in general.retrieval for way in _RETRIEVAL)
+    general = config.general  # one metric, or two of a retrieval set, of each set; the mean of a suite
+    metrics = [f"zero_shot/{name}/top1" for name in general.zero_shot]
+    metrics += [f"retrieval/{name}/{way}" for name in general.retrieval for way in _RETRIEVAL]
     if general.suite is not None:
-        yield f"{general.suite}/mean"
+        metrics.append(f"{general.suite}/mean")
+    return Rule(domain.metrics(unequal), tuple(metrics), config.allow / 100)

@@ -204,7 +204,10 @@ def tune(config: TuneConfig, address: str | None = None) -> TuningResult:
             search = Search(config, checked.metric, checked.steps, Screen(), start_cluster)
             outcomes = _run_stage(checked.base, search, scale_settings(config))
             rows = make_rows(outcomes, config.seeds)
-            best = _best_values(config, rows)
+            best: dict[str, float] = {}
+            for curve in [JOINT] if config.mode == "joint" else list(config.scales):
+                if (row := best_row(rows, curve)) is not None:
+                    best |= row.setting.values
             scales = {**checked.current_scales, **best}
             failed = any(row.state == "failed" for row in rows)  # the best scales are not known yet
             later = _run_stage(checked.base, search, [] if failed else lambda_settings(config, scales))
@@ -288,15 +291,6 @@ def _run_stage(base: BaseStudent, search: Search, settings: list[Setting]) -> di
             names = ", ".join(setting.name for setting in remaining)
             search.screen.log(f"training stopped neighbours of plateaus to the end: {names}")
     return outcomes
-
-
-def _best_values(config: TuneConfig, rows: list[Row]) -> dict[str, float]:
-    values: dict[str, float] = {}
-    for curve in [JOINT] if config.mode == "joint" else list(config.scales):
-        best = best_row(rows, curve)
-        if best is not None:
-            values |= best.setting.values
-    return values
 
 
 def _summarise(

@@ -128,8 +128,6 @@ class TuneConfig(Section):
         return self
 
 
-# -- The search space: settings, their trials, and the student configs of each trial and with the best values.
-
 LAMBDA, JOINT = "lambda", "joint"
 TRIALS = "trials"
 _UNCHANGED = "unchanged from the tuned config"

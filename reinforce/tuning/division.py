@@ -89,7 +89,18 @@ def divide(
     numbers: dict[str, int] = {}
     units = [numbers.setdefault(unit_of.get(name, name), len(numbers)) for name, _, _ in held]
     classes = Counter(of for _, of, _ in (*held, *trained) if of is not None) if domain.classes else {}
-    lines = [*_describe(storage.read_json(FACTS) or {}, config.copies, len(units), len(numbers))]
+    facts, lines, near = storage.read_json(FACTS) or {}, [], ""
+    if facts["compared"]:
+        near = f", and {facts['near']:,} more have a near copy (cosine of {config.copies:g})"
+    else:
+        lines.append(
+            f"warning: near copies are not looked for, since {facts['why']}; only images of equal bytes are kept on "
+            "one side. Another cosine is chosen by --set copies=0.99"
+        )
+    lines.append(
+        f"copies: {facts['equal']:,} of {plural(facts['images'], 'image')} have the bytes of another{near}; copies of "
+        f"an image are on one side, and the {len(units):,} held-out images are {len(numbers):,} different ones"
+    )
     if domain.captions:
         seen = {text for _, _, texts in trained for text in texts}
         both = sum(not seen.isdisjoint(texts) for _, _, texts in held)
@@ -98,20 +109,6 @@ def divide(
             "has, too"
         )
     return Division(views, units, classes, lines)
-
-
-def _describe(facts: Mapping[str, Any], threshold: float, held_out: int, different: int) -> Iterator[str]:
-    """Lines about the copies that were found."""
-    if not facts["compared"]:
-        yield (
-            f"warning: near copies are not looked for, since {facts['why']}; only images of equal bytes are kept on "
-            "one side. Another cosine is chosen by --set copies=0.99"
-        )
-    near = f", and {facts['near']:,} more have a near copy (cosine of {threshold:g})" if facts["compared"] else ""
-    yield (
-        f"copies: {facts['equal']:,} of {plural(facts['images'], 'image')} have the bytes of another{near}; copies of "
-        f"an image are on one side, and the {held_out:,} held-out images are {different:,} different ones"
-    )
 
 
 def _view(config: SelectConfig, shards: Collection[str], begun: bool) -> View:

@@ -1,4 +1,8 @@
-"""What models answer for the held-out images: classes, captions of images and images of captions."""
+"""What models answer for the held-out images, and what an adaptation gains on them.
+
+Answers are classes, captions of images and images of captions. The gain is estimated by shares of the weights that are
+chosen on other held-out images.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import io
 import itertools
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,6 +34,12 @@ from reinforce.tuning.adapt_config import DOMAIN, PER_CLASS, Point, Rule, mean
 CLASSES, CAPTIONS = f"zero_shot/{DOMAIN}", f"retrieval/{DOMAIN}"
 _SIMILARITIES = 2**24  # computed at once, 8 bytes each
 _SIDE = 200  # pixels of the longer side of a picture
+_FOLDS = 5
+_EXACT, _DRAWN, _AT_ONCE = 16, 2**16, 2**10  # changes whose signs are all tried; signs that are drawn for more
+_NORMAL = 1.96  # standard errors of an interval of 95 %
+_MOST, _TIMES = 0.5, 1.5
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,11 @@ class HeldOut:
             place = {text: number for number, text in enumerate(texts)}
             candidates = models.encode_texts(texts)[model]
             right = [{place[text] for text in captions} for _, _, captions in targets]
-        found = zip(targets, right, _best(vectors[model], candidates), strict=True)
+        # the most similar of the candidates for each image, by blocks
+        columns, best = candidates.double().T, list[int]()
+        for block in vectors[model].split(max(1, _SIMILARITIES // len(candidates))):
+            best += (block.double() @ columns).argmax(1).tolist()
+        found = zip(targets, right, best, strict=True)
         return [Answer(n, key, texts[min(own)], texts[one], one in own) for (n, key, _), own, one in found]
 
     def queries(self, models: Models) -> dict[str, Any]:
@@ -145,18 +159,16 @@ class HeldOut:
         pairs = [*zip(before, after, strict=True)]
         gained = _spread([pair for pair in pairs if pair[1].right and not pair[0].right], most)
         lost = _spread([pair for pair in pairs if pair[0].right and not pair[1].right], most)
-        pictures = self._pictures({one.number for one, _ in (*gained, *lost)})
+        wanted, pictures = {one.number for one, _ in (*gained, *lost)}, {}
+        for item in self._numbered():
+            if isinstance(item, LabelledImage) and item.target[0] in wanted:
+                pictures[item.target[0]] = _picture(decode(item.load(), self._limits))
         found = ([Example(*pair, pictures[pair[0].number]) for pair in of] for of in (gained, lost))
         return next(found), next(found)
 
     def _numbered(self) -> Iterator[LabelledImage | Refusal]:
         for number, item in enumerate(self._set.examples()):
             yield item if isinstance(item, Refusal) else replace(item, target=(number, item.key, item.target))
-
-    def _pictures(self, numbers: Collection[int]) -> dict[int, str]:
-        items = (item for item in self._numbered() if isinstance(item, LabelledImage))
-        wanted = (item for item in items if item.target[0] in numbers)
-        return {item.target[0]: _picture(decode(item.load(), self._limits)) for item in wanted}
 
 
 def _spread(items: Sequence[T], most: int) -> list[T]:
@@ -172,23 +184,8 @@ def _picture(image: Image.Image) -> str:
     return picture_address(buffer.getvalue())
 
 
-def _best(images: torch.Tensor, candidates: torch.Tensor) -> list[int]:
-    """The most similar of the candidates [C, D] for each image [N, D], by blocks of ``_SIMILARITIES``."""
-    columns = candidates.double().T
-    blocks = images.split(max(1, _SIMILARITIES // len(candidates)))
-    return [int(one) for block in blocks for one in (block.double() @ columns).argmax(1)]
-
-
-# -- What an adaptation gains on held-out images, by shares of the weights that are chosen on others of them.
-
-_FOLDS = 5
-_EXACT, _DRAWN, _AT_ONCE = 16, 2**16, 2**10  # changes whose signs are all tried; signs that are drawn for more
-_NORMAL = 1.96  # standard errors of an interval of 95 %
-_MOST, _TIMES = 0.5, 1.5
-
 #: Queries by share of the weights, and by name of their metrics without its last part.
 Answers = Mapping[float, Mapping[str, Queries]]
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Weighted means of the weights of models of one architecture, tensor by tensor, statistics of norms included.
 
-Evaluated on the sets of a config, results are kept in a file, and none is computed twice.
+Evaluated on the sets of a config, results are kept in a file, and none is computed twice. A sweep goes between two
+models (WiSE-FT, arXiv 2109.01903), evaluated over a grid of shares; a soup is the mean of several training runs that
+are added greedily (arXiv 2203.05482).
 """
 
 from __future__ import annotations
@@ -36,6 +38,10 @@ from teachers.spec import ModelSpec
 
 KEPT = "mixtures.json"
 SWEEP, SOUP = "sweep.json", "soup.json"
+PICTURE = "sweep.png"
+#: Shares of the second model's weights that a sweep evaluates, as published.
+GRID = tuple(round(0.1 * tenth, 1) for tenth in range(11))
+_NAME_COLUMNS = 50
 _MODEL = "open_clip_config.json"
 State = dict[str, torch.Tensor]
 #: Keys of a ``model_cfg`` that do not change what weights mean: starting values, regularisation, paths.
@@ -66,17 +72,36 @@ class Mixer:
 
     def digests(self) -> dict[str, str]:
         """A digest of the weights of each model."""
-        return {name: _digest(state) for name, state in self.states.items()}
+        found = {}
+        for model, state in self.states.items():
+            digest = hashlib.sha256()
+            for name, value in sorted(state.items()):
+                digest.update(name.encode())
+                digest.update(value.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+            found[model] = digest.hexdigest()
+        return found
 
 
 def load_mixer(specs: Mapping[str, ModelSpec]) -> Mixer:
-    """Load models of open_clip on the CPU. Raises UserError unless all have the architecture of the first."""
-    students = {name: _load(name, spec) for name, spec in specs.items()}
+    """Load models of open_clip on the CPU.
+
+    Raises UserError unless all have the architecture of the first, and for weights that are not finite.
+    """
+    students = {}
+    for name, spec in specs.items():
+        try:
+            students[name] = build_student(StudentSpec(model=spec.name, pretrained=spec.pretrained), seed=0)
+        except UserError as error:
+            raise UserError(f"{name}: {str(error).removeprefix('student: ')}") from error
     first_name, first = next(iter(students.items()))
     for name, other in students.items():
         if fault := next(_differences(first, other), None):
             raise UserError(f"{first_name} and {name} cannot be mixed: {fault}. Name models of one architecture.")
-    states = {name: _copy(student) for name, student in students.items()}
+    states = {}
+    for name, student in students.items():
+        state = states[name] = {key: value.detach().clone() for key, value in student.clip.state_dict().items()}
+        if broken := [key for key, value in state.items() if not value.isfinite().all()]:
+            raise UserError(f"{student.name}: {broken[0]} is not finite. Take weights of an earlier checkpoint.")
     return Mixer(first.eval(), load_tokenizer(first), states)
 
 
@@ -100,21 +125,6 @@ def mix(states: Sequence[State], weights: Sequence[float]) -> State:
     return mixed
 
 
-def _load(name: str, spec: ModelSpec) -> Student:
-    try:
-        return build_student(StudentSpec(model=spec.name, pretrained=spec.pretrained), seed=0)
-    except UserError as error:
-        raise UserError(f"{name}: {str(error).removeprefix('student: ')}") from error
-
-
-def _copy(student: Student) -> State:
-    """The weights as ``open_clip`` saves them. Raises UserError for weights that are not finite."""
-    state = {name: value.detach().clone() for name, value in student.clip.state_dict().items()}
-    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
-        raise UserError(f"{student.name}: {broken[0]} is not finite. Take weights of an earlier checkpoint.")
-    return state
-
-
 def _differences(one: Student, other: Student) -> Iterator[str]:
     """Why the weights of two models do not mean the same."""
     shapes, others = ({key: tuple(v.shape) for key, v in s.clip.state_dict().items()} for s in (one, other))
@@ -123,27 +133,17 @@ def _differences(one: Student, other: Student) -> Iterator[str]:
             yield f"{name} is {shapes.get(name, 'absent')} in one and {others.get(name, 'absent')} in the other"
     if one.image != other.image:
         yield f"their images differ: {one.image} and {other.image}"
-    configs, other_configs = (_relevant(s.config) for s in (one, other))
+    configs, other_configs = (
+        {
+            key: value
+            for key, value in flatten(student.config)
+            if key.rpartition(".")[2] not in _IRRELEVANT and value not in (None, False, {})
+        }
+        for student in (one, other)
+    )
     for key in [*configs, *other_configs]:
         if configs.get(key) != other_configs.get(key):
             yield f"{key} is {configs.get(key, 'absent')} in one and {other_configs.get(key, 'absent')} in the other"
-
-
-def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of a ``model_cfg`` by dotted keys, without those that do not change what weights mean."""
-    return {
-        key: value
-        for key, value in flatten(config)
-        if key.rpartition(".")[2] not in _IRRELEVANT and value not in (None, False, {})
-    }
-
-
-def _digest(state: State) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(value.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Mixtures:
@@ -174,7 +174,11 @@ class Mixtures:
             ),
             "precision": self._accelerator.precision,
         }
-        if kept is not None and (kept.get("of") != self._of or not _are_results(kept.get("mixtures"))):
+        found = None if kept is None else kept.get("mixtures")
+        whole = isinstance(found, list) and all(
+            isinstance(one, dict) and isinstance(one.get(key), dict) for one in found for key in ("weights", "metrics")
+        )
+        if kept is not None and (kept.get("of") != self._of or not whole):
             raise UserError(f"{self._storage.url} has results of other models or sets. Name another folder.")
         self._storage.check_writable()
         self._results: list[dict[str, Any]] = [] if kept is None else kept["mixtures"]
@@ -227,13 +231,6 @@ class Mixtures:
         self._storage.write_json(report, name)
 
 
-def _are_results(kept: Any) -> bool:
-    """Whether a value of ``mixtures.json`` is a list of mixtures with their metrics."""
-    return isinstance(kept, list) and all(
-        isinstance(one, dict) and isinstance(one.get(key), dict) for one in kept for key in ("weights", "metrics")
-    )
-
-
 def check_free(storage: Storage) -> None:
     """Raise UserError if a folder has a model."""
     if storage.read_json(_MODEL) is not None:
@@ -243,15 +240,6 @@ def check_free(storage: Storage) -> None:
 def percent(value: float | None) -> str:
     """A metric in percent, empty if there is none."""
     return "" if value is None else f"{100 * value:.2f}"
-
-
-# -- Weights between models: ``reinforce interpolate`` (WiSE-FT, arXiv 2109.01903), evaluated over a grid of shares, and
-# ``reinforce interpolate --soup``, the mean of several training runs that are added greedily (arXiv 2203.05482).
-
-#: Shares of the second model's weights that a sweep evaluates, as published.
-GRID = tuple(round(0.1 * tenth, 1) for tenth in range(11))
-PICTURE = "sweep.png"
-_NAME_COLUMNS = 50
 
 
 @dataclass(frozen=True)

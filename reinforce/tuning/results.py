@@ -1,7 +1,8 @@
-"""Trial folders: each holds the output of an ordinary training, from which the trial's state is read.
+"""Results of a search: the state of its trials, the best value and plateau of each curve, tables, and a picture.
 
-``trial.json`` identifies the training run, ``log.jsonl`` holds the evaluations so far, ``results.json`` exists once it
-is finished, ``stopped.json`` once it was stopped early. A search keeps no other state.
+Each trial's folder holds the output of an ordinary training, from which the trial's state is read. ``trial.json``
+identifies the training run, ``log.jsonl`` holds the evaluations so far, ``results.json`` exists once it is finished,
+``stopped.json`` once it was stopped early. A search keeps no other state.
 """
 
 from __future__ import annotations
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _TRIAL, _STOPPED = "trial.json", "stopped.json"
+_LABELS = {
+    "entropy": "entropy / log B",
+    "true_pair": "probability of the true pair",
+    "agreement": "agreement of the teachers",
+    "calibration": "calibration loss / its maximum",
+}
+_GREY = "#6b7280"
 
 
 @dataclass(frozen=True)
@@ -88,9 +96,6 @@ def read_outcome(config: StudentConfig, steps: int, metric: str) -> Outcome:
 def mark_stopped(config: StudentConfig, metric: str, step: int, value: float) -> None:
     """Record that a trial was stopped early, and at which evaluation."""
     Storage(config.output).write_json({"metric": metric, "step": step, "value": value, "by": "ASHA"}, _STOPPED)
-
-
-# -- Results of the trials: settings, the best value and plateau of each curve, tables, and how the screening agrees.
 
 
 @dataclass(frozen=True)
@@ -193,17 +198,17 @@ def make_rows(outcomes: Mapping[Trial, Outcome], seeds: Sequence[int]) -> list[R
         key = f"{trial.setting.curve}: {trial.setting.name}"
         settings[key] = trial.setting
         by_setting.setdefault(key, {})[trial.seed] = outcome
-    return [_make_row(settings[key], by_seed, seeds) for key, by_seed in by_setting.items()]
-
-
-def _make_row(setting: Setting, outcomes: Mapping[int, Outcome], seeds: Sequence[int]) -> Row:
-    values = {seed: o.value for seed, o in outcomes.items() if o.value is not None}
-    errors = [outcome.error for outcome in outcomes.values() if outcome.error]
-    finished = set(values) == set(seeds)
-    state: Literal["finished", "stopped", "failed"] = "finished" if finished else "failed" if errors else "stopped"
-    first = next(iter(outcomes.values())).curve
-    last_step, last_value = first[-1] if first else (0, None)
-    return Row(setting, state, values, last_step, last_value, errors[0] if errors else None)
+    rows = []
+    for key, by_seed in by_setting.items():
+        values = {seed: outcome.value for seed, outcome in by_seed.items() if outcome.value is not None}
+        errors = [outcome.error for outcome in by_seed.values() if outcome.error]
+        finished = set(values) == set(seeds)
+        state: Literal["finished", "stopped", "failed"] = "finished" if finished else "failed" if errors else "stopped"
+        first = next(iter(by_seed.values())).curve
+        rows.append(
+            Row(settings[key], state, values, *(first[-1] if first else (0, None)), errors[0] if errors else None)
+        )
+    return rows
 
 
 def make_curves(rows: Sequence[Row]) -> list[Curve]:
@@ -211,11 +216,19 @@ def make_curves(rows: Sequence[Row]) -> list[Curve]:
     curves = []
     for name in dict.fromkeys(row.setting.curve for row in rows):
         of_curve = [row for row in rows if row.setting.curve == name]
-        noise = _standard_error(of_curve)
+        # the standard error of a finished setting's mean: pooled deviation / sqrt(seeds)
+        finished = [row for row in of_curve if row.mean is not None and row.deviation is not None]
+        noise = None
+        if finished:
+            pooled = math.sqrt(float(np.mean([(row.deviation or 0.0) ** 2 for row in finished])))
+            noise = pooled / math.sqrt(len(finished[0].values))
         for axis in of_curve[0].setting.values:
             values = sorted({row.setting.values[axis] for row in of_curve})
             if len(values) > 1:
-                by_value = [(v, _best_at([row for row in of_curve if row.setting.values[axis] == v])) for v in values]
+                by_value = []  # the best finished setting at each value, else the one that was trained the furthest
+                for value in values:
+                    rows_there = [row for row in of_curve if row.setting.values[axis] == value]
+                    by_value.append((value, max(rows_there, key=_reached)))
                 curves.append(_make_curve(axis, by_value, noise))
     return curves
 
@@ -226,19 +239,8 @@ def best_row(rows: Sequence[Row], curve: str) -> Row | None:
     return max(finished, key=lambda row: row.mean or 0.0, default=None)
 
 
-def _best_at(rows: Sequence[Row]) -> Row:
-    """Return the best finished setting at one value of an axis, else the one that was trained the furthest."""
-    return max(rows, key=lambda row: (row.mean is not None, row.mean or 0.0, row.last_step, row.last_value or 0.0))
-
-
-def _standard_error(rows: Sequence[Row]) -> float | None:
-    """Return the standard error of a finished setting's mean: pooled deviation / sqrt(seeds)."""
-    pairs = [(row.deviation, len(row.values)) for row in rows if row.mean is not None]
-    known = [(deviation, count) for deviation, count in pairs if deviation is not None]
-    if not known:
-        return None
-    pooled = math.sqrt(float(np.mean([deviation**2 for deviation, _ in known])))
-    return pooled / math.sqrt(known[0][1])
+def _reached(row: Row) -> tuple[bool, float, int, float]:
+    return row.mean is not None, row.mean or 0.0, row.last_step, row.last_value or 0.0
 
 
 def _make_curve(axis: str, rows: Sequence[tuple[float, Row]], noise: float | None) -> Curve:
@@ -249,15 +251,11 @@ def _make_curve(axis: str, rows: Sequence[tuple[float, Row]], noise: float | Non
     top, best = max(finished, key=lambda pair: (pair[0], -pair[1]))
     if noise is None:
         return Curve(axis, rows, rows[best][0], None)
-
-    def is_within_noise(index: int) -> bool:
-        mean = means[index]
-        return mean is not None and mean >= top - noise
-
+    within = [mean is not None and mean >= top - noise for mean in means]
     low = high = best
-    while low > 0 and is_within_noise(low - 1):
+    while low > 0 and within[low - 1]:
         low -= 1
-    while high + 1 < len(rows) and is_within_noise(high + 1):
+    while high + 1 < len(rows) and within[high + 1]:
         high += 1
     unknown = []
     if low > 0 and means[low - 1] is None:
@@ -370,17 +368,6 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Return Spearman's rank correlation, with mean ranks for ties; None if either sequence is constant."""
     correlation = pd.DataFrame({"first": first, "second": second}).corr("spearman").loc["first", "second"]
     return None if pd.isna(correlation) else float(correlation)
-
-
-# -- Plot of scales and lambda: the results of training in the upper row, the screening in the lower row.
-
-_LABELS = {
-    "entropy": "entropy / log B",
-    "true_pair": "probability of the true pair",
-    "agreement": "agreement of the teachers",
-    "calibration": "calibration loss / its maximum",
-}
-_GREY = "#6b7280"
 
 
 def draw(

@@ -104,7 +104,26 @@ def screen(
     the batch size. Raises UserError if the data cannot be read.
     """
     cosines = [*_read_batches(config, [*current_scales], batches, size or min(config.train.batch, _MAX_BATCH))]
-    return {name: _screen_teacher(name, values, cosines, current_scales) for name, values in scales.items()}
+    found = {}
+    for teacher, values in scales.items():
+        own = [of_pairs for batch in cosines for of_pairs in batch[teacher].values()]
+        others = [
+            [batch[name][kind] * current_scales[name] for name in batch if name != teacher]
+            for batch in cosines
+            for kind in batch[teacher]
+        ]
+        measured = []
+        for scale in values:
+            rows = [_measure(scale * of_pairs, logits) for of_pairs, logits in zip(own, others, strict=True)]
+            means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+            measured.append(ScaleMeasures(scale, **means))
+        hits = [
+            (way.argmax(dim=1) == torch.arange(len(way))).float().mean().item()
+            for of_pairs in own
+            for way in (of_pairs, of_pairs.T)
+        ]
+        found[teacher] = TeacherScreening(measured, _most_likely_scale(own), float(np.mean(hits)))
+    return found
 
 
 def _read_batches(config: StudentConfig, teachers: Sequence[str], count: int, size: int) -> Iterator[Cosines]:
@@ -124,27 +143,6 @@ def _read_batches(config: StudentConfig, teachers: Sequence[str], count: int, si
             }
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _screen_teacher(
-    teacher: str, scales: Sequence[float], batches: Sequence[Cosines], current_scales: Mapping[str, float]
-) -> TeacherScreening:
-    own = [cosines for batch in batches for cosines in batch[teacher].values()]
-    others = [
-        [batch[name][kind] * current_scales[name] for name in batch if name != teacher]
-        for batch in batches
-        for kind in batch[teacher]
-    ]
-    measured = []
-    for scale in scales:
-        rows = [_measure(scale * cosines, logits) for cosines, logits in zip(own, others, strict=True)]
-        measured.append(ScaleMeasures(scale, **{key: float(np.mean([row[key] for row in rows])) for key in rows[0]}))
-    hits = [
-        (values.argmax(dim=1) == torch.arange(len(values))).float().mean().item()
-        for cosines in own
-        for values in (cosines, cosines.T)
-    ]
-    return TeacherScreening(measured, _most_likely_scale(own), float(np.mean(hits)))
 
 
 def _measure(logits: torch.Tensor, others: Sequence[torch.Tensor]) -> dict[str, float]:

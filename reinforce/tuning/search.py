@@ -29,7 +29,6 @@ from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import build, student_job
 from reinforce.terminal import Screen, plural
-from reinforce.training.config import Compute
 from reinforce.training.loop import run_rank
 from reinforce.training.ranks import join_ranks
 from reinforce.training.ray_train import Reserved, check_capacity, reserve
@@ -75,7 +74,13 @@ class Search:
         if done := len(trials) - len(open_):
             self.screen.log(f"trials that are already done: {done} of {len(trials)}")
         if open_:
-            _configure_tune()  # before Ray starts, since its workers inherit the environment
+            # Turn off Tune's working directories, log files, Ctrl-C handler and progress output before Ray starts,
+            # since its workers inherit the environment.
+            os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+            os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+            os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+            os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # prints a header at every verbosity
+            logging.getLogger("ray.tune").setLevel(logging.ERROR)
             self.start_cluster()
             self._tune({trial.name: trials[trial] for trial in open_}, scheduler, len(trials))
         return {trial: self._read_outcome(config, scheduler.errors.get(trial.name)) for trial, config in trials.items()}
@@ -88,7 +93,12 @@ class Search:
         """Run the trials that are open; as many of ``trials`` as fit share the cores, however many are done."""
         configs = {name: with_accelerator(config) for name, config in configs.items()}
         training = next(iter(configs.values())).train
-        each = self._reserve(training.compute, trials)
+        # By default trials share the cores of the cluster; a trial of one core wastes least.
+        at_once = min(trials, self.config.concurrent or trials)
+        each = reserve(training.compute, at_once)
+        check_capacity(each, can_grow=True)
+        at_once = min(at_once, capacity(live_resources(), each.cpus, each.gpus))
+        self.screen.log(f"{plural(at_once, 'trial')} at a time, {each} each")
         run = partial(_run_trial, folder=os.getcwd(), metric=self.metric, each=each)
         work = tune.with_parameters(run, configs=configs)
         resources = {name.lower(): number for name, number in each.resources.items()}
@@ -116,25 +126,6 @@ class Search:
                     scheduler.errors.setdefault(name, str(result.error).strip().splitlines()[-1])
         if stop.signum:
             raise Stopped(stop.signum)
-
-    def _reserve(self, compute: Compute, trials: int) -> Reserved:
-        """Resources of each trial. By default trials share the cores of the cluster; a trial of one core wastes
-        least."""
-        at_once = min(trials, self.config.concurrent or trials)
-        each = reserve(compute, at_once)
-        check_capacity(each, can_grow=True)
-        at_once = min(at_once, capacity(live_resources(), each.cpus, each.gpus))
-        self.screen.log(f"{plural(at_once, 'trial')} at a time, {each} each")
-        return each
-
-
-def _configure_tune() -> None:
-    """Turn off Tune's working directories, log files, Ctrl-C handler and progress output."""
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # prints a header at every verbosity
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
 
 
 class _SignalStopper(tune.Stopper):
