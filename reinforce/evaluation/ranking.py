@@ -238,7 +238,8 @@ def fit_probe(features: torch.Tensor, labels: np.ndarray, l2: Sequence[float], a
         most, best = -1, weights
         for value in sorted(l2, reverse=True):
             weights = _fit(data, inside, weights, value)  # from the last one's weights, which are near
-            if (hits := data.hits(outside, weights)) > most:
+            hits = sum(int(((x @ weights.T).argmax(1) == classes).sum()) for x, classes in data.blocks(outside))
+            if hits > most:
                 most, best, chosen = hits, weights, value
         weights = best
     return Probe(data.mean, data.scale, _fit(data, np.arange(len(labels)), weights, chosen), chosen)
@@ -266,10 +267,6 @@ class _Data:
             part = torch.from_numpy(rows[start : start + PROBE_BLOCK])
             x = _standardise(self.accelerator.put(self.features[part]), self.mean, self.scale)
             yield x, self.accelerator.put(self.labels[part])
-
-    def hits(self, rows: np.ndarray, weights: torch.Tensor) -> int:
-        """Number of rows whose class has the highest logit."""
-        return sum(int(((x @ weights.T).argmax(1) == classes).sum()) for x, classes in self.blocks(rows))
 
 
 def _fit(data: _Data, rows: np.ndarray, start: torch.Tensor, l2: float) -> torch.Tensor:

@@ -70,15 +70,12 @@ class TeacherTerm(Section):
 _Term = TypeVar("_Term", bound=TeacherTerm)
 
 
-def _as_teacher_term(value: Any) -> Any:
-    """Accept the weight alone."""
-    return {"weight": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
 #: A section of which the config may have the weight alone.
 OrWeight = Annotated[
     _Term | None,
-    BeforeValidator(_as_teacher_term),
+    BeforeValidator(
+        lambda value: {"weight": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+    ),
     InSchema(lambda section: either({"exclusiveMinimum": 0, "type": "number"}, section)),
 ]
 
@@ -100,11 +97,6 @@ class DenseLoss(TeacherTerm):
         if not self.cosine + self.smooth_l1:
             raise ValueError("`cosine` and `smooth_l1` are both 0, so nothing would be learnt; set one")
         return self
-
-
-def _as_feature_loss(value: Any) -> Any:
-    """Accept the teachers alone."""
-    return {"teachers": value} if isinstance(value, str) else value
 
 
 class FeatureLoss(Section):
@@ -175,7 +167,7 @@ class Loss(Section):
     )
     features: Annotated[
         FeatureLoss,
-        BeforeValidator(_as_feature_loss),
+        BeforeValidator(lambda value: {"teachers": value} if isinstance(value, str) else value),
         InSchema(lambda section: either({"enum": ["none", "one-sided", "all"]}, section)),
     ] = Field(FeatureLoss(), description="teachers whose vectors the student's features approach")
     features_weight: float = Field(1.0, gt=0, description="weight of the `features` loss, relative to distillation")

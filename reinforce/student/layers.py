@@ -149,14 +149,15 @@ class _Rounded(torch.nn.Module):
         return self.rounding.inputs and self.rounds()
 
 
-class _RoundedConvolution(_Rounded):
-    def forward(self, images: torch.Tensor) -> Any:
-        return super().forward(round_inputs(images, (1, 2, 3)) if self.rounds_inputs() else images)
+class _RoundedLayer(_Rounded):
+    axes: tuple[int, ...] = (-1,)  # of the inputs of one range: those of a token
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        return super().forward(round_inputs(inputs, self.axes) if self.rounds_inputs() else inputs)
 
 
-class _RoundedLinear(_Rounded):
-    def forward(self, rows: torch.Tensor) -> Any:
-        return super().forward(round_inputs(rows, (-1,)) if self.rounds_inputs() else rows)
+class _RoundedConvolution(_RoundedLayer):
+    axes = (1, 2, 3)
 
 
 class _RoundedAttention(_Rounded):
@@ -197,7 +198,7 @@ class _Merged(_Rounded):
 #: Classes and their parameters that are rounded, with the axis of the output channels.
 _WEIGHTS: dict[type[torch.nn.Module], tuple[type[_Rounded], str, int]] = {
     torch.nn.Conv2d: (_RoundedConvolution, "weight", 0),
-    torch.nn.Linear: (_RoundedLinear, "weight", 0),
+    torch.nn.Linear: (_RoundedLayer, "weight", 0),
     torch.nn.MultiheadAttention: (_RoundedAttention, "in_proj_weight", 0),
     open_clip.model.CLIP: (_Rounded, "text_projection", 1),
     open_clip.transformer.TextTransformer: (_Rounded, "text_projection", 1),
@@ -324,14 +325,10 @@ def avoid_faulty_convolutions(model: torch.nn.Module) -> int:
         and module.in_channels // module.groups < _BLOCK
     ]
     for convolution in affected:
-        convolution.register_forward_pre_hook(_to_channels_first)
-        convolution.register_forward_hook(_to_channels_last)
+        convolution.register_forward_pre_hook(
+            lambda _, inputs: tuple(x.contiguous() if x.device.type == "cpu" else x for x in inputs)
+        )
+        convolution.register_forward_hook(
+            lambda _, __, x: x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+        )
     return len(affected)
-
-
-def _to_channels_first(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(x.contiguous() if x.device.type == "cpu" else x for x in inputs)
-
-
-def _to_channels_last(_: torch.nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
-    return output.contiguous(memory_format=torch.channels_last) if output.device.type == "cpu" else output

@@ -75,7 +75,9 @@ class _Gather(torch.autograd.Function):
         if _state.alone:
             return rows.repeat(world_size(), 1)
         whole = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
-        _collective("all_gather_single", "all_gather_into_tensor")(whole, rows.contiguous())
+        # since torch 2.13 the second name warns
+        gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather_single(whole, rows.contiguous())
         return whole
 
     @staticmethod
@@ -83,10 +85,6 @@ class _Gather(torch.autograd.Function):
         if _state.alone:
             return gradient.chunk(world_size())[0]
         own = gradient.new_empty(len(gradient) // world_size(), *gradient.shape[1:])
-        _collective("reduce_scatter_single", "reduce_scatter_tensor")(own, gradient.contiguous())
+        scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter_single(own, gradient.contiguous())
         return own
-
-
-def _collective(name: str, old_name: str) -> Any:
-    """A function of torch.distributed; since torch 2.13 the old name warns."""
-    return getattr(dist, name, None) or getattr(dist, old_name)

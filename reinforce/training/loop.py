@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from reinforce.errors import UserError
-from reinforce.processes.cores import arithmetic_threads, loader_processes
+from reinforce.processes.cores import arithmetic_threads, describe_share, loader_processes
 from reinforce.processes.signals import Stopped, StopSignal
 from reinforce.settings import use_accelerator
 from reinforce.storage import Storage
@@ -155,7 +155,11 @@ class _Loop:
         threads = arithmetic_threads(self.ranks.cpus, reading.loaders, accelerated)
         if self.training.compute.cpus is None and threads < self.ranks.cpus:
             torch.set_num_threads(threads)
-        uses = [self.ranks.describe(reading.text), *([] if reading.note is None else [reading.note])]
+        uses = [
+            f"{plural(size, 'rank')} x {describe_share(self.ranks.cpus, 0)}, {reading.text}{' each' * (size > 1)}, "
+            f"device {self.accelerator.device.type}"
+        ]
+        uses += [] if reading.note is None else [reading.note]
         notes = [*uses, *describe_differences(before, self.progress), *notes, *self.task.notes, *log_notes()]
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.storage.space_errors())

@@ -35,10 +35,10 @@ import torch
 import torch.distributed as dist
 
 from reinforce.errors import UserError
-from reinforce.processes.cores import available_cores, cores_per_process, default_gpus, describe_share
+from reinforce.processes.cores import available_cores, cores_per_process, default_gpus
 from reinforce.processes.signals import Stopped
 from reinforce.storage import Storage
-from reinforce.terminal import Screen, plural
+from reinforce.terminal import Screen
 from reinforce.training import gather
 from reinforce.training.config import Compute
 from teachers.runtime.accelerator import Accelerator, best_device
@@ -384,11 +384,6 @@ class Ranks:
         """Record where this rank is, for messages of ranks that wait for it; ``waits`` if it may wait there itself."""
         if self.watch is not None:
             self.watch.at(what, waits)
-
-    def describe(self, reading: str) -> str:
-        """A line about what the ranks use; ``reading`` describes the loaders of each."""
-        ranks = f"{plural(self.size, 'rank')} x {describe_share(self.cpus, 0)}"
-        return f"{ranks}, {reading}{' each' * (self.size > 1)}, device {self.accelerator.device.type}"
 
     def start_max(self, value: int) -> Callable[[], int]:
         """Start an asynchronous reduction to the maximum over all ranks; the returned function waits for its result.

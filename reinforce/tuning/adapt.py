@@ -52,7 +52,7 @@ from reinforce.tuning.adapt_config import (
 )
 from reinforce.tuning.division import divide, encode_images
 from reinforce.tuning.gain import CAPTIONS, CLASSES, Gain, HeldOut, Queries, cross_fit, one_class
-from reinforce.tuning.mixtures import GRID, PICTURE, Mixtures, Sweep, percent, sweep
+from reinforce.tuning.mixtures import GRID, PICTURE, Mixtures, Sweep, percent, shares, sweep
 from teachers.pixels import to_pixels
 from teachers.redact import redact, redact_values
 from teachers.runtime.accelerator import Accelerator
@@ -87,7 +87,9 @@ def write_page(
     drawn = reports.drawable(f"{out}/{PAGE}: its curve is")
     examples = []  # images of each held-out set that the chosen weights gain and lose
     for name, images in held_out.items():
-        before, after = (images.answers(mixtures.loaded(sweep.shares(alpha))) for alpha in (0.0, sweep.chosen.alpha))
+        before, after = (
+            images.answers(mixtures.loaded(shares(sweep.models, alpha))) for alpha in (0.0, sweep.chosen.alpha)
+        )
         counts = [sum(answer.right for answer in of) for of in (before, after)]
         gained, lost = images.examples(before, after, _EXAMPLES)
         shown = [("Gained", gained), ("Lost", lost)]
@@ -252,8 +254,10 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
         mixtures = Mixtures(specs, out, sets, precision=training.train.compute.precision)
         rule = adapt_config.rule_of(config, domain, division.unequal)
         found = sweep(mixtures, specs, out, rule, config.alphas or GRID, log)
-    held_out_sets = HeldOut.every(sets)
-    answers = {point.alpha: _answers(mixtures, found.shares(point.alpha), held_out_sets) for point in found.points}
+    held_out_sets = {name: HeldOut(sets, name) for name in (CLASSES, CAPTIONS) if name in sets.own_sets}
+    answers = {
+        point.alpha: _answers(mixtures, shares(found.models, point.alpha), held_out_sets) for point in found.points
+    }
     gain = cross_fit(found.points, rule, answers, division.units, config.seed)
     notes = [*one_class(answers[found.chosen.alpha], domain.classes), *division.lines]
     for name, one in sets.zero_shot.items():  # whose metrics depend on their templates

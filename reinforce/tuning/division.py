@@ -139,15 +139,11 @@ def _rows(store: Store, view: View) -> list[tuple[str, str | None, list[str]]]:
                 samples = opened.row_group(number).samples
                 columns = samples["key"].to_pylist(), samples["metadata"].to_pylist(), true_captions(samples)
                 found += [
-                    (f"{shard}/{key}", _class_of(metadata), texts)
+                    (f"{shard}/{key}", fields.get(CLASS) if isinstance(fields, dict) else None, texts)
                     for key, metadata, texts in zip(*columns, strict=True)
+                    for fields in [parse_json((metadata or "").encode())]
                 ]
     return found
-
-
-def _class_of(metadata: str | None) -> str | None:
-    fields = parse_json((metadata or "").encode())
-    return fields.get(CLASS) if isinstance(fields, dict) else None
 
 
 def _find_copies(
@@ -159,7 +155,8 @@ def _find_copies(
     UserError if equal images alone leave too few.
     """
     names, found = _digests_of(data)
-    equal = _equal(found)
+    first: dict[int, int] = {}  # row by digest
+    equal = np.array([row if of is None else first.setdefault(of, row) for row, of in enumerate(found)], np.int64)
     if _number_that_fits(equal, held_out) < held_out:
         raise UserError(
             f"{data.store.url}: its {len(names):,} images are copies of {len(np.unique(equal)):,} different ones, too "
@@ -217,12 +214,6 @@ def _digests_of(data: Dataset) -> tuple[list[str], list[int | None]]:
                 values, valid = digests(samples, shard)
                 found += [value if known else None for value, known in zip(values.tolist(), valid, strict=True)]
     return names, found
-
-
-def _equal(found: Sequence[int | None]) -> Numbers:
-    """The first row with the digest of each row [rows]."""
-    first: dict[int, int] = {}
-    return np.array([row if of is None else first.setdefault(of, row) for row, of in enumerate(found)], np.int64)
 
 
 def _join_near(groups: Numbers, vectors: Floats, threshold: float) -> Numbers:

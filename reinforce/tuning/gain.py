@@ -91,11 +91,6 @@ class HeldOut:
         self._set = self._kind.open_own(self._config, name, evaluation.limits, evaluation.images_from or ())
         self._limits, self._name = evaluation.limits, name
 
-    @classmethod
-    def every(cls, evaluation: Evaluation) -> dict[str, HeldOut]:
-        """The sets of the held-out images by name."""
-        return {name: cls(evaluation, name) for name in (CLASSES, CAPTIONS) if name in evaluation.own_sets}
-
     def answers(self, models: Models) -> list[Answer]:
         """What a model takes the images for; ``models`` has one model."""
         vectors, targets = models.encode_all(ImageBatches(self._numbered, self._set.count, self._limits))

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -251,10 +251,6 @@ class Sweep:
     rule: Rule
     chosen: Point
 
-    def shares(self, alpha: float) -> dict[str, float]:
-        """The weights of both models in the mixture of a share ``alpha``."""
-        return dict(zip(self.models, (1 - alpha, alpha), strict=True))
-
     @property
     def shown(self) -> list[Point]:
         """The points of tables: the first model, the chosen share and the largest one."""
@@ -307,7 +303,7 @@ def interpolate(specs: Mapping[str, ModelSpec], out: str, alpha: float) -> None:
     check_free(storage)
     storage.check_writable()
     mixer = load_mixer(specs)
-    mixer.use(_shares(specs, alpha))
+    mixer.use(shares(specs, alpha))
     mixer.write(storage)
 
 
@@ -326,20 +322,20 @@ def sweep(
     mixtures.check_report(SWEEP)
     points = []
     for alpha in sorted({0.0, *alphas}):
-        points.append(Point(alpha, mixtures.metrics(_shares(specs, alpha))))
+        points.append(Point(alpha, mixtures.metrics(shares(specs, alpha))))
         log(f"alpha {alpha:g}: {rule.means(points[-1].metrics)}")
     first, second = specs
     result = Sweep((first, second), points, rule, rule.choose(points))
-    mixtures.write(_shares(specs, result.chosen.alpha), result.as_json(), SWEEP)
+    mixtures.write(shares(specs, result.chosen.alpha), result.as_json(), SWEEP)
     picture = f"{out.rstrip('/')}/{PICTURE}"
     if reports.drawable(f"{picture} is"):
         result.draw(picture)
     return result
 
 
-def _shares(specs: Mapping[str, ModelSpec], alpha: float) -> dict[str, float]:
-    first, second = specs
-    return {first: 1 - alpha, second: alpha}
+def shares(models: Iterable[str], alpha: float) -> dict[str, float]:
+    """The weights of two models in the mixture of a share ``alpha``."""
+    return dict(zip(models, (1 - alpha, alpha), strict=True))
 
 
 @dataclass(frozen=True)

@@ -227,8 +227,9 @@ def make_curves(rows: Sequence[Row]) -> list[Curve]:
             if len(values) > 1:
                 by_value = []  # the best finished setting at each value, else the one that was trained the furthest
                 for value in values:
-                    rows_there = [row for row in of_curve if row.setting.values[axis] == value]
-                    by_value.append((value, max(rows_there, key=_reached)))
+                    there = [row for row in of_curve if row.setting.values[axis] == value]
+                    reached = [(r.mean is not None, r.mean or 0.0, r.last_step, r.last_value or 0.0) for r in there]
+                    by_value.append((value, there[reached.index(max(reached))]))
                 curves.append(_make_curve(axis, by_value, noise))
     return curves
 
@@ -237,10 +238,6 @@ def best_row(rows: Sequence[Row], curve: str) -> Row | None:
     """Return the finished setting of a curve with the highest mean; the first among equals."""
     finished = [row for row in rows if row.setting.curve == curve and row.mean is not None]
     return max(finished, key=lambda row: row.mean or 0.0, default=None)
-
-
-def _reached(row: Row) -> tuple[bool, float, int, float]:
-    return row.mean is not None, row.mean or 0.0, row.last_step, row.last_value or 0.0
 
 
 def _make_curve(axis: str, rows: Sequence[tuple[float, Row]], noise: float | None) -> Curve:

@@ -14,18 +14,15 @@ from pydantic import Field
 
 from reinforce.errors import UserError
 from reinforce.evaluation.images import ImageBatches
-from reinforce.evaluation.reading import SetReader, Table, raise_on_damage, storage_errors
+from reinforce.evaluation.reading import SetReader, Table, storage_errors
 from reinforce.evaluation.registry import HUB, SuiteSet
 from reinforce.evaluation.report import Outcome
 from reinforce.images.policy import IMAGE_POLICY
 from reinforce.settings import Section
-from reinforce.source.config import Input
-from reinforce.source.formats.base import Columns, Shard
+from reinforce.source.formats.base import Columns
 from reinforce.source.formats.parquet import ParquetFile
 from reinforce.source.parquet_file import RefusedFile
-from reinforce.source.reading import read_samples
 from reinforce.source.references import listed_state
-from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.urls import Info, canonical, filesystem, read_whole
 
 if TYPE_CHECKING:
@@ -145,13 +142,6 @@ def _state(fs: Any, path: str, used: Mapping[str, Info]) -> str:
         versions[name[len(path) :]] = [*version, read_whole(fs, name).hex() if small else None]
     text = json.dumps(versions, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def read_tars(one: SuiteSet, files: SetFiles, fields: Sequence[str]) -> Iterator[RawSample | Refusal]:
-    """Yield the samples of the set's tars with the members ``fields``. Raises UserError for a damaged shard."""
-    spec = Input(captions=[*fields])
-    for url in files.shards:
-        yield from raise_on_damage(read_samples(Shard(url), spec), url, one.name)
 
 
 def read_tables(one: SuiteSet, files: SetFiles, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,14 @@ import numpy as np
 from reinforce.errors import UserError
 from reinforce.evaluation.classes import Template, load_class_names, load_templates
 from reinforce.evaluation.images import ImageBatches
-from reinforce.evaluation.kinds.base import CLASSES, TEMPLATES, ImageSet, SetFiles, SetKind, read_tars
+from reinforce.evaluation.kinds.base import CLASSES, TEMPLATES, ImageSet, SetFiles, SetKind
 from reinforce.evaluation.kinds.labels import ZeroShotSet, read_labels
-from reinforce.evaluation.reading import LabelledImage, read_label
+from reinforce.evaluation.reading import LabelledImage, raise_on_damage, read_label
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Metrics, Outcome
-from reinforce.source.config import Limits
+from reinforce.source.config import Input, Limits
+from reinforce.source.formats.base import Shard
+from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample, Refusal
 
 if TYPE_CHECKING:
@@ -96,7 +99,9 @@ def _open(one: SuiteSet, files: SetFiles) -> ImageSet:
     templates = load_templates(f"{files.folder}/{TEMPLATES}", one.name)
 
     def examples() -> Iterator[LabelledImage | Refusal]:
-        for item in read_tars(one, files, [_LABEL, _METADATA] if one.fields else [_LABEL]):
+        spec = Input(captions=[_LABEL, _METADATA] if one.fields else [_LABEL])
+        shards = (raise_on_damage(read_samples(Shard(url), spec), url, one.name) for url in files.shards)
+        for item in itertools.chain.from_iterable(shards):
             if isinstance(item, Refusal):
                 yield item
             else:

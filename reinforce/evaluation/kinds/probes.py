@@ -97,10 +97,7 @@ class _Parts:
         self.counts = [np.zeros(len(index), np.int64) for _ in self._parts]
         for found, count, place in zip(self._parts.values(), self.counts, self._index.values(), strict=True):
             count[place] = found.counts
-
-    @property
-    def images(self) -> int:
-        return sum(part.images for part in self._parts.values())
+        self.images = sum(part.images for part in self._parts.values())
 
     def fault(self, config: TwoPartSet, train: np.ndarray, test: np.ndarray) -> str | None:
         """Why parts with so many images of each class, int64 [C], cannot be used; None if they can."""

@@ -165,7 +165,9 @@ def _score(distinct: bool, models: Models, images: ImageBatches, shared: str = "
             if distinct:
                 metrics[name] = {**recalls}
             else:
-                published = {f"{new}_recall@{k}": recalls[f"{way}/r{k}"] for way, new in _WAYS.items() for k in RECALLS}
+                published: Metrics = {
+                    f"{new}_recall@{k}": recalls[f"{way}/r{k}"] for way, new in _WAYS.items() for k in RECALLS
+                }
                 metrics[name] = published | {"mean_recall@1": sum(recalls[f"{way}/r1"] for way in _WAYS) / 2}
     return Outcome(metrics, len(captions) + len(images.refused), images.refused, note=note)
 

@@ -172,16 +172,9 @@ class _Masks:
     name: str
     layout: LayoutName
     table: np.ndarray
+    classes: int
     train: list[Pair]
     test: list[Pair]
-
-    @property
-    def classes(self) -> int:
-        return self.config.classes or LAYOUTS[self.layout].classes
-
-    @property
-    def images(self) -> int:
-        return len(self.train) + len(self.test)
 
     def examples(self) -> Iterator[LabelledImage | Refusal]:
         for pair in (*self.train, *self.test):
@@ -199,7 +192,8 @@ def _list(config: SegmentationSet, name: str) -> _Masks:
         list_pairs(config.images, of_layout, part, training, name, config.limit)
         for part, training in ((config.train or of_layout.train, True), (config.test or of_layout.test, False))
     ]
-    found = _Masks(config, name, layout, of_layout.table(config.classes or of_layout.classes), *parts)
+    classes = config.classes or of_layout.classes
+    found = _Masks(config, name, layout, of_layout.table(classes), classes, *parts)
     for pair in (*found.train[:_CHECKED], *found.test[:_CHECKED]):  # finds a wrong layout or number of classes early
         try:
             size = Image.open(io.BytesIO(pair.load_image())).size
@@ -213,7 +207,8 @@ def _open_own(config: SegmentationSet, name: str, limits: Limits, images_from: S
     """A set of the user, which is listed. Raises UserError."""
     found = _list(config, name)
     score = functools.partial(_score, found)
-    return ImageSet(name, found.examples, score, found.images, PUBLISHED_POLICY)  # masks follow no EXIF orientation
+    count = len(found.train) + len(found.test)
+    return ImageSet(name, found.examples, score, count, PUBLISHED_POLICY)  # masks follow no EXIF orientation
 
 
 def _open(one: SuiteSet, files: SetFiles) -> ImageSet:
@@ -225,7 +220,7 @@ def _open(one: SuiteSet, files: SetFiles) -> ImageSet:
         config = found.config.model_copy(update={"schedule": schedule})
         return _score(replace(found, config=config), models, images)
 
-    return ImageSet(one.name, found.examples, score, found.images)
+    return ImageSet(one.name, found.examples, score, len(found.train) + len(found.test))
 
 
 KIND = SetKind("segmentation", _open, section="segmentation", open_own=_open_own)
@@ -250,7 +245,8 @@ def _score(masks: _Masks, models: Models, images: ImageBatches) -> Outcome:
             raise
         failed = dict.fromkeys(models.encoders, str(error))
     all_refused = [*refused.values(), *images.refused]
-    return Outcome(metrics, masks.images, all_refused, masks.classes, failed, segmented=segmented)
+    samples = len(masks.train) + len(masks.test)
+    return Outcome(metrics, samples, all_refused, masks.classes, failed, segmented=segmented)
 
 
 def _train(masks: _Masks, name: str, models: Models, images: ImageBatches, refused: dict[str, Refusal]) -> Segmenter:

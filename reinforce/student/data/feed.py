@@ -243,7 +243,7 @@ class StreamFeed:
         start = stream.step
         # While the parts of one step are assembled, a process is at most `prefetch` steps ahead of them.
         depth, rows = self._config.prefetch + 1, -(-stream.batch // processes)
-        buffers = stream.buffers = self._maker.allocate_shared(processes, depth, rows)
+        buffers = stream.buffers = self._maker.allocate(processes, depth, rows, shared=True)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["reinforce.student.data.preloaded"])
         loader: DataLoader[Part | UserError] = DataLoader(

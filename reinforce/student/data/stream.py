@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -132,19 +131,17 @@ class PartMaker:
         """Sides of image and crop in pixels, 0 for what is not needed."""
         return [self.size * (CELL if self.device else 1), 0 if self.crop in (None, self.size) else self.crop or 0]
 
-    def allocate(self, *rows: int) -> PartBuffers:
-        """Buffers with leading dimensions ``rows``, the last of which is n."""
-        image, crop, *targets = [torch.from_numpy(np.empty(shape, dtype)) for dtype, shape in self._layout(rows)]
+    def allocate(self, *rows: int, shared: bool = False) -> PartBuffers:
+        """Buffers with leading dimensions ``rows``, the last of which is n.
+
+        Pages of ``shared`` memory are reused instead of allocated anew.
+        """
+        layout: list[_Layout] = [("uint8", (*rows, side, side, 3)) for side in self.sides]
+        layout += [(target.dtype, (*rows, *target.shape)) for target in self.targets]
+        if shared:
+            return _map_buffers(SharedMemory(sum(_aligned_sizes(layout))), layout)
+        image, crop, *targets = [torch.from_numpy(np.empty(shape, dtype)) for dtype, shape in layout]
         return PartBuffers(image, crop, tuple(targets))
-
-    def allocate_shared(self, *rows: int) -> PartBuffers:
-        """A shared-memory version, whose pages are reused instead of allocated anew."""
-        layout = self._layout(rows)
-        return _map_buffers(SharedMemory(sum(_aligned_sizes(layout))), layout)
-
-    def _layout(self, rows: Sequence[int]) -> list[_Layout]:
-        images: list[_Layout] = [("uint8", (*rows, side, side, 3)) for side in self.sides]
-        return images + [(target.dtype, (*rows, *target.shape)) for target in self.targets]
 
     def make(
         self, examples: list[Example], buffers: PartBuffers, unusable: Counter[str], spare: Spare | None = None
@@ -296,13 +293,15 @@ class StreamedDataset:
         shard = self.shards[number]
 
         def read_whole() -> dict[str, pa.Table]:
-            with self._open(shard, place, rows) as group:
+            with self.layers.open(shard, whole=False) as files:
+                group = self._checked(files, place, rows)
                 return {layer: group.read(layer) for layer in self.layers.fingerprints}
 
         if keep and chunk.rows < rows:
             tables = self.kept.get((shard, place), read_whole)
             return self._make_examples(shard, tables[SAMPLES], tables.__getitem__, chunk, epoch)
-        with self._open(shard, place, rows) as group:
+        with self.layers.open(shard, whole=False) as files:
+            group = self._checked(files, place, rows)
             return self._make_examples(shard, group.samples, group.read, chunk, epoch)
 
     def find_stored(self) -> tuple[npt.NDArray[np.bool_], Counter[str]]:
@@ -333,11 +332,6 @@ class StreamedDataset:
         for _, reasons in found:
             unusable.update(reasons)
         return np.concatenate([usable for usable, _ in found]), unusable
-
-    @contextlib.contextmanager
-    def _open(self, shard: str, place: int, rows: int) -> Iterator[RowGroup]:
-        with self.layers.open(shard, whole=False) as layers:
-            yield self._checked(layers, place, rows)
 
     def _checked(self, layers: AlignedShard, place: int, rows: int) -> RowGroup:
         group = layers.row_group(place)
