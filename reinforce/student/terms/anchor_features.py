@@ -27,9 +27,6 @@ class AnchorFeatures(Term):
     name: str
     teacher: TeacherInfo
 
-    def uses(self) -> Mapping[tuple[str, str], str]:
-        return {("teachers", self.name): f"anchor of features of {' and '.join(sorted(self.teacher.sides))}"}
-
     def heads(self, width: int) -> Mapping[str, torch.nn.Module]:
         """None. Raises UserError if the teacher has another width than the student."""
         if self.teacher.dim != width:
@@ -56,4 +53,5 @@ def make(loss: Loss, models: Models) -> AnchorFeatures | None:
     [name] = loss.anchors
     if not models.anchor.sides:
         raise UserError(f"loss.anchor.features: teacher {name} has no vectors of what is read.")
-    return AnchorFeatures(loss.anchor.features, name, models.anchor)
+    use = f"anchor of features of {' and '.join(sorted(models.anchor.sides))}"
+    return AnchorFeatures(loss.anchor.features, name, models.anchor, uses={("teachers", name): use})

@@ -7,9 +7,7 @@ whichever lambda is, for each kind of text. The teacher is not one of the ensemb
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -22,19 +20,11 @@ from reinforce.student.terms.pairs import Objective, contrastive_losses, logit_s
 
 @dataclass(frozen=True)
 class AnchorSimilarities(Term):
-    """``anchor_similarities/KIND``; ``note`` describes the logit scale of the teacher."""
+    """``anchor_similarities/KIND``."""
 
     weight: float
-    teacher: str
     objective: Objective
-    note: str
     aligns = True
-
-    def uses(self) -> Mapping[tuple[str, str], str]:
-        return {("teachers", self.teacher): f"anchor of similarities, logit scale {self.note}"}
-
-    def recorded(self) -> Mapping[str, Any]:
-        return {f"loss.logit_scales.{name}": scale for name, scale in self.objective.scales.items()}
 
     def losses(self, rows: Rows) -> dict[str, torch.Tensor]:
         features = {name: rows.features[name] for name in (IMAGE, CAPTION, SYNTHETIC) if name in rows.features}
@@ -55,4 +45,9 @@ def make(loss: Loss, models: Models) -> AnchorSimilarities | None:
         )
     scale, source = logit_scale(name, models.anchor, loss)
     objective = Objective(1.0, loss.form, {name: scale}, loss.logit_biases)
-    return AnchorSimilarities(loss.anchor.similarities, name, objective, f"{scale:g} ({source})")
+    return AnchorSimilarities(
+        loss.anchor.similarities,
+        objective,
+        uses={("teachers", name): f"anchor of similarities, logit scale {scale:g} ({source})"},
+        recorded={f"loss.logit_scales.{name}": scale},
+    )

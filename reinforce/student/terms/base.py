@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch.nn.functional import normalize
@@ -83,27 +83,27 @@ class Rows:
     heads: torch.nn.ModuleDict = field(default_factory=torch.nn.ModuleDict)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Term:
     """One term of a student's loss. It implements ``losses_of_rows`` or, if it needs the rows of all ranks, ``losses``.
 
     The module of a term has ``make(loss, models)``, which returns the term, or None if the config does not ask for it,
     and raises UserError if the models do not fit. ``loss_config.TERMS`` lists the modules.
 
+    ``uses`` states what it takes from each model, by section and name, in a few words; these models are read.
+    ``recorded`` are values by dotted key that decide what is learnt and are not in the config; they must not change on
+    resume. ``scales`` are logit scales to learn, by teacher, with their starts.
+
     ``key`` is that of ``loss`` in the config, in messages about ``stage`` and ``needs_start``. ``aligns`` is whether it
     makes the features of images and texts comparable, ``needs_start`` whether it implements ``losses_of_weights``.
     """
 
-    key: str = ""
-    aligns: bool = False
-    needs_start: bool = False
-
-    def uses(self) -> Mapping[tuple[str, str], str]:
-        """What it takes from each model, by section and name, in a few words. These models are read."""
-        return {}
-
-    def recorded(self) -> Mapping[str, Any]:
-        """Values by dotted key that decide what is learnt and are not in the config; they must not change on resume."""
-        return {}
+    uses: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
+    key: ClassVar[str] = ""
+    aligns: ClassVar[bool] = False
+    needs_start: ClassVar[bool] = False
 
     def heads(self, width: int) -> Mapping[str, torch.nn.Module]:
         """Modules learnt with the student, by a name without dots; ``width`` is that of its features."""
@@ -115,10 +115,6 @@ class Term:
 
     def map_heads(self, width: int) -> Mapping[str, torch.nn.Module]:
         """As ``heads``, for those of the map of ``stage``, which has ``width`` channels."""
-        return {}
-
-    def scales(self) -> Mapping[str, float]:
-        """Logit scales to learn, by teacher, with their starts."""
         return {}
 
     def projections(self, features: Tensors, heads: torch.nn.ModuleDict) -> dict[str, torch.Tensor]:

@@ -40,12 +40,6 @@ class Dense(Term):
     moments: Mapping[str, Moments] = field(default_factory=dict, compare=False)
     key = "dense"
 
-    def uses(self) -> Mapping[tuple[str, str], str]:
-        return {
-            (PATCHES, name): f"{rows} x {columns} patches of {dim} dimensions"
-            for name, (rows, columns, dim) in self.grids.items()
-        }
-
     def stage(self) -> int:
         return self.loss.stage
 
@@ -127,4 +121,9 @@ def make(loss: Loss, models: Models) -> Dense | None:
             "config of `reinforce run`, and run it; or use `loss.targets: online`."
         )
     moments = {name: models.moments(PATCHES, name)[PATCHES] for name in wanted if loss.targets == "online"}
-    return Dense(loss.dense, {name: grids[name] for name in wanted}, moments)
+    grids = {name: grids[name] for name in wanted}
+    uses = {
+        (PATCHES, name): f"{rows} x {columns} patches of {dim} dimensions"
+        for name, (rows, columns, dim) in grids.items()
+    }
+    return Dense(loss.dense, grids, moments, uses=uses)

@@ -49,15 +49,6 @@ class Features(Term):
     kinds: tuple[str, ...] = ()
     moments: Mapping[tuple[str, str], Moments] = field(default_factory=dict, compare=False)
 
-    def uses(self) -> Mapping[tuple[str, str], str]:
-        how = "" if self.loss.distance == "cosine" else f" by {self.loss.distance}"
-        how += ", standardised" * self.loss.standardise + ", without a head" * (self.loss.head == "none")
-        return {
-            ("teachers", name): f"vectors of {' and '.join(sorted(teacher.sides))}, {teacher.dim} dimensions{how}"
-            f"{f', weight {self.loss.weights[name]:g}' if name in self.loss.weights else ''}"
-            for name, teacher in self.teachers.items()
-        }
-
     def heads(self, width: int) -> Mapping[str, torch.nn.Module]:
         """Those that project, standardise and keep vectors. Raises UserError if one is needed and ``head`` is none."""
         made: dict[str, torch.nn.Module] = {}
@@ -247,4 +238,11 @@ def make(loss: Loss, models: Models) -> Features | None:
         for name in teachers:
             moments |= {(name, what): found for what, found in models.moments("teachers", name).items()}
     kept = moments if standardise else {}
-    return Features(loss.lambda_ * loss.features_weight, teachers, loss.features, models.kinds, kept)
+    weights, how = loss.features.weights, "" if loss.features.distance == "cosine" else f" by {loss.features.distance}"
+    how += ", standardised" * standardise + ", without a head" * (loss.features.head == "none")
+    uses = {
+        ("teachers", name): f"vectors of {' and '.join(sorted(teacher.sides))}, {teacher.dim} dimensions{how}"
+        f"{f', weight {weights[name]:g}' if name in weights else ''}"
+        for name, teacher in teachers.items()
+    }
+    return Features(loss.lambda_ * loss.features_weight, teachers, loss.features, models.kinds, kept, uses=uses)

@@ -31,9 +31,6 @@ class Interactive(Term):
     weight: float
     teachers: Mapping[str, TeacherInfo]
 
-    def uses(self) -> Mapping[tuple[str, str], str]:
-        return {("teachers", name): "contrasted with the student's images and texts" for name in self.teachers}
-
     def heads(self, width: int) -> Mapping[str, torch.nn.Module]:
         return {
             head_name(name, f"interactive-{side}"): torch.nn.Linear(width, teacher.dim, bias=False)
@@ -73,7 +70,8 @@ def make(loss: Loss, models: Models) -> Interactive | None:
             "loss.interactive needs a teacher with vectors of images and texts, data.captions that are read, and a "
             "loss.lambda above 0. Remove it, or name such a teacher under data.teachers."
         )
-    return Interactive(loss.lambda_ * loss.interactive, teachers)
+    uses = {("teachers", name): "contrasted with the student's images and texts" for name in teachers}
+    return Interactive(loss.lambda_ * loss.interactive, teachers, uses=uses)
 
 
 def interactive(

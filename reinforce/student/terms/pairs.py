@@ -75,20 +75,11 @@ Features = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Pairs(Term):
-    """``clip/KIND`` and ``distill/KIND``; ``notes`` describe the logit scale of each teacher."""
+    """``clip/KIND`` and ``distill/KIND``; ``learnt`` is whether the teachers' logit scales are among the weights."""
 
     objective: Objective
-    notes: Mapping[str, str]
     learnt: bool = False
     aligns = True
-
-    def uses(self) -> Mapping[tuple[str, str], str]:
-        return {("teachers", name): f"similarities, {note}" for name, note in self.notes.items()}
-
-    def recorded(self) -> Mapping[str, Any]:
-        if self.learnt:  # they are among the weights
-            return {}
-        return {f"loss.logit_scales.{name}": scale for name, scale in self.objective.scales.items()}
 
     def losses(self, rows: Rows) -> dict[str, torch.Tensor]:
         objective, scalars = self.objective, rows.scalars
@@ -109,7 +100,12 @@ def make(loss: Loss, models: Models) -> Pairs | None:
         return None
     scales = {name: scale for name, (scale, _) in found.items()}
     objective = Objective(loss.lambda_, loss.form, scales, loss.logit_biases)
-    return Pairs(objective, {name: note for name, (_, note) in found.items()}, loss.learn_scales)
+    return Pairs(
+        objective,
+        loss.learn_scales,
+        uses={("teachers", name): f"similarities, {note}" for name, (_, note) in found.items()},
+        recorded={} if loss.learn_scales else {f"loss.logit_scales.{name}": scale for name, scale in scales.items()},
+    )
 
 
 def find_scales(loss: Loss, teachers: Mapping[str, TeacherInfo]) -> dict[str, tuple[float, str]]:

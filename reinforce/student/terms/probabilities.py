@@ -32,12 +32,6 @@ class Probabilities(Term):
     weight: float
     entries: Mapping[str, Mapping[str, Any]]
 
-    def uses(self) -> Mapping[tuple[str, str], str]:
-        return {
-            ("classifiers", name): f"probabilities of the {entry['top']} most likely of {entry['dim']:,} classes"
-            for name, entry in self.entries.items()
-        }
-
     def heads(self, width: int) -> Mapping[str, torch.nn.Module]:
         return {
             head_name(name, "classes"): torch.nn.Linear(width, entry["dim"]) for name, entry in self.entries.items()
@@ -67,7 +61,11 @@ def make(loss: Loss, models: Models) -> Probabilities | None:
             "loss.probabilities needs layers probabilities/CLASSIFIER, and the datasets have none. Name a model under "
             "`classifiers` in the config of `reinforce run`, and run it."
         )
-    return Probabilities(loss.probabilities, entries)
+    uses = {
+        ("classifiers", name): f"probabilities of the {entry['top']} most likely of {entry['dim']:,} classes"
+        for name, entry in entries.items()
+    }
+    return Probabilities(loss.probabilities, entries, uses=uses)
 
 
 def probabilities(

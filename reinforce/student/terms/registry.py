@@ -34,7 +34,7 @@ class Terms:
     def models(self) -> dict[str, list[str]]:
         """The models that have to be read or run, by section of dataset.json."""
         found: dict[str, list[str]] = {"teachers": []}
-        for section, name in dict.fromkeys(key for term in self.terms for key in term.uses()):
+        for section, name in dict.fromkeys(key for term in self.terms for key in term.uses):
             found.setdefault(section, []).append(name)
         return found
 
@@ -49,7 +49,7 @@ class Terms:
         return next((term.key for term in self.terms if term.stage() is not None), None)
 
     def recorded(self) -> dict[str, Any]:
-        return _merged([term.recorded() for term in self.terms])
+        return _merged([term.recorded for term in self.terms])
 
     def heads(self, width: int) -> dict[str, torch.nn.Module]:
         return _merged([term.heads(width) for term in self.terms])
@@ -70,7 +70,7 @@ class Terms:
 
     def scales(self) -> torch.nn.ModuleDict:
         """The logit scales to learn, by the names of modules of their teachers."""
-        starts = _merged([term.scales() for term in self.terms])
+        starts = _merged([term.scales for term in self.terms])
         return torch.nn.ModuleDict({module_name(teacher): _Scale(start) for teacher, start in starts.items()})
 
     @staticmethod
@@ -133,7 +133,7 @@ def make_terms(loss: Loss, models: Models) -> Terms:
     notes = [] if loss.reads_ensemble or loss.anchors else ["lambda 0: no teacher is used"]
     uses: dict[tuple[str, str], list[str]] = {("teachers", name): [] for name in models.teachers}
     for term in terms:
-        for (section, name), use in term.uses().items():
+        for (section, name), use in term.uses.items():
             uses.setdefault((owner_of(section), name), []).append(use)
     notes += [f"{section[:-1]} {name}: {'; '.join(found) or _UNUSED}" for (section, name), found in uses.items()]
     return Terms(terms, notes)
@@ -142,14 +142,14 @@ def make_terms(loss: Loss, models: Models) -> Terms:
 def _check_learns(loss: Loss, models: Models, terms: Sequence[Term]) -> None:
     """Raise UserError if no term aligns images and texts, or if none uses a model although lambda is above 0."""
     if not (models.texts and models.images):
-        if not any(term.uses() for term in terms):
+        if not any(term.uses for term in terms):
             key, read, layer = ("images", "texts", "caption") if models.texts else ("captions", "images", "images")
             raise UserError(
                 f"data.{key} is none, so only {read} are read, and no loss has targets of them. Name teachers with "
                 f"layers embeddings/TEACHER/{layer} under data.teachers; loss.lambda must be above 0, and "
                 "loss.features not none."
             )
-    elif not any(term.aligns for term in terms) or (loss.lambda_ > 0 and not any(term.uses() for term in terms)):
+    elif not any(term.aligns for term in terms) or (loss.lambda_ > 0 and not any(term.uses for term in terms)):
         raise UserError(
             f"loss.lambda is {loss.lambda_:g} and no teacher has vectors of both images and texts, so no loss would "
             "align them. For images alone set data.captions to none. Else name such a teacher under data.teachers, or "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,16 +16,11 @@ from reinforce.student.terms.pairs import find_scales, scale_losses
 class Scales(Term):
     """``scale/TEACHER``, whose gradient reaches only the scale of the teacher."""
 
-    starts: Mapping[str, float]
-
-    def scales(self) -> Mapping[str, float]:
-        return self.starts
-
     def losses(self, rows: Rows) -> dict[str, torch.Tensor]:
-        learnt = {name: rows.scalars[scale_name(name)] for name in self.starts}
+        learnt = {name: rows.scalars[scale_name(name)] for name in self.scales}
         vectors = {
             name: {what: rows.targets[name][what] for what in (IMAGE, CAPTION, SYNTHETIC) if what in rows.targets[name]}
-            for name in self.starts  # a classifier of the same name has targets beside them
+            for name in self.scales  # a classifier of the same name has targets beside them
         }
         return scale_losses(learnt, vectors, rows.reduced)
 
@@ -35,4 +29,4 @@ def make(loss: Loss, models: Models) -> Scales | None:
     """The term of a config that learns scales."""
     if not (loss.learn_scales and models.texts and models.images):
         return None
-    return Scales({name: scale for name, (scale, _) in find_scales(loss, models.teachers).items()})
+    return Scales(scales={name: scale for name, (scale, _) in find_scales(loss, models.teachers).items()})
