@@ -110,8 +110,19 @@ class ImageBatches:
         needed = self._count * sum(spec.height * spec.width * 3 for spec in specs)
         kept: list[_Decoded] | None = [] if 0 < needed <= self._budget.free else None
         done = 0
-        with closing(self._decode(specs, size, threads)) as batches:
-            for batch in batches:
+
+        def convert(item: LabelledImage, data: bytes) -> tuple[list[np.ndarray], Any]:
+            if not specs:  # only read
+                self._check_size(data)
+                return [], item.target
+            image = self.open(data)
+            return [fit(image, spec) for spec in specs], item.target
+
+        with closing(self._converted(convert, 2 * size, threads)) as items:
+            while taken := list(itertools.islice(items, size)):
+                pixels = [np.stack(images) for images in zip(*(images for images, _ in taken), strict=True)]
+                batch = pixels, [target for _, target in taken]
+                del taken
                 if kept is not None:
                     kept.append(batch)
                 yield batch
@@ -148,19 +159,6 @@ class ImageBatches:
     def _check_size(self, data: bytes) -> None:
         if len(data) > self._limits.image_bytes:  # a dataset may have been made with wider limits
             raise ImageRefused(Reason.IMAGE_BYTES, f"{len(data)} bytes, above limits.image_bytes")
-
-    def _decode(self, specs: Sequence[ImageSpec], size: int, threads: int) -> Generator[_Decoded, None, None]:
-        def convert(item: LabelledImage, data: bytes) -> tuple[list[np.ndarray], Any]:
-            if not specs:  # only read
-                self._check_size(data)
-                return [], item.target
-            image = self.open(data)
-            return [fit(image, spec) for spec in specs], item.target
-
-        with closing(self._converted(convert, 2 * size, threads)) as items:
-            while taken := list(itertools.islice(items, size)):
-                pixels = [np.stack(images) for images in zip(*(images for images, _ in taken), strict=True)]
-                yield pixels, [target for _, target in taken]
 
     def _converted(
         self,

@@ -183,18 +183,25 @@ def _read_revisions(root: Path) -> dict[str, Any]:
 class ResultFile:
     """The lines of one model in the folder of results, by the keys of sets; each new line replaces the file.
 
-    ``identity`` is of the model as it is now. ``outdated`` are the keys of lines that are not used, since an earlier
-    version wrote them.
+    ``identity`` is of the model as it is now. ``outdated`` are the keys of lines that are not used, since they are of
+    another version of the metric.
     """
 
     def __init__(self, folder: str, model: str, identity: str = "") -> None:
         folder = folder.rstrip("/")
         self.url = f"{folder}/{file_name(model)}"
         self.outdated: set[str] = set()
-        self._model, self._identity = model, identity
-        # earlier versions wrote other names, which several models could share
-        former = f"{folder}/{_stem(model)}.jsonl"
-        self._lines = self._read(self.url) or self._read(former)
+        self._identity = identity
+        self._lines: dict[str, Line] = {}
+        fs, path = filesystem(self.url)
+        if fs.exists(path):
+            try:
+                lines = [json.loads(line) for line in read_whole(fs, path).decode().splitlines() if line.strip()]
+                self._lines = {line["key"]: line for line in lines if line["model"].rpartition("@")[0] == model}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"{canonical(self.url)} has a line that is not of results ({error}). Remove the file."
+                ) from error
 
     def line(self, one: SuiteSet) -> Line | None:
         """The line of a set that this model has with this version of the metric, else None.
@@ -202,9 +209,9 @@ class ResultFile:
         Its ``files`` are the state of the files that were read, its ``content`` is the digest of what was in them.
         """
         line = self._lines.get(one.key)
-        if line is None or line.get("model") != self._identity:
+        if line is None or line["model"] != self._identity:
             return None
-        if line.get("content") and line.get("metric") == metric_version(one):
+        if line["metric"] == metric_version(one):
             return line
         self.outdated.add(one.key)
         return None
@@ -226,21 +233,6 @@ class ResultFile:
             ) from error
         return line
 
-    def _read(self, url: str) -> dict[str, Line]:
-        """The lines of a file that are of this model, or that name none."""
-        fs, path = filesystem(url)
-        if not fs.exists(path):
-            return {}
-        try:
-            lines = [json.loads(line) for line in read_whole(fs, path).decode().splitlines() if line.strip()]
-            return {
-                line["key"]: line for line in lines if line.get("model", "@").rpartition("@")[0] in ("", self._model)
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{canonical(url)} has a line that is not of results ({error}). Remove the file."
-            ) from error
-
 
 def metric_version(one: SuiteSet) -> str:
     """Settings that determine the metrics of a set, besides its content and the model."""
@@ -254,12 +246,8 @@ def file_name(model: str) -> str:
     """
     if _PLAIN_NAME.fullmatch(model):
         return f"{model}.jsonl"
-    stem = _stem(model)[-_STEM_CHARACTERS:].lstrip(".-") or "model"
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-")[-_STEM_CHARACTERS:].lstrip(".-") or "model"
     return f"{stem}-{hashlib.blake2b(model.encode(), digest_size=4).hexdigest()}.jsonl"
-
-
-def _stem(model: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-")
 
 
 @dataclass
@@ -565,8 +553,7 @@ def _plan(
     for name, store in stores.items():
         if store.outdated:
             Screen().log(
-                f"{name}: {plural(len(store.outdated), 'result')} of an earlier version computed again, since they do "
-                "not state the content of their sets, or are of another version of the metric"
+                f"{name}: {plural(len(store.outdated), 'result')} of another version of the metric computed again"
             )
     return jobs
 

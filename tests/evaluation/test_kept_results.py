@@ -21,7 +21,7 @@ from reinforce.evaluation.evaluator import read_content
 from reinforce.evaluation.kinds import base as files
 from reinforce.evaluation.kinds.base import find_files
 from reinforce.evaluation.kinds.registry import KINDS
-from reinforce.evaluation.suite import Job, ResultFile, SuiteReport, count_workers, file_name
+from reinforce.evaluation.suite import Job, SuiteReport, count_workers, file_name
 from reinforce.processes.parallel import Actors
 from tests.helpers import forks
 from tests.helpers.commands import Command
@@ -43,7 +43,7 @@ from tests.helpers.waiting import wait_for
 
 Evaluate = Callable[..., str]
 MNIST = "wds_mnist_test"
-FORMER = "result of an earlier version computed again, since they do not state the content of their sets"
+FORMER = "result of another version of the metric computed again"
 
 
 @pytest.fixture
@@ -119,23 +119,14 @@ def test_a_copy_is_read_once_and_keeps_its_result(evaluate: Evaluate, tmp_path: 
     assert len(decoded) == 24
 
 
-def test_another_version_of_the_metric_and_results_of_earlier_versions_are_computed_again_with_a_line(
-    evaluate: Evaluate, tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+def test_results_of_another_version_of_the_metric_are_computed_again_with_a_line(
+    evaluate: Evaluate, decoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate()
     monkeypatch.setitem(KINDS, "classification", replace(KINDS["classification"], version=10**6))
     assert f"a/b: 1 {FORMER}" in evaluate()
     assert FORMER not in evaluate()
     assert len(decoded) == 24
-    path = tmp_path / "out" / file_name("a/b")
-    line = json.loads(path.read_text())
-    del line["content"], line["metric"]
-    path.unlink()
-    (tmp_path / "out" / "a-b.jsonl").write_text(json.dumps(line) + "\n")  # where earlier versions wrote it
-    assert ResultFile("out", "a/b").main_metric("mnist") == line["metrics"]["main_metric"]
-    assert ResultFile("out", "a-b").main_metric("mnist") is None, "the line is of another model"
-    assert f"a/b: 1 {FORMER}" in evaluate()
-    assert len(decoded) == 36
 
 
 def test_models_never_share_a_file_of_results(evaluate: Evaluate, tmp_path: Path, decoded: list[int]) -> None:
