@@ -50,14 +50,6 @@ def metric_text(name: str, value: float | None) -> str:
     return f"{value:.4f}" if name.endswith(_NUMBERS) else f"{100 * value:.2f}"
 
 
-def metric_lines(metrics: Mapping[str, float | None], parts: Mapping[str, str], head: str) -> list[str]:
-    """Metrics as an aligned table; ``parts`` says which are of a part of what their names say."""
-    shown = [(name_part(metric, parts), metric_text(metric, value)) for metric, value in metrics.items()]
-    rows = [(_METRICS, head), *shown] if shown else []
-    left, right = (max((len(row[side]) for row in rows), default=0) for side in (0, 1))
-    return [f"{name:<{left}}  {value:>{right}}" for name, value in rows]
-
-
 @dataclass(frozen=True)
 class Results:
     """The results of a finished training run; the field names are the keys of results.json.
@@ -100,7 +92,10 @@ class Results:
         if self.loss is not None:
             lines.append(f"final loss: {self.loss:.4f}")
         step = f"step {self.steps if self.exported is None else self.exported:,}"
-        lines += metric_lines(self.metrics, self.parts, step)
+        shown = [(name_part(name, self.parts), metric_text(name, value)) for name, value in self.metrics.items()]
+        rows = [(_METRICS, step), *shown] if shown else []
+        left, right = (max((len(row[side]) for row in rows), default=0) for side in (0, 1))
+        lines += [f"{name:<{left}}  {value:>{right}}" for name, value in rows]
         if self.best is not None and self.best.step != self.steps:
             where = "exported" if self.best.step == self.exported else "kept as a checkpoint"
             name, best = name_part(self.best.metric, self.parts), metric_text(self.best.metric, self.best.value)
@@ -314,7 +309,17 @@ class StepProfiler:
         self._profile.stop()
         first, last = self._first + 1, self._last + 1
         name = f"steps-{first:09d}-{last:09d}"
-        lines = _table(self._profile, last - first + 1)
+        # the operations that take longest by themselves, on the device where there is one, in milliseconds a step
+        steps, events = last - first + 1, self._profile.key_averages()
+        on_device = any(event.self_device_time_total for event in events)
+        clock = "self_device_time_total" if on_device else "self_cpu_time_total"
+        times = sorted(((getattr(event, clock), event.count, event.key) for event in events), reverse=True)
+        total = sum(time for time, _, _ in times) or 1.0
+        lines = [f"{'ms a step':>10} {'share':>6} {'calls':>8}  operation ({'device' if on_device else 'CPU'} time)"]
+        for time, calls, operation in times[:_ROWS]:
+            if time > 0:
+                row = f"{time / 1000 / steps:10.2f} {time / total:6.1%} {calls / steps:8.0f}  {operation[:_NAME]}"
+                lines.append(row)
         with self._storage.temporary_folder() as folder:
             trace = Path(folder, f"{name}.json.gz")
             self._profile.export_chrome_trace(str(trace))
@@ -330,17 +335,3 @@ class StepProfiler:
             else f"trace: {PROFILE_FOLDER}/{trace.name}"
         )
         return [f"profile of steps {first:,} to {last:,}; {kept}; table: {PROFILE_FOLDER}/{name}.txt", *lines]
-
-
-def _table(profile: Any, steps: int) -> list[str]:
-    """The operations that take longest by themselves, on the device where there is one, in milliseconds a step."""
-    events = profile.key_averages()
-    on_device = any(event.self_device_time_total for event in events)
-    clock = "self_device_time_total" if on_device else "self_cpu_time_total"
-    times = sorted(((getattr(event, clock), event.count, event.key) for event in events), reverse=True)
-    total = sum(time for time, _, _ in times) or 1.0
-    rows = [f"{'ms a step':>10} {'share':>6} {'calls':>8}  operation ({'device' if on_device else 'CPU'} time)"]
-    for time, calls, name in times[:_ROWS]:
-        if time > 0:
-            rows.append(f"{time / 1000 / steps:10.2f} {time / total:6.1%} {calls / steps:8.0f}  {name[:_NAME]}")
-    return rows

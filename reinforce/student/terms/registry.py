@@ -129,18 +129,6 @@ def make_terms(loss: Loss, models: Models) -> Terms:
             raise UserError(f"loss.{name}: {error}") from error
         if term is not None:
             terms.append(term)
-    _check_learns(loss, models, terms)
-    notes = [] if loss.reads_ensemble or loss.anchors else ["lambda 0: no teacher is used"]
-    uses: dict[tuple[str, str], list[str]] = {("teachers", name): [] for name in models.teachers}
-    for term in terms:
-        for (section, name), use in term.uses.items():
-            uses.setdefault((owner_of(section), name), []).append(use)
-    notes += [f"{section[:-1]} {name}: {'; '.join(found) or _UNUSED}" for (section, name), found in uses.items()]
-    return Terms(terms, notes)
-
-
-def _check_learns(loss: Loss, models: Models, terms: Sequence[Term]) -> None:
-    """Raise UserError if no term aligns images and texts, or if none uses a model although lambda is above 0."""
     if not (models.texts and models.images):
         if not any(term.uses for term in terms):
             key, read, layer = ("images", "texts", "caption") if models.texts else ("captions", "images", "images")
@@ -155,6 +143,13 @@ def _check_learns(loss: Loss, models: Models, terms: Sequence[Term]) -> None:
             "align them. For images alone set data.captions to none. Else name such a teacher under data.teachers, or "
             "lower loss.lambda (0: plain CLIP, which needs captions)."
         )
+    notes = [] if loss.reads_ensemble or loss.anchors else ["lambda 0: no teacher is used"]
+    uses: dict[tuple[str, str], list[str]] = {("teachers", name): [] for name in models.teachers}
+    for term in terms:
+        for (section, name), use in term.uses.items():
+            uses.setdefault((owner_of(section), name), []).append(use)
+    notes += [f"{section[:-1]} {name}: {'; '.join(found) or _UNUSED}" for (section, name), found in uses.items()]
+    return Terms(terms, notes)
 
 
 def _merged(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
