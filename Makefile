@@ -13,7 +13,7 @@ CORE_TESTS := --ignore=tests/source/test_hub.py tests/images \
 	tests/schemas tests/source tests/dataset tests/engine/worker/test_models.py tests/engine/plan/test_plan.py \
 	tests/engine/plan/test_recipe.py tests/engine/worker/test_rows.py tests/engine/worker/test_shard.py tests/teachers/coca/test_captioner.py \
 	tests/teachers/decoding/test_decode.py tests/teachers/open_clip/test_teacher.py tests/teachers/transformers/test_teacher.py \
-	tests/student/test_loss.py tests/integration/test_run.py
+	tests/student/test_pairs.py tests/integration/test_run.py
 # Otherwise every process of a run compiles its imports again: see below.
 unexport PYTHONDONTWRITEBYTECODE
 
