@@ -119,10 +119,10 @@ class ImageBatches:
             return [fit(image, spec) for spec in specs], item.target
 
         with closing(self._converted(convert, 2 * size, threads)) as items:
-            while taken := list(itertools.islice(items, size)):
-                pixels = [np.stack(images) for images in zip(*(images for images, _ in taken), strict=True)]
-                batch = pixels, [target for _, target in taken]
-                del taken
+            while found := list(itertools.islice(items, size)):
+                pixels = [np.stack(images) for images in zip(*(images for images, _ in found), strict=True)]
+                batch = pixels, [target for _, target in found]
+                del found
                 if kept is not None:
                     kept.append(batch)
                 yield batch

@@ -205,9 +205,8 @@ def make_rows(outcomes: Mapping[Trial, Outcome], seeds: Sequence[int]) -> list[R
         finished = set(values) == set(seeds)
         state: Literal["finished", "stopped", "failed"] = "finished" if finished else "failed" if errors else "stopped"
         first = next(iter(by_seed.values())).curve
-        rows.append(
-            Row(settings[key], state, values, *(first[-1] if first else (0, None)), errors[0] if errors else None)
-        )
+        last_step, last_value = first[-1] if first else (0, None)
+        rows.append(Row(settings[key], state, values, last_step, last_value, errors[0] if errors else None))
     return rows
 
 
