@@ -34,8 +34,7 @@ from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker.decode import DecodePool
 from reinforce.engine.worker.models import load_models
 from reinforce.engine.worker.shard import ShardProcess
-from reinforce.source.formats.base import Shard, source_format
-from reinforce.source.reading import read_samples
+from reinforce.source.formats.base import Shard, read_samples, source_format
 
 RESULTS = Path(__file__).parent / "results" / "sources.json"
 BOUND = 1.1  # of the CPU of tars

@@ -26,7 +26,7 @@ BROKEN = [
     ),
     ("Policy is pure", "reinforce/engine/driver/faults.py", "ray"),
     ("Datasets: files, manifest", "reinforce/dataset/index.py", "reinforce.dataset.claims"),
-    ("Sources: bytes, samples, formats", "reinforce/source/streams.py", "reinforce.source.reading"),
+    ("Sources: bytes, samples, formats", "reinforce/source/urls.py", "reinforce.source.formats.base"),
     ("Teachers: families above", "teachers/runtime/accelerator.py", "teachers.coca.decoder"),
     ("Training imports neither the engine", "reinforce/training/task.py", "reinforce.dataset.store"),
     ("What learns, and what judges it", "reinforce/student/train.py", "reinforce.engine.plan.plan"),

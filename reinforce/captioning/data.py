@@ -49,9 +49,8 @@ from reinforce.evaluation.reading import (
 from reinforce.images.backends import sample_augmentation
 from reinforce.source.config import Input
 from reinforce.source.formats import dataset as samples_layer
-from reinforce.source.formats.base import Part, Shard, find_format
+from reinforce.source.formats.base import Part, Shard, find_format, read_samples
 from reinforce.source.formats.jsonl import COMPRESSIONS
-from reinforce.source.reading import read_samples
 from reinforce.source.samples import CAPTION_POLICY, Item, RawSample, Refusal, UnreadSample
 from reinforce.source.urls import canonical, filesystem, open_whole, with_fingerprint
 from reinforce.student.data.datasets import samples_groups

@@ -35,11 +35,12 @@ from reinforce.source.formats.base import (
     files_of_folder,
     find_columns,
     find_format,
+    find_several,
     format_of_name,
+    read_samples,
 )
 from reinforce.source.formats.folder import CLASS, class_of, folders_of_one_class
 from reinforce.source.parquet_file import RefusedFile
-from reinforce.source.reading import find_several, read_samples
 from reinforce.source.samples import RawSample, Refusal, UnreadSample, parse_json, texts_of
 from reinforce.source.urls import Info, canonical, filesystem
 from reinforce.terminal import first_names, format_bytes, plural

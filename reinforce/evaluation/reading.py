@@ -21,9 +21,9 @@ from reinforce.dataset.reading import Dataset
 from reinforce.dataset.store import MANIFEST
 from reinforce.errors import UserError
 from reinforce.settings import LayerName, Section
-from reinforce.source import reading
 from reinforce.source.config import Format, Input, Limits
 from reinforce.source.file_types import is_image_name
+from reinforce.source.formats import base
 from reinforce.source.formats.base import Shard, source_format
 from reinforce.source.samples import RawSample, Refusal, T, caption_of, metadata_of, parse_json, texts_of
 from reinforce.source.urls import COMPRESSIONS, canonical, expand, filesystem, shard_names
@@ -242,7 +242,7 @@ def read_samples(urls: str | Sequence[str], spec: Input, where: str) -> Iterator
         return
     check_no_view(urls, spec.view, where)
     for shard in list_shards(urls, spec):
-        yield from raise_on_damage(reading.read_samples(shard, spec), shard.file, where)
+        yield from raise_on_damage(base.read_samples(shard, spec), shard.file, where)
 
 
 def list_shards(urls: str | Sequence[str], spec: Input) -> list[Shard]:

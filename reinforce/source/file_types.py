@@ -105,13 +105,9 @@ def foreign_content(first: bytes) -> str | None:
         if first.startswith(magic, offset) or (magic in (b"<", b"{", b"[") and text.startswith(magic)):
             return _describe(kind)
     is_text = bool(text) and all(byte >= 32 or byte in b"\t\r\n" for byte in first)
-    return _describe(("a text file", _LIST)) if is_text and _is_utf8(first) else None
+    is_utf8 = "\ufffd" not in first.decode("utf-8", "replace")[:-1]  # the last character may be cut off
+    return _describe(("a text file", _LIST)) if is_text and is_utf8 else None
 
 
 def _describe(kind: tuple[str, str] | None) -> str | None:
     return None if kind is None else f"{kind[0]}, not a tar: {kind[1]}"
-
-
-def _is_utf8(first: bytes) -> bool:
-    """Return whether bytes are UTF-8; the last character may be cut off."""
-    return "\ufffd" not in first.decode("utf-8", "replace")[:-1]

@@ -22,11 +22,9 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from reinforce.processes.attempts import DOWNLOADS
 from reinforce.source.config import Input
-from reinforce.source.formats.base import make_sample
 from reinforce.source.references import MAX_URL_CHARS, ImageRoots
-from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample
-from reinforce.source.streams import FileReader, UnreadableFile, read_ahead
-from reinforce.source.urls import canonical
+from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample, make_sample
+from reinforce.source.urls import FileReader, UnreadableFile, canonical, read_ahead
 from schemas import Reason
 
 _TIMEOUT = 10.0  # seconds without an answer
@@ -197,19 +195,18 @@ def is_public_address(address: str) -> bool:
     return found.is_global and not found.is_multicast
 
 
-# -- Images in files of their own, at the paths and URLs that a table or a folder names.
-#
-# Paths are relative to the folder of the table and stay in it; what is not there is looked for in the folders that
-# ``input.images_from`` names. Everything else is read only where it is in one of these, except http and https URLs of
-# public addresses.
-
 _FIRST_UNREACHABLE = 20  # unreachable images at the start of a shard after which the shard fails
 _NOT_IN_PLACES = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _WEB = ("http://", "https://")
 
 
 class Places:
-    """Reads images at places that a table at ``table`` names; ``table`` is the URL of a file in its folder."""
+    """Reads images at the places that a table names; ``table`` is the URL of a file in its folder.
+
+    Paths are relative to the folder of the table and stay in it; what is not there is looked for in the folders that
+    ``input.images_from`` names. Everything else is read only where it is in one of these, except http and https URLs of
+    public addresses.
+    """
 
     def __init__(self, table: str, spec: Input) -> None:
         self._limits = spec.limits
@@ -246,31 +243,36 @@ class Places:
     def _read(self, item: Item) -> RawSample | Refusal:
         if not isinstance(item, UnreadSample):
             return item
+        location, places = item.location, []
         try:
-            url, data = self._found(item.location)
-            return make_sample(item, data, self._limits, url)
-        except ImageRefusedByPlace as error:
-            return Refusal(item.key, error.reason, f"{item.location[:500]!r}: {error.detail}")
-
-    def _found(self, location: str) -> tuple[str, bytes]:
-        """The URL of a place, and its content. Raises ImageRefusedByPlace."""
-        url = self.resolve(location)
-        try:
-            return url, self._content(url)
-        except ImageRefusedByPlace as error:
+            url = self.resolve(location)
+            places.append(url)
             inside = url.startswith(f"{self.folder}/") and "://" not in location and not location.startswith("/")
-            if error.reason is not Reason.IMAGE_MISSING or not inside or ".." in location.split("/"):
-                raise
-            for root in self._roots.urls:
+            if inside and ".." not in location.split("/"):
+                places += [f"{root}{url.removeprefix(self.folder)}" for root in self._roots.urls]
+            return make_sample(item, self._content(url), self._limits, url)
+        except ImageRefusedByPlace as error:
+            refused = error
+        if refused.reason is Reason.IMAGE_MISSING:
+            for url in places[1:]:
                 with contextlib.suppress(ImageRefusedByPlace):
-                    found = f"{root}{url.removeprefix(self.folder)}"
-                    return found, self._content(found)
-            raise
+                    return make_sample(item, self._content(url), self._limits, url)
+        return Refusal(item.key, refused.reason, f"{location[:500]!r}: {refused.detail}")
 
     def _content(self, url: str) -> bytes:
-        if url.lower().startswith(_WEB):
-            return self._fetched(url)
         limit = self._limits.image_bytes
+        if url.lower().startswith(_WEB):
+            try:
+                data = fetch(url, limit, self._is_allowed)
+            except Unreachable as error:
+                self._unreachable += 1
+                if not self._reached and self._unreachable >= _FIRST_UNREACHABLE:
+                    raise ConnectionError(
+                        f"none of the first {self._unreachable} images can be reached: {error}"
+                    ) from error
+                raise ImageRefusedByPlace(Reason.IMAGE_MISSING, str(error)[:500]) from error
+            self._reached += 1
+            return data
         files = next(files for root, files in self._files.items() if url == root or url.startswith(f"{root}/"))
         try:
             data = files.read(url, limit)
@@ -284,16 +286,3 @@ class Places:
         """Whether the config names the folder of a URL, as one of images or by the table in it."""
         place = canonical(url)
         return ".." not in place.split("/") and (self._roots.holds(place) or place.startswith(f"{self.folder}/"))
-
-    def _fetched(self, url: str) -> bytes:
-        try:
-            data = fetch(url, self._limits.image_bytes, self._is_allowed)
-        except Unreachable as error:
-            self._unreachable += 1
-            if not self._reached and self._unreachable >= _FIRST_UNREACHABLE:
-                raise ConnectionError(
-                    f"none of the first {self._unreachable} images can be reached: {error}"
-                ) from error
-            raise ImageRefusedByPlace(Reason.IMAGE_MISSING, str(error)[:500]) from error
-        self._reached += 1
-        return data

@@ -1,4 +1,4 @@
-"""The footers of Parquet files, bounded before they are parsed.
+"""Parquet files that may be untrusted: what their footers and pages ask for is bounded before Arrow decodes it.
 
 The Arrow schema in a footer is not used, because Arrow would create the types that it names by whatever code has
 registered them, and types of some libraries unpickle their values.
@@ -200,8 +200,6 @@ class _NoFile(ArrowInput):
         return b""
 
 
-# -- Page headers of a Parquet column chunk, read before its pages are decoded.
-#
 # A page states in its header how many values it has and how large it is when decompressed. The decoder allocates that
 # much memory and does not compare it with the footer, so a few bytes can ask for gigabytes. Headers are Thrift structs
 # in the compact protocol: https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift
@@ -380,14 +378,13 @@ def decompress(data: Bytes, size: int, compression: str) -> Bytes:
         raise BadPage(f"a page cannot be decompressed: {error}") from error
 
 
-# -- A Parquet file whose ranges are fetched once, checked in memory, and then read by Arrow from there.
-
 _GAP = 2**13  # bytes between two columns that are read with them in one request
 
 
 class WindowFile(ArrowInput):
-    """An open binary file of ``size`` bytes, which the caller closes. ``error`` is what the storage has raised.
+    """An open binary file of ``size`` bytes whose ranges are fetched once, checked, and then read by Arrow.
 
+    The caller closes the file. ``error`` is what the storage has raised.
     The end of the file is kept, since it often is all of it, and what was fetched last, since it may be fetched again.
     """
 
@@ -427,25 +424,20 @@ class WindowFile(ArrowInput):
                 if len(done) == length:
                     return done
                 return b"".join((done, self.read_at(start + len(done), length - len(done))))
-        return self._read_file(start, length)
-
-    def _read_file(self, start: int, length: int) -> Any:
         read = getattr(self._file, "read_buffer", self._file.read)  # without a copy from a memory map
         data = bytearray()
         try:
             self._file.seek(start)
-            while len(data) < length and (part := read(length - len(data))):
-                if len(part) == length:
-                    return part
-                data += part
+            while len(data) < length and (more := read(length - len(data))):
+                if len(more) == length:
+                    return more  # type: ignore[no-any-return]
+                data += more
         except Exception as error:  # each driver has its own exceptions
             self.error = error
             raise
         if len(data) < length:
             raise RefusedFile("it is cut off: the file is shorter than its footer states")
         return bytes(data)
-
-    # The file that Arrow reads.
 
     def read(self, count: int = -1) -> Bytes:
         left = max(0, self._size - self._position)
@@ -466,25 +458,23 @@ def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-# -- Bytes that pages of delta-encoded texts need when they are decoded, computed before Arrow decodes them.
-#
-# Arrow allocates what such a page states inside its compressed body: the number of its lengths, and with
-# DELTA_BYTE_ARRAY the length of the prefix that each text repeats of the text before. Both can be gigabytes in a page
-# of a few bytes. https://parquet.apache.org/docs/file-format/data-pages/encodings/
+# Arrow allocates what a page of delta-encoded texts states inside its compressed body: the number of its lengths, and
+# with DELTA_BYTE_ARRAY the length of the prefix that each text repeats of the text before. Both can be gigabytes in a
+# page of a few bytes. https://parquet.apache.org/docs/file-format/data-pages/encodings/
 
 #: Values of a page whose lengths are decoded at once; Arrow needs 8 bytes for each.
 MAX_DELTA_VALUES = 2**22
+#: Encodings of pages that have lengths which Arrow decodes at once.
+_DELTAS = (DELTA_LENGTH_BYTE_ARRAY, DELTA_BYTE_ARRAY)
 _UNIT = 32  # values of a miniblock are a multiple of it
 _PART = 2**14  # values that are unpacked at once
 
 
-def is_delta(page: Page) -> bool:
-    """Whether a page has lengths that Arrow decodes at once."""
-    return page.encoding in (DELTA_LENGTH_BYTE_ARRAY, DELTA_BYTE_ARRAY)
-
-
 def decoded_bytes(page: Page, stored: Bytes, column: pq.ColumnSchema, compression: str) -> int:
-    """Bytes of the texts of a page ``is_delta`` and of their lengths; ``stored`` is its body. Raises BadPage."""
+    """Bytes of the texts of a page with one of ``_DELTAS`` and of their lengths; ``stored`` is its body.
+
+    Raises BadPage.
+    """
     if page.values > MAX_DELTA_VALUES:
         raise BadPage(f"a page of {page.values:,} delta-encoded values; at most {MAX_DELTA_VALUES:,} are read")
     try:
@@ -576,8 +566,6 @@ def _not_negative(value: int) -> int:
     return value
 
 
-# -- A Parquet file that Arrow reads a few rows at a time: each page is checked before it is passed on.
-
 #: Bytes of a page and of the pages of one batch, when decompressed, that are decoded at most.
 MAX_PAGE_BYTES = 2**29
 MAX_BATCH_BYTES = 2**30
@@ -590,7 +578,7 @@ _MAX_HEADER_BYTES = 2**24
 
 
 class CheckedFile(WindowFile):
-    """A file that Arrow reads column chunks from; each page header is checked when it is read.
+    """A file that Arrow reads a few rows at a time; each page header is checked before it is passed on.
 
     ``batch_bytes`` are the decompressed bytes of the pages since it was set.
     """
@@ -643,7 +631,9 @@ class CheckedFile(WindowFile):
                 known = self.read_at(position, min(length, self._size - position))
                 length *= 16
 
-    def _check_pages(self, start: int, data: Bytes) -> None:
+    def read(self, count: int = -1) -> Bytes:
+        start = self._position
+        data = super().read(count)
         end = start + len(data)
         for chunk in self._chunks:
             while chunk.next < min(end, chunk.end) and start <= chunk.next:
@@ -651,10 +641,11 @@ class CheckedFile(WindowFile):
                 page, header = self._page(chunk.next, known)
                 body = chunk.pass_page(page, header)
                 self.batch_bytes += page.uncompressed
-                if is_delta(page):
+                if page.encoding in _DELTAS:
                     self.batch_bytes += self._check_delta(chunk, page, body, known[header:])
                 if self.batch_bytes > MAX_BATCH_BYTES:
                     raise BadPage(f"some rows need more than {MAX_BATCH_BYTES:,} bytes")
+        return data
 
     def _check_delta(self, chunk: _Chunk, page: Page, start: int, known: memoryview) -> int:
         """Bytes of the texts of a page whose body is at ``start``; ``known`` is what has been read from there on.
@@ -670,12 +661,6 @@ class CheckedFile(WindowFile):
         if size > MAX_PAGE_BYTES:
             raise BadPage(f"a page of texts of {size:,} bytes; at most {MAX_PAGE_BYTES:,} are read")
         return size
-
-    def read(self, count: int = -1) -> Bytes:
-        start = self._position
-        data = super().read(count)
-        self._check_pages(start, data)
-        return data
 
 
 class _Chunk:

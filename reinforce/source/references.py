@@ -16,8 +16,17 @@ from urllib.parse import urlsplit
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import UserError
-from reinforce.source.streams import BLOCK_BYTES, DamagedTar, check_file
-from reinforce.source.urls import Info, canonical, compression, filesystem, open_whole, read_up_to
+from reinforce.source.samples import DamagedTar
+from reinforce.source.urls import (
+    BLOCK_BYTES,
+    Info,
+    canonical,
+    check_file,
+    compression,
+    filesystem,
+    open_whole,
+    read_up_to,
+)
 from reinforce.terminal import escape
 from schemas import Reason
 
@@ -90,7 +99,13 @@ class OpenedStates:
         else:
             state = listed_state(info or _listed(fs, path, file))
             if state.stamp is None:
-                state = replace(state, head=_hash(_first_bytes(fs, path, file)))
+                if getattr(file, "size", None) is None:  # a stream, which cannot go back
+                    with fs.open(path, "rb") as other:
+                        head = read_up_to(other, _HEAD_BYTES)
+                else:
+                    head = read_up_to(file, _HEAD_BYTES)
+                    file.seek(0)
+                state = replace(state, head=_hash(head))
         self.states.append(state)
 
     def check(self, now: SourceState) -> None:
@@ -121,16 +136,6 @@ def _listed(fs: Any, path: str, file: Any) -> Info:
 def _local_state(found: os.stat_result) -> SourceState:
     """The state of a local file itself, where that of a listing is of the link to it."""
     return SourceState(found.st_size, None, f"mtime={found.st_mtime}")
-
-
-def _first_bytes(fs: Any, path: str, file: Any) -> bytes:
-    """The first bytes of a file; an open one stays at its beginning."""
-    if getattr(file, "size", None) is None:  # a stream, which cannot go back
-        with fs.open(path, "rb") as other:
-            return read_up_to(other, _HEAD_BYTES)
-    data = read_up_to(file, _HEAD_BYTES)
-    file.seek(0)
-    return data
 
 
 def _hash(head: bytes) -> str:
@@ -203,11 +208,6 @@ def _folder_of(url: str, folders: Mapping[str, str]) -> str | None:
     return max(found, key=len, default=None)
 
 
-# -- Where images that a dataset stores by reference may be read from.
-#
-# A reference is a URL from a Parquet file. Who makes a dataset could name any file of its reader and any address in the
-# reader's network, so it is followed only into folders that the reader has named.
-
 #: Schemes of references, besides paths of local files. Others can read anything, such as ``reference://``.
 SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "hdfs", "https", "http")
 MAX_URL_CHARS = 4096
@@ -218,8 +218,10 @@ _ESCAPED = re.compile(r"\\|%2e|%2f|%5c", re.IGNORECASE)  # of a path's separator
 
 @dataclass(frozen=True)
 class ImageRoots:
-    """Folders and files, as canonical URLs, that references may name.
+    """Folders and files, as canonical URLs, that references of images may name.
 
+    A reference is a URL from a Parquet file. Who makes a dataset could name any file of its reader and any address in
+    the reader's network, so it is followed only into folders that the reader has named.
     ``key`` is how a user names a folder, for messages: a text with ``{}``. ``max_bytes`` bounds an image. ``own`` is a
     URL of the user's config, which may be any.
     """
@@ -377,15 +379,11 @@ def _fault(url: str) -> str | None:
     folders = {*rest.split("/")} if remote else set()
     if canonical(url) != url or {".", ".."} & folders or _CONTROL.search(url) or (web and _ESCAPED.search(url)):
         return "it is not in the form in which runs write URLs"
-    return "it is a link-local address" if web and _is_link_local(url) else None
-
-
-def _is_link_local(url: str) -> bool:
-    """Whether a URL names a link-local address, such as that of a cloud's metadata, by its number."""
-    try:
-        return ipaddress.ip_address(urlsplit(url).hostname or "").is_link_local
-    except ValueError:
-        return False
+    if web:
+        with contextlib.suppress(ValueError):  # a name and no number of an address, such as that of a cloud's metadata
+            if ipaddress.ip_address(urlsplit(url).hostname or "").is_link_local:
+                return "it is a link-local address"
+    return None
 
 
 def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""The caption policy: make the caption and the metadata of a sample from the members next to its image."""
+"""Samples and refusals as sources yield them, and the caption policy: the texts of the members next to an image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from reinforce.source.config import Input, Limits
-from reinforce.source.file_types import NOT_A_FILE, folder_detail
+from reinforce.source.file_types import NOT_A_FILE, folder_detail, image_extension
 from reinforce.source.urls import canonical
 from schemas import Reason
 
@@ -54,26 +54,20 @@ def captions_of(
         data = sidecars.get(extension)
         if data is None:
             continue
-        for text in _json_texts(data, name, most) if is_json else _member_texts(data, most):
+        if is_json:
+            document = parse_json(data)
+            value = document.get(name) if isinstance(document, dict) else None
+            texts = [] if most is None and isinstance(value, list) else texts_of(value)
+        else:
+            member = _decode(data)
+            listed = texts_of(parse_json(data)) if most is not None and member.lstrip().startswith("[") else []
+            texts = [member] if most is None else listed or _LINE_ENDS.split(member)
+        for text in texts:
             if caption := clean_text(text, limits.caption_chars):
                 found[caption] = None
             if len(found) == (most or 1):
                 return [*found]
     return [*found]
-
-
-def _json_texts(data: bytes, name: str, most: int | None) -> list[str]:
-    document = parse_json(data)
-    value = document.get(name) if isinstance(document, dict) else None
-    return [] if most is None and isinstance(value, list) else texts_of(value)
-
-
-def _member_texts(data: bytes, most: int | None) -> list[str]:
-    text = _decode(data)
-    if most is None:
-        return [text]
-    listed = texts_of(parse_json(data)) if text.lstrip().startswith("[") else []
-    return listed or _LINE_ENDS.split(text)
 
 
 def texts_of(value: Any) -> list[str]:
@@ -89,13 +83,9 @@ def as_lines(value: Any) -> str | None:
 
 def why_no_caption(sidecars: Mapping[str, bytes], fields: Sequence[str], members: Sequence[str]) -> str:
     """Explain why no caption was found: where it was looked for, and the sample's ``members`` (extensions)."""
-    looked = [f"{_place(field)}{_state(sidecars, field, members)}" for field in fields]
+    looked = [f"{'' if ':' in field else '.'}{field}{_state(sidecars, field, members)}" for field in fields]
     present = ", ".join(sorted(f".{extension}" for extension in members))
     return f"no caption: looked for {', '.join(looked)}; the sample has {present}"[:500]
-
-
-def _place(field: str) -> str:
-    return field if ":" in field else f".{field}"
 
 
 def _state(sidecars: Mapping[str, bytes], field: str, members: Sequence[str]) -> str:
@@ -155,26 +145,23 @@ def parse_json(data: bytes) -> Any:
     """Parse JSON; return None if it is invalid, nested too deeply or has a number of thousands of digits."""
     text = _decode(data)
     try:
-        document = json.loads(text, strict=False, parse_constant=lambda _: None, parse_float=_finite)
+        document = json.loads(
+            text,
+            strict=False,
+            parse_constant=lambda _: None,
+            parse_float=lambda digits: number if math.isfinite(number := float(digits)) else None,
+        )
     except (ValueError, RecursionError):
         return None
-    return None if text.count("[") + text.count("{") > _MAX_DEPTH and _is_deep(document) else document
-
-
-def _is_deep(document: Any) -> bool:
-    """Whether lists and objects are nested more than _MAX_DEPTH levels deep."""
+    if text.count("[") + text.count("{") <= _MAX_DEPTH:
+        return document
     level = [document]
     for _ in range(_MAX_DEPTH + 1):
         nested = [value for value in level if isinstance(value, (dict, list))]
         if not nested:
-            return False
+            return document
         level = [child for value in nested for child in (value.values() if isinstance(value, dict) else value)]
-    return True
-
-
-def _finite(digits: str) -> float | None:
-    number = float(digits)
-    return number if math.isfinite(number) else None
+    return None
 
 
 def clean_text(text: str, max_chars: int) -> str:
@@ -182,8 +169,6 @@ def clean_text(text: str, max_chars: int) -> str:
     text = _SURROGATES.sub("\ufffd", _CONTROLS.sub(" ", text)).strip()
     return text[:max_chars].rstrip()
 
-
-# -- Samples and refusals as sources yield them, and the limits on keys and shards.
 
 T = TypeVar("T")
 
@@ -204,6 +189,15 @@ class AbsentShard(OSError):
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.detail)
         self.refusal = refusal
+
+
+class DamagedTar(Exception):
+    """The tar is broken at byte ``offset`` of the uncompressed stream."""
+
+    def __init__(self, offset: int, detail: str) -> None:
+        super().__init__(f"damaged at byte {offset}: {detail}")
+        self.offset = offset
+        self.detail = detail
 
 
 @dataclass(frozen=True)
@@ -314,6 +308,17 @@ def refused_rest(limits: Limits, first: str) -> Refusal:
     """The refusal of what follows the last sample that is read of a shard, from ``first`` on."""
     detail = f"more than limits.shard_samples of {limits.shard_samples}; the rest, from {first} on, is not read"
     return Refusal(None, Reason.SHARD_SAMPLES, detail)
+
+
+def make_sample(place: UnreadSample, image: bytes, limits: Limits, url: str | None = None) -> RawSample | Refusal:
+    """The sample with these bytes of its image; ``url`` is that of a file that holds nothing else."""
+    if len(image) > limits.image_bytes:
+        detail = f"{len(image)} bytes, above limits.image_bytes of {limits.image_bytes}"
+        return Refusal(place.key, Reason.IMAGE_BYTES, detail)
+    members = (image_extension(image), *place.sidecars, *place.left_out)
+    return RawSample(
+        place.key, image, 0, len(image), place.sidecars, place.left_out, {}, members, place.columns or None, url
+    )
 
 
 def as_utf8(name: str) -> str:

@@ -1,25 +1,30 @@
-"""Reads of storages that check how many bytes arrive, listings that start again, and what drivers raise.
+"""URLs of sources: the shards that they name, and how their bytes are read.
 
 An object store may answer with fewer bytes than were asked for and a Content-Length that fits them. No driver notices
 that, and where the answer has no checksum, the file looks damaged. Its size is known, so the bytes are asked for again.
 A listing is a chain of pages, each with the token of the next one, and a token may expire before it is used. Each
-driver has exceptions of its own, which are classified here.
+driver has exceptions of its own, which are classified here: broken data is not an error of the storage.
 """
 
 from __future__ import annotations
 
 import bisect
+import bz2
 import contextlib
 import errno
+import gzip
 import hashlib
+import itertools
+import lzma
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from glob import escape
-from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -31,8 +36,9 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import StorageError, UserError
-from reinforce.processes.attempts import BOTOCORE_REQUESTS, READS, S3FS_REQUESTS
+from reinforce.processes.attempts import BOTOCORE_REQUESTS, READS, S3FS_REQUESTS, prefetch
 from reinforce.source.config import SOURCES
+from reinforce.source.file_types import NOT_A_FILE
 from teachers.redact import CONTAINER_SCHEMES
 
 #: Packages whose exceptions are errors of a storage, beside OSError.
@@ -43,23 +49,24 @@ _NO_RANGE = (errno.EINVAL, 416)  # of a read from a range that a file does not h
 _INVALID = (errno.EINVAL, errno.EIO, 400)  # what drivers raise for a request that the storage finds invalid
 _NO_NEXT_PAGE = ("PaginationError", "KeyError")  # botocore's for a token that is repeated, s3fs's for one that is lost
 T = TypeVar("T")
-W = TypeVar("W", bound="OpenWatcher")
+R = TypeVar("R")
 
 
 class ShortRead(OSError):
     """A storage has sent fewer bytes than there are, each time."""
 
 
-class OpenWatcher(Protocol):
-    """Receives a file before its bytes are read: the open file if there is one, and what is listed of it if known."""
+#: What a file system lists of a file: its size, and by driver its modification time or ETag.
+Info = Mapping[str, Any]
+#: Receives a file before its bytes are read: file system and path, the open file if there is one, and what is listed of
+#: it if that is known.
+OpenWatcher = Callable[[Any, str, Any, Info | None], None]
 
-    def __call__(self, fs: Any, path: str, file: Any = None, info: Mapping[str, Any] | None = None) -> None: ...
-
-
+W = TypeVar("W", bound=OpenWatcher)
 _WATCHER: ContextVar[OpenWatcher | None] = ContextVar("_WATCHER", default=None)
 
 
-@contextlib.contextmanager
+@contextmanager
 def watching_opened(watcher: W) -> Iterator[W]:
     """Call ``watcher`` for each file that this thread opens in the block with ``open_whole``; yields it."""
     token = _WATCHER.set(watcher)
@@ -69,7 +76,7 @@ def watching_opened(watcher: W) -> Iterator[W]:
         _WATCHER.reset(token)
 
 
-def report_opened(fs: Any, path: str, file: Any = None, info: Mapping[str, Any] | None = None) -> None:
+def report_opened(fs: Any, path: str, file: Any = None, info: Info | None = None) -> None:
     """Call the watcher for a file that is about to be read."""
     if (watcher := _WATCHER.get()) is not None:
         watcher(fs, path, file, info)
@@ -80,7 +87,8 @@ def open_whole(fs: Any, path: str, **options: Any) -> Any:
     file = fs.open(path, "rb", **options)
     cache, size = getattr(file, "cache", None), getattr(file, "size", None)
     if size and cache is not None and hasattr(cache, "fetcher"):
-        cache.fetcher = partial(_fetch, cache.fetcher, size, path)
+        fetch = cache.fetcher
+        cache.fetcher = lambda start, end: _read(lambda: fetch(start, end), min(end, size) - start, path)
     try:
         report_opened(fs, path, file)
     except BaseException:
@@ -107,7 +115,7 @@ def read_start(fs: Any, path: str, size: int) -> bytes:
     try:
         data: bytes = fs.cat_file(path, end=size)
     except Exception as error:  # each driver has its own exceptions
-        if not _lacks_range(error):
+        if _codes(error).isdisjoint(_NO_RANGE):
             raise
         fs.invalidate_cache()
         if fs.info(path)["size"]:
@@ -128,22 +136,19 @@ def list_whole(read: Callable[[], T]) -> T:
 
     Raises OSError where pages lead nowhere each time.
     """
-
-    def passes(error: Exception) -> bool:
-        codes = {getattr(error, name, None) for name in ("errno", "code", "status_code")}
-        return not codes.isdisjoint(_INVALID) or type(error).__name__ in _NO_NEXT_PAGE
-
     try:
-        return READS.call(read, passes)
+        return READS.call(
+            read,
+            lambda error: (
+                type(error).__name__ in _NO_NEXT_PAGE
+                or any(getattr(error, name, None) in _INVALID for name in ("errno", "code", "status_code"))
+            ),
+        )
     except Exception as error:  # each driver has its own exceptions
         if type(error).__name__ not in _NO_NEXT_PAGE:
             raise
         what = f"a page of the listing names no next page ({type(error).__name__}: {error})"
         raise OSError(errno.EIO, what) from error
-
-
-def _fetch(fetch: Callable[[int, int], bytes], size: int, path: str, start: int, end: int) -> bytes:
-    return _read(lambda: fetch(start, end), min(end, size) - start, path)
 
 
 def _read(read: Callable[[], bytes], size: int, path: str) -> bytes:
@@ -183,16 +188,9 @@ def is_conflict(error: Exception) -> bool:
     return isinstance(error, FileExistsError) or not {status, *_codes(error)}.isdisjoint(_CONFLICTS)
 
 
-def _lacks_range(error: Exception) -> bool:
-    """Whether a storage reports that a file does not have the bytes that were asked for."""
-    return not _codes(error).isdisjoint(_NO_RANGE)
-
-
 def _codes(error: Exception) -> set[object]:
     return {getattr(error, name, None) for name in ("errno", "code", "status", "status_code")}
 
-
-# -- fsspec URIs of source shards: expansion of patterns, the canonical form without secrets, shard names.
 
 #: Compression by the ending of a tar's name.
 COMPRESSIONS: dict[str, str | None] = {
@@ -223,44 +221,35 @@ _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])")
 def filesystem(url: str, redirects: bool = True) -> tuple[Any, str]:
     """Return the fsspec file system of a URL and the path in it. Raises UserError if there is no driver for it.
 
-    With ``redirects=False`` a web server cannot send the reader to another address.
+    With ``redirects=False`` a web server cannot send the reader to another address. Requests to S3 are retried with
+    exponential backoff and jitter, unless the user has set other options: an error of the server is raised after
+    seconds, an unreachable address after a minute, and a server that accepts connections but does not answer after
+    three minutes. What is raised then counts against no shard.
     """
-    retries = _retry_options(url)
-    options = {"allow_redirects": False} if not redirects and url.startswith(("http://", "https://")) else {}
+    options: dict[str, Any] = {}
+    is_configured = "config_kwargs" in fsspec.config.conf.get("s3", {})
+    if not is_configured and not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & {*os.environ}:
+        retries = {"mode": "standard", "total_max_attempts": BOTOCORE_REQUESTS.count}
+        of_s3 = {"config_kwargs": {"retries": retries, "max_pool_connections": _CONNECTIONS}}
+        schemes = {segment.partition("://")[0] for segment in url.split("::") if "://" in segment}
+        options = dict.fromkeys(schemes & {"s3", "s3a"}, of_s3)
+    is_retried = bool(options)
+    if not redirects and url.startswith(("http://", "https://")):
+        options["allow_redirects"] = False
     try:
-        fs, path = fsspec.core.url_to_fs(url, **retries, **options)
+        fs, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
         raise UserError(
             f"{canonical(url)}: {error}. Check the part before `://`, or install the fsspec driver for it, which "
             "for gs:// and abfs:// are the extras gcs and azure: `pip install -e '.[gcs]'`."
         ) from error
-    if retries and "s3" in fs.protocol:
+    if is_retried and "s3" in fs.protocol:
         fs.retries = S3FS_REQUESTS.count
     return fs, path
 
 
 def is_local(url: str) -> bool:
     return isinstance(filesystem(url)[0], LocalFileSystem)
-
-
-def _retry_options(url: str) -> dict[str, Any]:
-    """Return options for retries of S3 requests with exponential backoff and jitter, unless the user has set others.
-
-    They also allow more requests in flight. With them, an error of the server is raised after seconds, an unreachable
-    address after a minute, and a server that accepts connections but does not answer after three minutes. What is
-    raised then counts against no shard.
-    """
-    configured = "config_kwargs" in fsspec.config.conf.get("s3", {})
-    if configured or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & {*os.environ}:
-        return {}
-    retries = {"mode": "standard", "total_max_attempts": BOTOCORE_REQUESTS.count}
-    options = {"config_kwargs": {"retries": retries, "max_pool_connections": _CONNECTIONS}}
-    schemes = {segment.partition("://")[0] for segment in url.split("::") if "://" in segment}
-    return dict.fromkeys(schemes & {"s3", "s3a"}, options)
-
-
-#: What a file system lists of a file: its size, and by driver its modification time or ETag.
-Info = Mapping[str, Any]
 
 
 def expand(
@@ -492,34 +481,25 @@ def expand_braces(pattern: str, entry: str) -> Iterator[str]:
     if start < 0:
         yield pattern
         return
-    end, commas = _find_closing(pattern, start, entry)
+    depth, edges = 0, [start]  # the opening brace, the commas directly inside of it, and the brace that closes it
+    for end in range(start, len(pattern)):
+        depth += (pattern[end] == "{") - (pattern[end] == "}")
+        if depth == 0 or (depth == 1 and pattern[end] == ","):
+            edges.append(end)
+        if depth == 0:
+            break
+    else:
+        raise UserError(f"source {_printable(entry)}: a brace is not closed. Write ranges as {{000..999}}.")
     head, body, tail = pattern[:start], pattern[start + 1 : end], pattern[end + 1 :]
     options = _expand_range(body, entry)
-    if options is None and commas:
-        edges = [start, *commas, end]
-        parts = [pattern[a + 1 : b] for a, b in pairwise(edges)]
+    if options is None and len(edges) > 2:
+        parts = [pattern[a + 1 : b] for a, b in itertools.pairwise(edges)]
         options = (option for part in parts for option in expand_braces(part, entry))
     if options is None:  # neither a range nor alternatives: the braces are literal
         options = ("{" + option + "}" for option in expand_braces(body, entry))
     for option in options:
         for rest in expand_braces(tail, entry) if "{" in tail else (tail,):
             yield head + option + rest
-
-
-def _find_closing(pattern: str, start: int, entry: str) -> tuple[int, list[int]]:
-    """Find the brace that closes the one at ``start``, and the commas directly inside."""
-    depth = 0
-    commas: list[int] = []
-    for i in range(start, len(pattern)):
-        if pattern[i] == "{":
-            depth += 1
-        elif pattern[i] == "}":
-            depth -= 1
-            if depth == 0:
-                return i, commas
-        elif pattern[i] == "," and depth == 1:
-            commas.append(i)
-    raise UserError(f"source {_printable(entry)}: a brace is not closed. Write ranges as {{000..999}}.")
 
 
 def _expand_range(body: str, entry: str) -> Iterator[str] | None:
@@ -540,7 +520,204 @@ def _expand_range(body: str, entry: str) -> Iterator[str] | None:
     return None
 
 
-# -- Paths of a view's files, and names of views in configs.
+BLOCK_BYTES = 8 * 2**20  # bytes per request to an object store
+#: Errors of a storage that has no file at a path which may be read.
+NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)  # errors of file systems for impossible paths
+_FEW = 16  # unreadable files of a shard that do not mean yet that its storage fails
+_OTHERS = 8  # files that are tried to learn whether a storage works
+_SKIPPED_BYTES = 2**20  # that are read at once to be left out
+_THREADS, _LOCAL_THREADS = 16, 2  # that read files ahead
+_COMPRESSED_MAGIC = {
+    b"\x1f\x8b": ".tar.gz",
+    b"\xfd7zXZ": ".tar.xz",
+    b"BZh": ".tar.bz2",
+    b"\x28\xb5\x2f\xfd": ".tar.zst",
+}
+
+
+class Readable(Protocol):
+    """A stream of bytes. ``read`` may return fewer bytes than asked for, and returns none at the end.
+
+    It raises EOFError if its data is broken (by a decompressor); other exceptions pass through.
+    """
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+class Seekable(Readable, Protocol):
+    """A stream of bytes that can go on further ahead."""
+
+    def skip(self, count: int, /) -> None:
+        """Leave out bytes, which are read where a stream has no better way."""
+        while count and (data := self.read(min(count, _SKIPPED_BYTES))):
+            count -= len(data)
+
+
+@contextmanager
+def open_stream(url: str, kind: str | None = None) -> Iterator[tuple[Seekable, int | None]]:
+    """Open a shard and yield its uncompressed bytes and their number, or None where that is not known in advance.
+
+    ``kind`` is its compression, if that does not follow from the ending of a tar. Reading raises EOFError where the
+    data is broken, and otherwise what the storage raises.
+    """
+    fs, path = filesystem(url)
+    kind = kind or compression(url)
+    check_file(fs, path)
+    with open_whole(fs, path, block_size=BLOCK_BYTES, cache_type="readahead") as file:
+        size = getattr(file, "size", None)
+        if size == 0 and fs.isdir(path):  # s3fs opens a folder as an empty file
+            raise IsADirectoryError(errno.EISDIR, "a folder")
+        yield (_PlainStream(file), size) if kind is None else (_Decompressor(file, kind), None)
+
+
+def check_file(fs: Any, path: str) -> None:
+    """Raise IsADirectoryError for a local path that is a folder, pipe or device; opening a pipe would block."""
+    if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(mode := os.stat(path).st_mode):
+        raise IsADirectoryError(errno.EISDIR, "a folder" if stat.S_ISDIR(mode) else NOT_A_FILE)
+
+
+class UnreadableFile(Exception):
+    """A file that does not exist or cannot be read, in a storage that works."""
+
+
+class FileReader:
+    """Reads the small files of a folder, and distinguishes one that cannot be read from a storage that fails.
+
+    ``others`` are URLs of files there that are tried where none was read before.
+    """
+
+    def __init__(self, others: Callable[[], Iterable[str]]) -> None:
+        self._others = others
+        self._last: str | None = None
+        self._read = self._unreadable = 0
+
+    def read(self, url: str, limit: int) -> bytes:
+        """Read a file; of one of more than ``limit`` bytes, one byte more than that.
+
+        Raises UnreadableFile, or the errors of a storage that reads no other file either or that has failed at more
+        files than it has read.
+        """
+        data = self._try(url, limit)
+        if isinstance(data, Exception):
+            if self._unreadable >= max(_FEW, self._read) or not self._works(url):
+                raise data
+            again = self._try(url, limit)
+            if isinstance(again, Exception):
+                self._unreadable += 1
+                raise UnreadableFile(_describe(again)) from again
+            data = again
+        self._last = url
+        self._read += 1
+        return data
+
+    def _try(self, url: str, limit: int) -> bytes | Exception:
+        """The bytes of a file, or an error that may be the file's or the storage's. Raises UnreadableFile."""
+        try:
+            fs, path = filesystem(url)
+            check_file(fs, path)
+            with open_whole(fs, path, block_size=limit + 1, cache_type="none") as file:
+                data: bytes = file.read(limit + 1)
+            return data
+        except Exception as error:  # each driver has its own exceptions
+            if isinstance(error, NO_FILE) or getattr(error, "errno", None) in _NO_NAME:
+                raise UnreadableFile(_describe(error)) from error
+            if not is_storage_error(error):
+                raise
+            return error
+
+    def _works(self, url: str) -> bool:
+        """Whether any other file can be read now."""
+        for other in [self._last] if self._last else itertools.islice(self._others(), _OTHERS):
+            with contextlib.suppress(UnreadableFile):
+                if other != url and isinstance(self._try(other, 1), bytes):
+                    return True
+        return False
+
+
+def _describe(error: Exception) -> str:
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+
+
+def read_ahead(read: Callable[[T], R], items: Iterable[T], folder: str) -> Iterator[R]:
+    """Yield ``read(item)`` in order; it reads files, most of them in ``folder``, ahead in threads."""
+    threads = _THREADS if "://" in folder else _LOCAL_THREADS
+    with ThreadPoolExecutor(threads) as pool:
+        yield from prefetch(pool, read, items, threads)
+
+
+class _PlainStream(Seekable):
+    """An uncompressed file. Raises EOFError if its first bytes are those of a compressed file."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._started = False
+
+    def read(self, size: int, /) -> bytes:
+        data: bytes = self._file.read(size)
+        if not self._started:
+            self._started = True
+            for magic, ending in _COMPRESSED_MAGIC.items():
+                if data.startswith(magic):
+                    raise EOFError(f"compressed data; name the file {ending}")
+        return data
+
+    def skip(self, count: int, /) -> None:
+        self._started = True
+        self._file.seek(count, 1)
+
+
+class _Decompressor(Seekable):
+    """Decompresses a file. Raises EOFError for broken data; errors of the storage pass through."""
+
+    def __init__(self, file: Any, kind: str) -> None:
+        self._file = _ErrorRecorder(file)
+        decompressor, self._step = _DECOMPRESSORS[kind]
+        self._stream = decompressor(self._file)
+        self._kind = kind
+
+    def read(self, size: int, /) -> bytes:
+        try:  # small steps: what a decompressor has buffered when it fails is lost
+            data: bytes = self._stream.read1(min(size, self._step))
+        except Exception as error:  # each library raises its own types: zlib.error, LZMAError, OSError, EOFError
+            if self._file.error is not None:
+                raise self._file.error from None
+            raise EOFError(f"broken {self._kind} data ({error})") from error
+        return data
+
+
+class _ErrorRecorder:
+    """A compressed file that records the error it raised, to distinguish it from an error of the decompressor."""
+
+    closed = False
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: Exception | None = None
+
+    def read(self, size: int = -1, /) -> bytes:
+        try:
+            data: bytes = self._file.read(size)
+        except Exception as error:
+            self.error = error
+            raise
+        return data
+
+    def close(self) -> None:
+        """Do nothing: pyarrow closes its input, but ``open_stream`` closes the file."""
+
+    def seek(self, *_: object) -> int:
+        raise OSError("the stream cannot seek")
+
+
+#: How each kind of compression is opened, and how many bytes are read from it at a time.
+_DECOMPRESSORS: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "gzip": (lambda file: gzip.GzipFile(fileobj=file, mode="rb"), 2**16),
+    "xz": (lzma.LZMAFile, 2**16),
+    "bzip2": (bz2.BZ2File, 2**16),
+    "zstd": (lambda file: pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"), 2**12),
+}
+
 
 FOLDER = "views"
 _AT = "@"  # between the name and the fingerprint of a view

@@ -15,7 +15,7 @@ from benchmarks.augment import Variant, compare, cosines, report, variants
 from benchmarks.loader import photo
 from reinforce.images.policy import decode
 from reinforce.source.config import Input, Limits
-from reinforce.source.reading import read_samples as read_source
+from reinforce.source.formats.base import read_samples as read_source
 
 
 def test_variants_have_equal_pixels_and_ratios_to_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,7 @@ from reinforce.dataset.validate import validate
 from reinforce.errors import UserError
 from reinforce.source import parquet_file as checked_file
 from reinforce.source.config import Input, Limits
-from reinforce.source.formats.base import Shard
-from reinforce.source.reading import read_samples
+from reinforce.source.formats.base import Shard, read_samples
 from reinforce.source.samples import RawSample, Refusal
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed

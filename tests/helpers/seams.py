@@ -20,9 +20,9 @@ from reinforce.engine.worker.inference import Batch, Outputs
 from reinforce.engine.worker.producers.base import Producer, RowGroup
 from reinforce.engine.worker.producers.registry import PRODUCERS
 from reinforce.source.config import Input
-from reinforce.source.formats.base import Shard, SourceFormat, make_sample
-from reinforce.source.samples import Item, Refusal, UnreadSample
-from reinforce.source.streams import open_stream
+from reinforce.source.formats.base import Shard, SourceFormat
+from reinforce.source.samples import Item, Refusal, UnreadSample, make_sample
+from reinforce.source.urls import open_stream
 from schemas import Reason
 from teachers.protocols import Captioner, Teacher
 from teachers.registry import Family

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforce.source.config import Input
-from reinforce.source.formats.base import Shard
-from reinforce.source.reading import read_samples
+from reinforce.source.formats.base import Shard, read_samples
 from reinforce.source.samples import RawSample, Refusal
 from tests.helpers.data import config_of
 

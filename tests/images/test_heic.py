@@ -17,8 +17,7 @@ from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, decode, format_extension
 from reinforce.processes.imports import installed, reads_heic
 from reinforce.source.config import Input, Limits
-from reinforce.source.formats.base import Shard
-from reinforce.source.reading import read_samples
+from reinforce.source.formats.base import Shard, read_samples
 from tests.helpers.commands import run_command
 from tests.helpers.data import config_of, picture, write_tar
 from tests.helpers.images import encode

@@ -17,8 +17,7 @@ from reinforce.engine.plan.source_shards import source_shards
 from reinforce.engine.starter import make_starter
 from reinforce.settings import load_yaml
 from reinforce.source.config import Input, Limits
-from reinforce.source.formats.base import Shard, find_format, source_format
-from reinforce.source.reading import read_samples
+from reinforce.source.formats.base import Shard, find_format, read_samples, source_format
 from reinforce.source.samples import RawSample, Refusal, caption_of, metadata_of, why_no_caption
 from tests.helpers.data import picture, write_tar
 from tests.helpers.tables import write_columns, write_huggingface

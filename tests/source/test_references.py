@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from reinforce.errors import UserError
 from reinforce.source.references import ImageRoots, LostImage, images_or_losses, referenced_images
-from reinforce.source.streams import DamagedTar
+from reinforce.source.samples import DamagedTar
 from tests.helpers.web import redirecting_server
 
 KEY = 'images_from=["{}"]'

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from reinforce.errors import UserError
 from reinforce.source.config import Input, Limits
-from reinforce.source.formats.tar import read_shard
+from reinforce.source.formats.tar import Member, members, read_shard
 from reinforce.source.references import read_ranges
-from reinforce.source.samples import RawSample, Refusal
-from reinforce.source.streams import DamagedTar, Member, members
+from reinforce.source.samples import DamagedTar, RawSample, Refusal
 from schemas import Reason
 from tests.helpers.tars import BODY, KEYS, LIMITS, TAR, outcomes, read, sample_members, tar_bytes
 

@@ -20,9 +20,8 @@ from reinforce.dataset.store import Store
 from reinforce.dataset.validate import validate
 from reinforce.errors import StorageError
 from reinforce.source.config import Input, Limits
-from reinforce.source.formats.base import Shard
+from reinforce.source.formats.base import Shard, read_samples
 from reinforce.source.formats.tar import read_shard
-from reinforce.source.reading import read_samples
 from reinforce.source.urls import ShortRead, expand
 from schemas import Reason
 from tests.helpers.data import config_of, members_of, tree, write_tar

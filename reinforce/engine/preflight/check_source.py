@@ -24,8 +24,15 @@ from reinforce.labels.rows import open_labels
 from reinforce.processes.attempts import Attempts, pause_seconds
 from reinforce.processes.imports import HEIC_HINT, reads_heic
 from reinforce.source.file_types import is_image_name
-from reinforce.source.formats.base import Shard, SourceFormat, find_format, unexpected_name
-from reinforce.source.reading import SeveralCaptions, find_several, read_samples
+from reinforce.source.formats.base import (
+    SeveralCaptions,
+    Shard,
+    SourceFormat,
+    find_format,
+    find_several,
+    read_samples,
+    unexpected_name,
+)
 from reinforce.source.references import probe_state
 from reinforce.source.samples import REPLACED, RawSample, ReadBudget, Refusal
 from reinforce.source.urls import canonical, filesystem

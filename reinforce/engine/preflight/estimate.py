@@ -26,8 +26,7 @@ from reinforce.engine.plan.plan import Plan
 from reinforce.engine.preflight.check_machines import Machine, Uses, count_workers, machine_warnings
 from reinforce.engine.preflight.check_source import FirstSample
 from reinforce.engine.record import not_in_source_lines
-from reinforce.source.formats.base import Shard, find_format
-from reinforce.source.reading import read_samples
+from reinforce.source.formats.base import Shard, find_format, read_samples
 from reinforce.source.samples import RawSample
 from reinforce.source.urls import canonical, filesystem
 from reinforce.terminal import format_bytes, format_duration, plural

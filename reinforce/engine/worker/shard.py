@@ -64,8 +64,7 @@ from reinforce.errors import UserError
 from reinforce.labels.index import identity_of, quarantine_of
 from reinforce.labels.members import LabelReader, LabelValue, RowLabels, Wanted
 from reinforce.labels.rows import open_labels
-from reinforce.source.formats.base import Shard, find_format
-from reinforce.source.reading import read_samples
+from reinforce.source.formats.base import Shard, find_format, read_samples
 from reinforce.source.references import (
     ChangedImages,
     ImageRoots,

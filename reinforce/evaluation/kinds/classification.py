@@ -25,7 +25,7 @@ from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Metrics, Outcome
 from reinforce.source.config import Input, Limits
 from reinforce.source.formats.base import Shard
-from reinforce.source.reading import read_samples
+from reinforce.source.formats.base import read_samples
 from reinforce.source.samples import RawSample, Refusal
 
 if TYPE_CHECKING:

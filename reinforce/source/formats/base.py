@@ -1,4 +1,4 @@
-"""What a source format offers: recognising, reading, counting and dividing its files.
+"""What a source format offers: recognising, reading, counting and dividing its files; and the samples of any source.
 
 A format is one object. All other code reads sources through it, and never asks which format it is.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import glob
+import itertools
 import json
 import os
 import re
@@ -19,8 +20,21 @@ from typing import Any
 
 from reinforce.errors import UserError
 from reinforce.source.config import DEFAULT, MODULES, Input, Limits
-from reinforce.source.file_types import MANIFEST, METADATA, foreign_name, image_extension, is_image_name
-from reinforce.source.samples import Item, RawSample, ReadBudget, Refusal, UnreadSample, as_lines, texts_of, unique_keys
+from reinforce.source.file_types import MANIFEST, METADATA, foreign_name, is_image_name
+from reinforce.source.linked_images import Places
+from reinforce.source.samples import (
+    Item,
+    RawSample,
+    ReadBudget,
+    Refusal,
+    UnreadSample,
+    as_lines,
+    captions_of,
+    make_sample,
+    refusing_absent,
+    texts_of,
+    unique_keys,
+)
 from reinforce.source.urls import Info, canonical, filesystem, list_whole, read_whole
 from schemas import Reason
 
@@ -186,10 +200,8 @@ class SourceFormat:
         keys = {item.key for item in self.read(Shard(url, format=self.name), Input(limits=limits), images=False)}
         return len(keys - {None}) or None
 
-    # Of tables.
-
     def parts(self, url: str, rows: int, last: Part | None = None) -> Iterator[Part]:
-        """Yield the parts of a table of ``rows`` rows, or more where it cannot be divided there, but the last one.
+        """Of a table: yield its parts of ``rows`` rows, or more where it cannot be divided there, but the last one.
 
         With ``last``, the parts of the rows after it. Raises RefusedFile, EOFError and csv.Error for damage, and the
         errors of the storage.
@@ -203,8 +215,6 @@ class SourceFormat:
         """
         raise NotImplementedError
 
-    # Of folders.
-
     def list_folder(
         self, url: str, spec: Input, output: str = "", listed: Sequence[ListedSample] = ()
     ) -> tuple[list[ListedSample], list[str]]:
@@ -216,7 +226,70 @@ class SourceFormat:
         raise NotImplementedError
 
 
-# -- Rows of tables become samples: which columns hold the image, the key, the caption and the metadata.
+_MOST_CAPTIONS = 64  # of a sample, as in the config
+_FIRST_ROWS = 8
+
+
+def read_samples(shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[RawSample | Refusal]:
+    """Yield the samples of a shard in order, with refusals in between, as ``read_shard`` does for tars.
+
+    In tables each row is a sample; a key that occurs again is refused. ``budget`` bounds what is read of a tar; of the
+    other formats little is read before the first sample.
+    """
+    format_ = find_format(shard.format)
+    samples = format_.read(shard, spec, budget)
+    if format_.is_table:
+        samples = _with_images(samples, shard.file, spec)
+    return refusing_absent(shard.file, samples)  # type: ignore[arg-type]  # only tables name files of images
+
+
+@dataclass(frozen=True)
+class SeveralCaptions:
+    """True captions of the first samples of a shard: of each the texts at the first place that has some.
+
+    ``rows`` is whether several rows of a table name one image, and are a sample each unless captions are kept together;
+    ``most`` is the largest number of texts of a sample.
+    """
+
+    texts: Sequence[Sequence[str]]
+    rows: bool
+    most: int
+
+
+def find_several(shard: Shard, spec: Input, samples: Sequence[RawSample]) -> SeveralCaptions:
+    """Find the captions of ``samples``, the first ones of a shard; of a table those of more, without their images.
+
+    Raises the errors of the storage.
+    """
+    items: Iterable[Item] = samples
+    rows = False
+    format_ = find_format(shard.format)
+    if format_.is_table:
+        wide = spec.model_copy(update={"captions_per_sample": _MOST_CAPTIONS})
+        items = [*itertools.islice(format_.read(shard, wide), _FIRST_ROWS)]
+        apart = spec.model_copy(update={"captions_per_sample": None, "key": None})
+        images = [
+            None if isinstance(item, Refusal) else item.image if isinstance(item, RawSample) else item.location
+            for item in itertools.islice(format_.read(shard, apart), 2)
+        ]
+        rows = images[1:] == images[:1] != [None]
+    texts = []
+    for item in items:
+        if not isinstance(item, Refusal):
+            sidecars = item.all_sidecars if isinstance(item, RawSample) else item.sidecars
+            found = (captions_of(sidecars, [place], spec.limits, _MOST_CAPTIONS) for place in spec.caption_fields)
+            texts.append(next(filter(None, found), []))
+    return SeveralCaptions(texts, rows, max(map(len, texts), default=0))
+
+
+def _with_images(items: Iterator[Item], table: str, spec: Input) -> Iterator[RawSample | Refusal]:
+    """Yield the items; images in files of their own are read."""
+    for item in items:
+        if isinstance(item, UnreadSample):
+            yield from Places(table, spec).samples(itertools.chain([item], items))
+            return
+        yield item
+
 
 #: Names of columns with images, with their places, and with keys: upper or lower case, in the order of preference.
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "image_base64")
@@ -315,81 +388,62 @@ def add_captions(row: dict[str, Any], other: Mapping[str, Any], names: Sequence[
         ]
 
 
-class RowReader:
-    """Makes the samples of the rows of a shard. ``shard`` is its name: of rows without a key, the key is made of it."""
-
-    def __init__(self, shard: str, spec: Input) -> None:
-        self._shard, self._limits, self._several = shard, spec.limits, spec.captions_per_sample is not None
-
-    def sample(self, number: int, row: Mapping[str, Any], columns: Columns) -> RawSample | UnreadSample | Refusal:
-        """The sample of row ``number`` of the shard."""
-        value = row.get(columns.key) if columns.key else None
-        key = f"{self._shard}-{number:08d}" if value is None or value == "" else str(value)
-        image, named = row.get(columns.image), columns.image.lower() in PLACES
-        if isinstance(image, dict):
-            named = image.get("bytes") is None
-            image = image.get("path") if named else image.get("bytes")
-        place = image if isinstance(image, str) and (is_place(image) or (named and not is_data(image))) else None
-        sidecars, left_out = self._sidecars(key, row, columns, place)
-        if place is not None:
-            return UnreadSample(key, place, sidecars, left_out, columns.all)
-        if isinstance(image, str):
-            image = _from_base64(image, self._limits)
-        if isinstance(image, Refusal):
-            return Refusal(key, image.reason, f"column {columns.image}: {image.detail}")
-        if not isinstance(image, bytes):
-            what = "null" if image is None else f"of type {type(image).__name__}"
-            return Refusal(key, Reason.NO_IMAGE, f"column {columns.image} is {what}")
-        return make_sample(UnreadSample(key, "", sidecars, left_out, columns.all), image, self._limits)
-
-    def _sidecars(
-        self, key: str, row: Mapping[str, Any], columns: Columns, place: str | None
-    ) -> tuple[dict[str, bytes], dict[str, Refusal]]:
-        found: dict[str, bytes] = {}
-        for text_field, column in columns.texts.items():
-            value = row.get(column)
-            if self._several:
-                value = as_lines(value)
-            elif isinstance(value, list):  # several captions
-                value = next((one for one in value if isinstance(one, str) and one.strip()), None)
-            if isinstance(value, str):
-                found[text_field] = value.encode("utf-8", "replace")
-        document = {name: row[name] for name in columns.metadata if name in row and name != columns.image}
-        if place is not None and columns.image in columns.metadata:
-            document[columns.image] = place
-        if document:
-            found["json"] = _to_json(document)
-        limit = self._limits.sidecar_bytes
-        left_out = {
-            name: Refusal(
-                key, Reason.SIDECAR_BYTES, f"{name}: {len(data)} bytes, above limits.sidecar_bytes of {limit}"
-            )
-            for name, data in found.items()
-            if len(data) > limit
-        }
-        return {name: data for name, data in found.items() if name not in left_out}, left_out
+def sample_of_row(
+    shard: str, number: int, row: Mapping[str, Any], columns: Columns, spec: Input
+) -> RawSample | UnreadSample | Refusal:
+    """The sample of row ``number`` of a shard, of whose name the key of a row without one is made."""
+    value = row.get(columns.key) if columns.key else None
+    key = f"{shard}-{number:08d}" if value is None or value == "" else str(value)
+    image, named = row.get(columns.image), columns.image.lower() in PLACES
+    if isinstance(image, dict):
+        named = image.get("bytes") is None
+        image = image.get("path") if named else image.get("bytes")
+    is_data = not isinstance(image, str) or image.startswith("data:")  # a URL that holds the image itself
+    place = image if not is_data and (named or is_place(image)) else None
+    sidecars, left_out = _sidecars(key, row, columns, place, spec)
+    if place is not None:
+        return UnreadSample(key, place, sidecars, left_out, columns.all)
+    if isinstance(image, str):
+        image = _from_base64(image, spec.limits)
+    if isinstance(image, Refusal):
+        return Refusal(key, image.reason, f"column {columns.image}: {image.detail}")
+    if not isinstance(image, bytes):
+        what = "null" if image is None else f"of type {type(image).__name__}"
+        return Refusal(key, Reason.NO_IMAGE, f"column {columns.image} is {what}")
+    return make_sample(UnreadSample(key, "", sidecars, left_out, columns.all), image, spec.limits)
 
 
-def make_sample(place: UnreadSample, image: bytes, limits: Limits, url: str | None = None) -> RawSample | Refusal:
-    """The sample with these bytes of its image; ``url`` is that of a file that holds nothing else."""
-    if len(image) > limits.image_bytes:
-        detail = f"{len(image)} bytes, above limits.image_bytes of {limits.image_bytes}"
-        return Refusal(place.key, Reason.IMAGE_BYTES, detail)
-    members = (image_extension(image), *place.sidecars, *place.left_out)
-    return RawSample(
-        place.key, image, 0, len(image), place.sidecars, place.left_out, {}, members, place.columns or None, url
-    )
+def _sidecars(
+    key: str, row: Mapping[str, Any], columns: Columns, place: str | None, spec: Input
+) -> tuple[dict[str, bytes], dict[str, Refusal]]:
+    """The texts and the metadata of a row, and what is above the limit of them."""
+    found: dict[str, bytes] = {}
+    for text_field, column in columns.texts.items():
+        value = row.get(column)
+        if spec.captions_per_sample is not None:
+            value = as_lines(value)
+        elif isinstance(value, list):  # several captions
+            value = next((one for one in value if isinstance(one, str) and one.strip()), None)
+        if isinstance(value, str):
+            found[text_field] = value.encode("utf-8", "replace")
+    document = {name: row[name] for name in columns.metadata if name in row and name != columns.image}
+    if place is not None and columns.image in columns.metadata:
+        document[columns.image] = place
+    if document:
+        found["json"] = json.dumps(document, default=_plain).encode()  # lone surrogates stay, as escapes
+    limit = spec.limits.sidecar_bytes
+    left_out = {
+        name: Refusal(key, Reason.SIDECAR_BYTES, f"{name}: {len(data)} bytes, above limits.sidecar_bytes of {limit}")
+        for name, data in found.items()
+        if len(data) > limit
+    }
+    return {name: data for name, data in found.items() if name not in left_out}, left_out
 
 
 def is_place(text: str) -> bool:
     """Whether a text is a path or URL, and not a base64 image: these contain neither a dot nor ``://``."""
     head = text[:_LONGEST_PLACE]
-    return not is_data(head) and ("." in head or "://" in head)
-
-
-def is_data(text: str) -> bool:
-    """Whether a text is a URL that holds the image itself."""
-    return text.startswith("data:")
+    return not head.startswith("data:") and ("." in head or "://" in head)
 
 
 def _named(names: Sequence[str], configured: str | None, key: str, known: Sequence[str]) -> str | None:
@@ -422,18 +476,12 @@ def _from_base64(text: str, limits: Limits) -> bytes | Refusal:
     return Refusal(None, Reason.IMAGE_BROKEN, f"neither base64 nor a path or URL: {text[:40]!r}")
 
 
-def _to_json(document: Mapping[str, Any]) -> bytes:
-    return json.dumps(document, default=_plain).encode()  # lone surrogates stay, as escapes
-
-
 def _plain(value: Any) -> Any:
     """A value that JSON has no type for."""
     if isinstance(value, date | time):
         return value.isoformat()
     return None if isinstance(value, bytes | bytearray) else str(value)
 
-
-# -- The format of a source, by the config, the names of its files or the first file; and the files of a folder.
 
 _FIRST_BYTES = 512
 _TRAIN = re.compile(r"(^|/)train[-_.0-9][^/]*$")
@@ -451,7 +499,10 @@ def all_formats() -> list[SourceFormat]:
 
 
 def source_format(urls: Sequence[str], named: str | None) -> SourceFormat:
-    """The format of all files of a source."""
+    """The format of all files of a source, by the config, the names of the files, or the content of the first one.
+
+    It is the default if the first file or folder is not recognised or cannot be read.
+    """
     if named is not None:
         return find_format(named)
     known = all_formats()
@@ -461,7 +512,22 @@ def source_format(urls: Sequence[str], named: str | None) -> SourceFormat:
         if found and found.prevails:
             return found
         first = first or found
-    return first or _format_of_content(urls[0])
+    if first:
+        return first
+    url = urls[0]
+    is_foreign = foreign_name(url) is not None
+    known = [one for one in known if not is_foreign or _name(url).endswith(one.content_endings)]
+    if known:
+        try:
+            fs, path = filesystem(url)
+            if fs.isfile(path):
+                head = fs.read_block(path, 0, _FIRST_BYTES)
+                first = next((one for one in known if one.recognises(head)), None)
+            elif fs.isdir(path) and not is_foreign:
+                first = format_of_folder(fs, path.rstrip("/"))
+        except Exception:  # each driver has its own exceptions; reading reports them
+            first = None
+    return first or find_format(DEFAULT)
 
 
 def format_of_name(url: str, known: Sequence[SourceFormat] | None = None) -> SourceFormat | None:
@@ -486,23 +552,6 @@ def format_of_folder(fs: Any, path: str) -> SourceFormat | None:
 
 def _name(url: str) -> str:
     return url.partition("?")[0].rpartition("/")[2].lower()
-
-
-def _format_of_content(url: str) -> SourceFormat:
-    """The format of a file or folder by its content; the default if it is not recognised or cannot be read."""
-    found, foreign = None, foreign_name(url) is not None
-    known = [one for one in all_formats() if not foreign or _name(url).endswith(one.content_endings)]
-    if known:
-        try:
-            fs, path = filesystem(url)
-            if fs.isfile(path):
-                head = fs.read_block(path, 0, _FIRST_BYTES)
-                found = next((one for one in known if one.recognises(head)), None)
-            elif fs.isdir(path) and not foreign:
-                found = format_of_folder(fs, path.rstrip("/"))
-        except Exception:  # each driver has its own exceptions; reading reports them
-            found = None
-    return found or find_format(DEFAULT)
 
 
 def expand_folders(source: str | Sequence[str], named: str | None) -> tuple[list[str], list[str]]:
@@ -541,7 +590,8 @@ def files_of_folder(data: str, named: str | None = None, images_first: bool = Fa
     by_format: dict[str, list[str]] = {}
     for file in files:
         name = file.rpartition("/")[2].lower()
-        if _is_hidden(file) or name in METADATA or file.startswith(tuple(inner)):
+        is_hidden = any(part.startswith((".", "_")) for part in file.split("/"))
+        if is_hidden or name in METADATA or file.startswith(tuple(inner)):
             continue
         if whole and images_first and is_image_name(name):
             return folder, []
@@ -566,30 +616,18 @@ def files_of_folder(data: str, named: str | None = None, images_first: bool = Fa
 
 def _pattern(files: Sequence[str], train: bool) -> str:
     """A glob for files, by their paths in a folder: in one folder or at any depth."""
-    folders = {file.rpartition("/")[0] for file in files}
-    ending = _common_ending([file.rpartition("/")[2] for file in files])
-    name = f"{'train' if train else ''}*{ending}"
-    only = next(iter(folders)) if len(folders) == 1 else None
-    if only is None:
-        return f"**/{name}"
-    return f"{glob.escape(only)}/{name}" if only else name
-
-
-def _common_ending(names: Sequence[str]) -> str:
-    """The extensions that all names have, such as ``.tar`` or ``.jsonl.gz``; ``.tar*`` if they differ."""
-    endings = {
-        "." + ".".join(name.split(".")[-2:]) if name.count(".") > 1 and _is_packed(name) else os.path.splitext(name)[1]
-        for name in names
-    }
-    if len(endings) == 1:
-        return next(iter(endings))
-    first = min(endings, key=len)
-    return f"{first}*" if all(ending.startswith(first) for ending in endings) else ".*"
-
-
-def _is_packed(name: str) -> bool:
-    return name.rpartition(".")[2] in ("gz", "xz", "bz2", "zst", "zstd")
-
-
-def _is_hidden(file: str) -> bool:
-    return any(part.startswith((".", "_")) for part in file.split("/"))
+    folders, endings = set(), set()
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        parts = name.split(".")
+        is_packed = len(parts) > 2 and parts[-1] in ("gz", "xz", "bz2", "zst", "zstd")
+        folders.add(folder)
+        endings.add("." + ".".join(parts[-2:]) if is_packed else os.path.splitext(name)[1])
+    ending = min(endings, key=len)  # the extensions that all names have, such as .tar or .jsonl.gz
+    if len(endings) > 1:
+        ending = f"{ending}*" if all(one.startswith(ending) for one in endings) else ".*"
+    pattern = f"{'train' if train else ''}*{ending}"
+    if len(folders) > 1:
+        return f"**/{pattern}"
+    only = folders.pop()
+    return f"{glob.escape(only)}/{pattern}" if only else pattern

@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from reinforce.source.config import Limits
@@ -70,19 +70,19 @@ def _parsed(url: str, size: int, state: str) -> Sequence[Row | BrokenRow]:
         for one in annotations:
             if isinstance(caption := one.get("caption"), str):
                 texts.setdefault(one["image_id"], []).append(" ".join(caption.split()))
-        return [_row(image, texts) for image in images]
+        rows: list[Row | BrokenRow] = []
+        for image in images:
+            if not isinstance(image, dict) or "id" not in image or not isinstance(image.get("file_name"), str):
+                rows.append(BrokenRow(f"an image without id or file_name: {str(image)[:100]}"))
+                continue
+            values = {name: value for name, value in image.items() if not isinstance(value, list | dict)}
+            rows.append({**values, "key": str(image["id"]), "text": texts.get(image["id"], [])})
+        return rows
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EOFError(
             f"it does not have COCO's captions, `images` (id, file_name) and `annotations` (image_id, caption): "
             f"{type(error).__name__}: {str(error)[:200]}"
         ) from error
-
-
-def _row(image: Mapping[str, Any], texts: Mapping[Any, list[str]]) -> Row | BrokenRow:
-    if not isinstance(image, dict) or "id" not in image or not isinstance(image.get("file_name"), str):
-        return BrokenRow(f"an image without id or file_name: {str(image)[:100]}")
-    values = {name: value for name, value in image.items() if not isinstance(value, list | dict)}
-    return {**values, "key": str(image["id"]), "text": texts.get(image["id"], [])}
 
 
 FORMAT = Coco()

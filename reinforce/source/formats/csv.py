@@ -51,12 +51,12 @@ class Csv(LinesFormat):
 
     def recognises(self, head: bytes) -> bool:
         dialect = _find_dialect(head)
-        cells = _cells(_first_line(head, dialect.encoding), dialect.delimiter)
+        cells = _cells(head, dialect.encoding, dialect.delimiter)
         return len(cells) > 1 and (_names_images(cells) or _is_image_file(cells[0].strip()))
 
     def notes(self, url: str) -> list[str]:
         head, shown = file_head(url, _HEAD_BYTES), canonical(url)
-        dialect = _dialect_of(url, head)
+        dialect = _find_dialect(head, url)
         if not dialect.guessed:
             return []
         notes = [f"source: {shown} is not UTF-8 and is read as {dialect.encoding}; if that is wrong, store it as UTF-8"]
@@ -81,7 +81,11 @@ class Csv(LinesFormat):
                     yield number, BrokenRow(f"line 1: {fault}")
                     return
             elif values:
-                yield number, _row(names, values, line)
+                row: Row | BrokenRow = dict(itertools.zip_longest(names, values[: len(names)]))
+                if any(values[len(names) :]):
+                    what = f"{len(values)} values for {len(names)} columns: quote texts with the delimiter"
+                    row = BrokenRow(f"line {line}: {what}")
+                yield number, row
                 number += 1
 
     def ends(self, url: str) -> Iterator[int]:
@@ -94,26 +98,15 @@ class Csv(LinesFormat):
                 yield position
 
 
-def _row(names: list[str], values: list[str], line: int) -> Row | BrokenRow:
-    if any(values[len(names) :]):
-        return BrokenRow(f"line {line}: {len(values)} values for {len(names)} columns: quote texts with the delimiter")
-    return dict(itertools.zip_longest(names, values[: len(names)]))
-
-
-def _dialect_of(url: str, head: bytes) -> _Dialect:
-    name = canonical(url).rpartition("/")[2].lower()
-    return _find_dialect(head, "\t" if ".tsv" in name else ",")
-
-
 def _records(url: str, part: Part | None = None) -> Iterator[tuple[int, list[str] | Exception, int]]:
     """Yield the number of the first line of each record, its values or what is wrong with it, and where it ends."""
-    dialect = _dialect_of(url, file_head(url, _HEAD_BYTES))
+    dialect = _find_dialect(file_head(url, _HEAD_BYTES), url)
     texts = _Texts(url, dialect, part)
     reader = csv.reader(texts, delimiter=dialect.delimiter, skipinitialspace=dialect.spaced, strict=True)
     values: list[str] | Exception | None
     while True:
         line = reader.line_num + texts.skipped + 1
-        texts.start_row()
+        texts.row_bytes = 0
         try:
             values = next(reader, None)
         except (csv.Error, BrokenRow) as error:
@@ -127,84 +120,68 @@ class _Texts:
     """The lines of a file as texts. Raises BrokenRow for a row that is too long; the next call returns the line after
     its end, which is not the end of a line inside of quotes.
 
-    ``position`` is the end of the last line, in bytes of the uncompressed file; of UTF-16, in those of its UTF-8.
-    ``skipped`` are the lines that ``csv.reader`` has not counted.
+    ``row_bytes`` are those of the row that is read, which 0 begins anew. ``position`` is the end of the last line, in
+    bytes of the uncompressed file; of UTF-16, in those of its UTF-8. ``skipped`` are the lines that ``csv.reader`` has
+    not counted.
     """
 
     def __init__(self, url: str, dialect: _Dialect, part: Part | None = None) -> None:
-        self._encoding = "utf-8" if dialect.is_wide else dialect.encoding
+        is_wide = dialect.encoding.startswith("utf-16")  # bytes of line ends are also parts of other characters
+        self._encoding = "utf-8" if is_wide else dialect.encoding
         self._cells = _CellState(dialect)
-        encoding = dialect.encoding if dialect.is_wide else None
-        self._lines = file_lines(url, _ROW_BYTES, part, encoding, self._cells.feed)
-        self._row_bytes = 0
-        self.position = self.skipped = 0
-
-    def start_row(self) -> None:
-        """Start a row: the next line is its first one."""
-        self._row_bytes = 0
+        self._lines = file_lines(url, _ROW_BYTES, part, dialect.encoding if is_wide else None, self._cells.feed)
+        self.row_bytes = self.position = self.skipped = 0
 
     def __iter__(self) -> _Texts:
         return self
 
     def __next__(self) -> str:
         line = self._read()
-        if line is None or self._row_bytes > _ROW_BYTES:
-            self._skip_row(line)
-            raise too_long(_ROW_BYTES, "row")
-        encoding, self._encoding = self._encoding, self._encoding.removesuffix("-sig")
-        return line.decode(encoding, "replace") + "\n"
-
-    def _read(self) -> bytes | None:
-        """The next line of the row, or None if it is too long; then its bytes have changed the state of the cells."""
-        self._cells.start_line(quoted=self._row_bytes > 0)  # csv.reader asks for a further line inside of quotes alone
-        line, size = next(self._lines)
-        self.position += size
-        self._row_bytes += size
-        return line
-
-    def _skip_row(self, line: bytes | None) -> None:
-        """Read up to the end of a row whose last read line is ``line``. Raises BrokenRow if it has no end."""
-        while True:
+        if line is not None and self.row_bytes <= _ROW_BYTES:
+            encoding, self._encoding = self._encoding, self._encoding.removesuffix("-sig")
+            return line.decode(encoding, "replace") + "\n"
+        while True:  # up to the end of the row
             self.skipped += 1
             if line is not None:
                 self._cells.feed(line)
-            if not self._cells.quoted:
-                return
+            if self._cells.state != "quoted":
+                raise too_long(_ROW_BYTES, "row")
             try:
                 line = self._read()
             except StopIteration:
-                raise BrokenRow(f"a row of {self._row_bytes:,} bytes: one of its quotes has no end", True) from None
+                raise BrokenRow(f"a row of {self.row_bytes:,} bytes: one of its quotes has no end", True) from None
+
+    def _read(self) -> bytes | None:
+        """The next line of the row, or None if it is too long; then its bytes have changed the state of the cells."""
+        self._cells.state = "quoted" if self.row_bytes else "start"  # csv.reader reads on inside of quotes alone
+        line, size = next(self._lines)
+        self.position += size
+        self.row_bytes += size
+        return line
 
 
 class _CellState:
-    """Whether the end of what was fed of a row is inside of quotes, by the rules of ``csv.reader``."""
+    """The ``state`` at the end of what was fed of a row, such as "quoted", by the rules of ``csv.reader``."""
 
     def __init__(self, dialect: _Dialect) -> None:
         self._delimiter = dialect.delimiter.encode()
         spaces = rb" *" if dialect.spaced else b""
         self._spaces = re.compile(spaces)
         self._token = re.compile(rb'"|%b|[^"%b]+' % ((re.escape(self._delimiter),) * 2))
-        self._state = "start"
-
-    @property
-    def quoted(self) -> bool:
-        return self._state == "quoted"
-
-    def start_line(self, quoted: bool) -> None:
-        self._state = "quoted" if quoted else "start"
+        self.state = "start"
 
     def feed(self, data: bytes) -> None:
         """Follow a part of a line."""
         for match in self._token.finditer(data):
             token = match[0]
-            if self._state == "quoted":
-                self._state = "quote in quotes" if token == b'"' else "quoted"
-            elif self._state == "quote in quotes":
-                self._state = {b'"': "quoted", self._delimiter: "start"}.get(token, "broken")
+            if self.state == "quoted":
+                self.state = "quote in quotes" if token == b'"' else "quoted"
+            elif self.state == "quote in quotes":
+                self.state = {b'"': "quoted", self._delimiter: "start"}.get(token, "broken")
             elif token == self._delimiter:
-                self._state = "start" if self._state != "broken" else "broken"
-            elif self._state == "start" and not self._spaces.fullmatch(token):
-                self._state = "quoted" if token == b'"' else "text"
+                self.state = "start" if self.state != "broken" else "broken"
+            elif self.state == "start" and not self._spaces.fullmatch(token):
+                self.state = "quoted" if token == b'"' else "text"
 
 
 @dataclass(frozen=True)
@@ -216,17 +193,12 @@ class _Dialect:
     delimiter: str = ","
     spaced: bool = False
 
-    @property
-    def is_wide(self) -> bool:
-        """Whether bytes of line ends are also parts of other characters."""
-        return self.encoding.startswith("utf-16")
 
-
-def _find_dialect(head: bytes, delimiter: str = ",") -> _Dialect:
-    """The dialect of a file that begins with ``head``; ``delimiter`` is the usual one of files of its name."""
+def _find_dialect(head: bytes, url: str | None = None) -> _Dialect:
+    """The dialect of a file that begins with ``head``; its name, if that is known, has a usual delimiter."""
     encoding, guessed = _encoding(head)
-    line = _first_line(head, encoding)
-    found = {one: _cells(line, one) for one in dict.fromkeys((delimiter, *_DELIMITERS))}
+    delimiter = "\t" if url is not None and ".tsv" in canonical(url).rpartition("/")[2].lower() else ","
+    found = {one: _cells(head, encoding, one) for one in dict.fromkeys((delimiter, *_DELIMITERS))}
     named = next((one for one, cells in found.items() if _names_images(cells)), None)
     if named is None:
         named = delimiter if len(found[delimiter]) > 1 else max(found, key=lambda one: len(found[one]))
@@ -236,7 +208,7 @@ def _find_dialect(head: bytes, delimiter: str = ",") -> _Dialect:
 
 def _header_fault(names: Sequence[str]) -> str | None:
     """Why the first line cannot be the names of columns, or None."""
-    if place := next(filter(_is_place, names), None):
+    if place := next((name for name in names if "://" in name or _is_image_file(name)), None):
         numbers = " and remove #0 and other numbers of captions" if _CAPTION_NUMBER.search(place) else ""
         return (
             f"the first line has {place[:100]!r}, so it is a sample and no names of columns: put a line such as "
@@ -287,11 +259,9 @@ def _is_russian(text: str) -> bool:
     return small > len(letters) / 2 and all(one.lower() in _RUSSIAN for one in letters) and not _MIXED.search(text)
 
 
-def _first_line(head: bytes, encoding: str) -> str:
-    return head.decode(encoding, "replace").partition("\n")[0].rstrip("\r")
-
-
-def _cells(line: str, delimiter: str) -> list[str]:
+def _cells(head: bytes, encoding: str, delimiter: str) -> list[str]:
+    """The cells of the first line; none where it has no end of a quote."""
+    line = head.decode(encoding, "replace").partition("\n")[0].rstrip("\r")
     try:
         return next(csv.reader([line], delimiter=delimiter), [])
     except csv.Error:
@@ -300,10 +270,6 @@ def _cells(line: str, delimiter: str) -> list[str]:
 
 def _names_images(cells: Sequence[str]) -> bool:
     return any(cell.strip().lower() in (*IMAGES, *PLACES) for cell in cells)
-
-
-def _is_place(name: str) -> bool:
-    return "://" in name or _is_image_file(name)
 
 
 def _is_image_file(name: str) -> bool:

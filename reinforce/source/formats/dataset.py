@@ -13,7 +13,7 @@ import pyarrow as pa
 from reinforce.errors import UserError
 from reinforce.source.config import Input
 from reinforce.source.file_types import MANIFEST
-from reinforce.source.formats.base import Columns, Shard, SourceFormat, make_sample
+from reinforce.source.formats.base import Columns, Shard, SourceFormat
 from reinforce.source.formats.parquet import ParquetFile, Row
 from reinforce.source.parquet_file import RefusedFile
 from reinforce.source.references import ImageRoots, LostImage, images_or_losses
@@ -24,6 +24,7 @@ from reinforce.source.samples import (
     Refusal,
     UnreadSample,
     as_lines,
+    make_sample,
     unique_keys,
 )
 from reinforce.source.urls import (
@@ -105,12 +106,17 @@ def _read_samples_layer(shard: Shard, spec: Input, images: bool = True) -> Itera
             rows = _kept_rows(rows, url, spec.view)
         if image == image_column("embed") or not images:
             for row in rows:
-                yield _damage(row) if isinstance(row, RefusedFile) else _sample(row[1], row[1].get(image, b""), spec)
+                if isinstance(row, RefusedFile):
+                    yield Refusal(None, Reason.SHARD_DAMAGED, str(row))
+                else:
+                    yield _sample(row[1], row[1].get(image, b""), spec)
             return
         roots = ImageRoots.named(spec.images_from or (), 'input.images_from: ["{}"]', spec.limits.image_bytes)
         while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
             yield from _referenced([row[1] for row in chunk if not isinstance(row, RefusedFile)], roots, spec)
-            yield from (_damage(row) for row in chunk if isinstance(row, RefusedFile))
+            for row in chunk:
+                if isinstance(row, RefusedFile):
+                    yield Refusal(None, Reason.SHARD_DAMAGED, str(row))
 
 
 def _kept_rows(
@@ -183,10 +189,6 @@ def _sample(row: Row, image: bytes, spec: Input) -> RawSample | Refusal:
     if spec.captions_per_sample and (several := as_lines(row.get(TRUE_CAPTIONS))):
         sidecars["txt"] = several.encode()
     return make_sample(UnreadSample(row["key"], "", sidecars, {}, ()), image, spec.limits)
-
-
-def _damage(item: Any) -> Refusal:
-    return Refusal(None, Reason.SHARD_DAMAGED, str(item))
 
 
 FORMAT = SamplesLayer()

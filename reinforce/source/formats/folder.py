@@ -7,10 +7,11 @@ the image that its ``file_name`` names, relative to its folder, as Hugging Face'
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from glob import escape
 from typing import Any
@@ -22,20 +23,19 @@ from reinforce.source.formats.base import (
     Columns,
     ListedSample,
     NoColumn,
-    RowReader,
     Shard,
     SourceFormat,
     add_captions,
     find_columns,
     format_of_name,
+    sample_of_row,
 )
 from reinforce.source.formats.jsonl import BrokenRow, LinesFormat
 from reinforce.source.formats.parquet import Parquet, ParquetFile, is_binary
 from reinforce.source.formats.tar import sample_of_files, split_name
 from reinforce.source.parquet_file import RefusedFile
 from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample, as_utf8, parse_json
-from reinforce.source.streams import FileReader, UnreadableFile, read_ahead
-from reinforce.source.urls import canonical, filesystem, list_whole
+from reinforce.source.urls import FileReader, UnreadableFile, canonical, filesystem, list_whole, read_ahead
 from reinforce.terminal import plural
 from schemas import Reason
 
@@ -68,9 +68,28 @@ class Folder(SourceFormat):
         own = f"{output.removeprefix(canonical(root) + '/')}/"
         sizes = {path: size for path, size in _files(root).items() if not path.startswith(own)}
         wanted = {"txt", "json"} | {name.partition(":")[0] for name in spec.caption_fields}
-        images, sidecars, others, tables = _sort_files(sorted(sizes), wanted)
+        images: list[str] = []
+        sidecars: list[str] = []  # which may belong to an image
+        others: list[str] = []
+        tables: list[str] = []  # of metadata
+        for path in sorted(sizes):
+            key, extension = split_name(path)
+            if path.rpartition("/")[2].lower() in METADATA:
+                tables.append(path)
+            elif key and is_image_name(extension):
+                images.append(path)
+            elif key and (extension in wanted or extension.rpartition(".")[2] in wanted):
+                sidecars.append(path)
+            else:
+                others.append(path)
         if not images:
-            raise UserError(_no_images(root, others + sidecars + tables))
+            shown, rest = canonical(root), others + sidecars + tables
+            if not rest:
+                patterns = f"Name one with images, or files by a pattern such as {shown}/*.tar."
+                raise UserError(f"source: {shown} is an empty folder. {patterns}")
+            remedy = unread_heic(rest) or foreign_name(rest[0]) or f"name what is read: {SOURCES}"
+            count = f"it has {plural(len(rest), 'other file')}, such as {rest[0]}"
+            raise UserError(f"source: {shown} is a folder without images; {count}: {remedy}.")
         before = {sample.image(spec.limits): sample for sample in listed}
         keys = _keys_of(images, {path: sample.key for path, sample in before.items()})
         samples = [ListedSample(keys[path], {_split(path)[1]: (path, sizes[path])}) for path in images]
@@ -83,22 +102,6 @@ class Folder(SourceFormat):
             count, shown = plural(len(late), "image"), canonical(f"{root}/{late[0]}")
             notes.append(f"source: {count} that an earlier version left out become samples, such as {shown}")
         return new, notes
-
-
-def _sort_files(paths: Iterable[str], wanted: Collection[str]) -> tuple[list[str], list[str], list[str], list[str]]:
-    """Divide files into images, those that may belong to one, others, and tables of metadata."""
-    images, sidecars, others, tables = [], [], [], []
-    for path in paths:
-        key, extension = split_name(path)
-        if path.rpartition("/")[2].lower() in METADATA:
-            tables.append(path)
-        elif key and is_image_name(extension):
-            images.append(path)
-        elif key and (extension in wanted or extension.rpartition(".")[2] in wanted):
-            sidecars.append(path)
-        else:
-            others.append(path)
-    return images, sidecars, others, tables
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -129,7 +132,16 @@ def _add_sidecars(samples: Sequence[ListedSample], sidecars: Iterable[str], size
         [(path, _)] = sample.files.values()
         for name in {sample.key, _split(path)[0]}:
             owners.setdefault(name, []).append(sample)
-    found = [(next(filter(owners.__contains__, _starts(path)), ""), path) for path in sidecars]
+    found = []
+    for path in sidecars:
+        folder, slash, start = path.rpartition("/")
+        while "." in start:
+            start = start.rpartition(".")[0]
+            if folder + slash + start in owners:
+                found.append((folder + slash + start, path))
+                break
+        else:
+            found.append(("", path))
     used = set()
     for start, path in sorted(found, key=lambda one: -len(one[0])):
         extension = path[len(start) + 1 :].lower()
@@ -139,14 +151,6 @@ def _add_sidecars(samples: Sequence[ListedSample], sidecars: Iterable[str], size
     for sample in samples:
         sample.files = dict(sorted(sample.files.items(), key=lambda file: file[1]))
     return [path for _, path in found if path not in used]
-
-
-def _starts(path: str) -> Iterator[str]:
-    """A path up to each dot of its file name, the longest first."""
-    folder, slash, name = path.rpartition("/")
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield folder + slash + name
 
 
 def _notes(root: str, others: Sequence[str], tables: Sequence[str], samples: Iterable[ListedSample]) -> list[str]:
@@ -166,7 +170,6 @@ class _ListReader:
 
     def __init__(self, folder: str, lines: Sequence[bytes], spec: Input) -> None:
         self._folder, self._lines, self._spec = folder, lines, spec
-        self._rows = RowReader("", spec)
         self._files = FileReader(self._spread)
 
     def _spread(self) -> Iterator[str]:
@@ -186,7 +189,7 @@ class _ListReader:
             file = _LocalFile(self._files, f"{self._folder}/{path}", size)
             try:
                 if not is_image_name(extension):
-                    file.load(self._spec.limits.sidecar_bytes)
+                    file.data = file.read(self._spec.limits.sidecar_bytes) or b""
                 opened.append((extension, file))
             except UnreadableFile as error:
                 refusals.append(Refusal(key, Reason.SIDECAR_BROKEN, f".{extension}: {error}"))
@@ -194,25 +197,27 @@ class _ListReader:
             items = [*sample_of_files(key, opened, self._spec.limits), *refusals]
         except UnreadableFile as error:
             return [Refusal(key, Reason.IMAGE_MISSING, str(error))]
-        return [self._complete(item, row) if isinstance(item, RawSample) else item for item in items]
+        return [_complete(item, row, self._spec) if isinstance(item, RawSample) else item for item in items]
 
-    def _complete(self, item: RawSample, row: Mapping[str, Any] | None) -> RawSample:
-        item = self._with_row(item, row) if row else item
-        if CLASS in self._spec.caption_fields and CLASS not in item.sidecars and (name := class_of(item.key)):
-            return _with_class(item, name)
-        return item
 
-    def _with_row(self, item: RawSample, row: Mapping[str, Any]) -> RawSample:
-        """A sample with its row of metadata; its own files take precedence."""
-        try:
-            columns = _columns(row, self._spec)
-        except NoColumn:
-            return item
-        columns = replace(columns, metadata=tuple(name for name in columns.metadata if name != FILE_NAME))
-        place = self._rows.sample(0, {FILE_NAME: "x.png", **row}, columns)
-        assert isinstance(place, UnreadSample)
-        members = tuple(dict.fromkeys((*item.members, *place.sidecars)))
-        return replace(item, sidecars={**place.sidecars, **item.sidecars}, members=members)
+def _complete(item: RawSample, row: Mapping[str, Any] | None, spec: Input) -> RawSample:
+    """A sample with its row of metadata, before which its own files take precedence, and with its class."""
+    if row:
+        with contextlib.suppress(NoColumn):
+            columns = _columns(row, spec)
+            columns = replace(columns, metadata=tuple(name for name in columns.metadata if name != FILE_NAME))
+            place = sample_of_row("", 0, {FILE_NAME: "x.png", **row}, columns, spec)
+            assert isinstance(place, UnreadSample)
+            members = tuple(dict.fromkeys((*item.members, *place.sidecars)))
+            item = replace(item, sidecars={**place.sidecars, **item.sidecars}, members=members)
+    if CLASS in spec.caption_fields and CLASS not in item.sidecars and (name := class_of(item.key)):
+        # The name of the class becomes a member, and is in the metadata.
+        stated = parse_json(item.sidecars.get("json", b"{}"))
+        sidecars = {**item.sidecars, CLASS: name.encode()}
+        if isinstance(stated, dict):
+            sidecars["json"] = json.dumps({**stated, CLASS: name}, ensure_ascii=False).encode()
+        item = replace(item, sidecars=sidecars, members=(*item.members, CLASS))
+    return item
 
 
 def class_of(path: str) -> str | None:
@@ -234,32 +239,19 @@ def folders_of_one_class(folders: Iterable[str]) -> str | None:
     return None
 
 
-def _with_class(item: RawSample, name: str) -> RawSample:
-    """A sample with the name of its class as a member, and in its metadata."""
-    stated = parse_json(item.sidecars.get("json", b"{}"))
-    content = json.dumps({**stated, CLASS: name}, ensure_ascii=False).encode() if isinstance(stated, dict) else None
-    sidecars = {**item.sidecars, CLASS: name.encode(), **({"json": content} if content else {})}
-    return replace(item, sidecars=sidecars, members=(*item.members, CLASS))
-
-
 class _LocalFile:
-    """A file of a folder; ``load`` reads it in advance."""
-
-    offset, is_link = 0, False
+    """A file of a folder; ``data`` is its content where it is read in advance."""
 
     def __init__(self, files: FileReader, url: str, size: int) -> None:
-        self.url, self.size = url, size
-        self._files = files
-        self._data: bytes | None = None
-
-    def load(self, limit: int) -> None:
-        """Read the file. Raises as ``FileReader.read``."""
-        self._data = self.read(limit) or b""
+        self.url: str | None = url
+        self.offset, self.size, self.is_link = 0, size, False
+        self.data: bytes | None = None
+        self._files, self._url = files, url
 
     def read(self, limit: int) -> bytes | None:
-        if self._data is not None:
-            return self._data
-        data = self._files.read(self.url, limit)
+        if self.data is not None:
+            return self.data
+        data = self._files.read(self._url, limit)
         self.size = len(data)
         return None if len(data) > limit else data
 
@@ -278,15 +270,6 @@ def _files(root: str) -> dict[str, int]:
         for path, info in paths.items()
         if not any(part.startswith(".") for part in path.split("/"))
     }
-
-
-def _no_images(root: str, others: list[str]) -> str:
-    shown = canonical(root)
-    if not others:
-        return f"source: {shown} is an empty folder. Name one with images, or files by a pattern such as {shown}/*.tar."
-    remedy = unread_heic(others) or foreign_name(others[0]) or f"name what is read: {SOURCES}"
-    count = plural(len(others), "other file")
-    return f"source: {shown} is a folder without images; it has {count}, such as {others[0]}: {remedy}."
 
 
 def _add_rows(root: str, table: str, samples: list[ListedSample], spec: Input) -> str | None:

@@ -12,17 +12,16 @@ from reinforce.source.config import Input, Limits
 from reinforce.source.formats.base import (
     NoColumn,
     Part,
-    RowReader,
     Shard,
     SourceFormat,
     divided,
     find_columns,
     joined_rows,
+    sample_of_row,
 )
 from reinforce.source.parquet_file import RefusedFile
 from reinforce.source.samples import Item, Refusal, json_error, parse_json
-from reinforce.source.streams import Readable, Seekable, open_stream
-from reinforce.source.urls import canonical
+from reinforce.source.urls import Readable, Seekable, canonical, open_stream
 from schemas import Reason
 
 Row = Mapping[str, Any]
@@ -65,7 +64,6 @@ class LinesFormat(SourceFormat):
         raise NotImplementedError
 
     def items(self, shard: Shard, spec: Input) -> Iterator[Item]:
-        reader = RowReader(shard.name, spec)
         columns = functools.lru_cache(maxsize=1)(lambda *names: find_columns(names, spec))  # most rows have equal names
         most = spec.limits.image_bytes * 4 // 3 + 4 * spec.limits.sidecar_bytes + 2**16
         good = bad = read = 0
@@ -82,7 +80,7 @@ class LinesFormat(SourceFormat):
                 try:
                     if isinstance(row, BrokenRow):
                         raise row
-                    item = reader.sample(number, row, columns(*row))
+                    item = sample_of_row(shard.name, number, row, columns(*row), spec)
                     good += 1
                 except BrokenRow as error:
                     bad += 1
@@ -135,7 +133,21 @@ def file_lines(
     ``most`` bytes, whose parts are passed to ``follow``. A file with an ``encoding`` is read as if it were UTF-8."""
     with open_stream(url, _compression(url)) as (stream, _):
         text = stream if encoding is None else _AsUtf8(stream, encoding)
-        yield from _split(text if part is None else _PartStream(text, part), most, follow)
+        source = text if part is None else _PartStream(text, part)
+        parts: list[bytes] = []
+        size = 0
+        while chunk := source.read(_CHUNK_BYTES):
+            for number, line in enumerate(chunk.split(b"\n")):
+                if number:
+                    yield None if size > most else b"".join(parts), size + 1
+                    parts, size = [], 0
+                size += len(line)
+                parts.append(line)
+                if size > most:
+                    follow(b"".join(parts))
+                    parts = []
+        if size:
+            yield None if size > most else b"".join(parts), size
 
 
 def file_head(url: str, count: int) -> bytes:
@@ -156,7 +168,7 @@ def too_long(most: int, what: str = "line") -> BrokenRow:
     return BrokenRow(f"a {what} of more than {most:,} bytes", True)
 
 
-class _AsUtf8:
+class _AsUtf8(Seekable):
     """A stream of text in another encoding, as UTF-8."""
 
     def __init__(self, stream: Readable, encoding: str) -> None:
@@ -172,10 +184,6 @@ class _AsUtf8:
             self._data = self._decoder.decode(data, final=not data).encode()
         data, self._data = self._data[:size], self._data[size:]
         return data
-
-    def skip(self, count: int, /) -> None:
-        while count and (data := self.read(min(count, _CHUNK_BYTES))):
-            count -= len(data)
 
 
 class _PartStream:
@@ -198,30 +206,12 @@ class _PartStream:
         return data
 
 
-def _split(stream: Readable, most: int, follow: Callable[[bytes], object]) -> Iterator[tuple[bytes | None, int]]:
-    """Yield the lines of a stream as ``file_lines`` does."""
-    parts: list[bytes] = []
-    size = 0
-    while chunk := stream.read(_CHUNK_BYTES):
-        for number, line in enumerate(chunk.split(b"\n")):
-            if number:
-                yield None if size > most else b"".join(parts), size + 1
-                parts, size = [], 0
-            size += len(line)
-            parts.append(line)
-            if size > most:
-                follow(b"".join(parts))
-                parts = []
-    if size:
-        yield None if size > most else b"".join(parts), size
-
-
-# -- jsonl: a JSON object on each line, plain or compressed. Empty lines are skipped.
-
 _ENDS_LINE_BYTES = 2**12  # of a line that only has to be found
 
 
 class Jsonl(LinesFormat):
+    """A JSON object on each line. Empty lines are skipped."""
+
     name = "jsonl"
     noun = "jsonl file"
     line = "a JSON object"

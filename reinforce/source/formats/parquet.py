@@ -20,17 +20,16 @@ from reinforce.source.formats.base import (
     Columns,
     NoColumn,
     Part,
-    RowReader,
     Shard,
     SourceFormat,
     divided,
     find_columns,
     joined_rows,
+    sample_of_row,
 )
 from reinforce.source.parquet_file import BadPage, CheckedFile, FooterCheck, RefusedFile, check_codecs
 from reinforce.source.samples import Item, Refusal
-from reinforce.source.streams import check_file
-from reinforce.source.urls import filesystem, open_whole
+from reinforce.source.urls import check_file, filesystem, open_whole
 from schemas import Reason
 
 Row = Mapping[str, Any]
@@ -48,7 +47,13 @@ class ParquetFile:
         self._file = CheckedFile(self._stack.enter_context(open_whole(fs, path, cache_type="none")))
         try:
             self.footer, _ = self._file.footer()
-            self.schema = _schema(self.footer)
+            try:
+                self.schema = self.footer.schema.to_arrow_schema()
+            except (pa.ArrowException, UnicodeDecodeError) as error:
+                raise RefusedFile(f"its schema cannot be read: {error}") from error
+            if len({*self.schema.names}) < len(self.schema.names):
+                raise RefusedFile("two of its columns have one name")
+            self.types: dict[str, pa.DataType] = {field.name: field.type for field in self.schema}
         except BaseException:
             self._stack.close()
             raise
@@ -58,10 +63,6 @@ class ParquetFile:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-    @property
-    def types(self) -> dict[str, pa.DataType]:
-        return {field.name: field.type for field in self.schema}
 
     @property
     def group_sizes(self) -> list[int]:
@@ -92,13 +93,17 @@ class ParquetFile:
             except (BadPage, RefusedFile, pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
                 if self._file.error is not None:
                     raise self._file.error from None
-                yield RefusedFile(f"row group {number}, from row {first:,} on: {_describe(error)}")
+                why = str(error)[:300]
+                if "CRC checksum" in str(error):
+                    why = "a page does not have its checksum: bytes of it have changed"
+                yield RefusedFile(f"row group {number}, from row {first:,} on: {why}")
             first += count
 
     def _batches(self, parquet: pq.ParquetFile, number: int, names: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
         group = self.footer.row_group(number)
         leaves = {i: group.column(i) for i in range(group.num_columns)}
-        leaves = {i: leaf for i, leaf in leaves.items() if _is_read(leaf.path_in_schema, names)}
+        prefixes = tuple(f"{name}." for name in names)
+        leaves = {i: leaf for i, leaf in leaves.items() if f"{leaf.path_in_schema}.".startswith(prefixes)}
         check_codecs(self.footer, number, (leaf.path_in_schema for leaf in leaves.values()))
         size = self._file.check(group, leaves, self.footer.schema)
         batches = parquet.iter_batches(size, row_groups=[number], columns=[*names], use_threads=False)
@@ -116,17 +121,6 @@ def is_binary(type_: pa.DataType) -> bool:
     return any(map(is_binary, nested)) or "binary" in str(type_).partition("<")[0]
 
 
-def _check_image_column(columns: Columns, types: Mapping[str, pa.DataType]) -> None:
-    """Raise NoColumn if the type of the image column is none that images are stored in."""
-    type_ = types[columns.image]
-    fields = {type_.field(i).name for i in range(type_.num_fields)} if pa.types.is_struct(type_) else set()
-    if not {"bytes", "path"} & fields and str(type_).removeprefix("large_") not in ("string", "binary"):
-        raise NoColumn(
-            f"column {columns.image} has type {str(type_)[:200]}; images are binary, a struct of bytes and path as "
-            "Hugging Face has it, base64 text, or paths and URLs: name the column in input.image"
-        )
-
-
 def _leaves(types: Mapping[str, pa.DataType], columns: Columns) -> list[str]:
     """The columns that are read, and of the image's struct only bytes and path."""
     names = [name for name in types if name in columns.read and name != columns.image]
@@ -135,26 +129,6 @@ def _leaves(types: Mapping[str, pa.DataType], columns: Columns) -> list[str]:
         return [columns.image, *names]
     parts = [image.field(i).name for i in range(image.num_fields)]
     return [*(f"{columns.image}.{part}" for part in ("bytes", "path") if part in parts), *names]
-
-
-def _is_read(path: str, names: Sequence[str]) -> bool:
-    return any(path == name or path.startswith(f"{name}.") for name in names)
-
-
-def _schema(footer: pq.FileMetaData) -> pa.Schema:
-    try:
-        schema = footer.schema.to_arrow_schema()
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise RefusedFile(f"its schema cannot be read: {error}") from error
-    if len({*schema.names}) < len(schema.names):
-        raise RefusedFile("two of its columns have one name")
-    return schema
-
-
-def _describe(error: Exception) -> str:
-    if "CRC checksum" in str(error):
-        return "a page does not have its checksum: bytes of it have changed"
-    return str(error)[:300]
 
 
 class Parquet(SourceFormat):
@@ -168,12 +142,17 @@ class Parquet(SourceFormat):
         return head.startswith((b"PAR1", b"PARE"))
 
     def items(self, shard: Shard, spec: Input) -> Iterator[Item]:
-        reader = RowReader(shard.name, spec)
         try:
             with ParquetFile(shard.file) as file:
                 types = file.types
                 columns = find_columns([*types], spec, [name for name, type_ in types.items() if not is_binary(type_)])
-                _check_image_column(columns, types)
+                image = types[columns.image]
+                parts = {image.field(i).name for i in range(image.num_fields)} if pa.types.is_struct(image) else set()
+                if not {"bytes", "path"} & parts and str(image).removeprefix("large_") not in ("string", "binary"):
+                    raise NoColumn(
+                        f"column {columns.image} has type {str(image)[:200]}; images are binary, a struct of bytes and "
+                        "path as Hugging Face has it, base64 text, or paths and URLs: name the column in input.image"
+                    )
                 part = shard.part
                 if part:
                     _check_groups(part, file.group_sizes)
@@ -182,7 +161,7 @@ class Parquet(SourceFormat):
                     if isinstance(item, RefusedFile):
                         yield Refusal(None, Reason.SHARD_DAMAGED, str(item))
                     else:
-                        yield reader.sample(item[0], item[1], columns)
+                        yield sample_of_row(shard.name, item[0], item[1], columns, spec)
         except (RefusedFile, NoColumn) as error:
             yield Refusal(None, Reason.SHARD_UNREADABLE, f"a Parquet file that cannot be used: {error}")
 

@@ -22,7 +22,7 @@ from reinforce.images.policy import IMAGE_POLICY
 from reinforce.images.records import AUGMENTATION_BACKEND, Augmentation, from_records
 from reinforce.source.config import Limits
 from reinforce.source.references import ImageRoots, referenced_images
-from reinforce.source.streams import DamagedTar
+from reinforce.source.samples import DamagedTar
 from schemas import IMAGE_DIGEST, TRUE_CAPTIONS, image_columns
 from schemas.seeds import uniforms
 

@@ -19,9 +19,9 @@ from reinforce.dataset.validate import validate
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError
-from reinforce.source import streams
+from reinforce.source import urls
 from reinforce.source.formats import jsonl as lines
-from reinforce.source.reading import read_samples
+from reinforce.source.formats.base import read_samples
 from reinforce.source.samples import RawSample
 from tests.helpers.data import picture
 from tests.helpers.reinforced import reinforce_here
@@ -116,7 +116,7 @@ def test_rows_that_are_added_form_new_shards_and_finished_ones_keep_theirs(tmp_p
 
 
 def test_a_part_is_read_without_the_rest_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(urls, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(lines, "_CHUNK_BYTES", 1000)
     last = make_plan(parse_config(config(tmp_path, write_jsonl(tmp_path, 40)))).pending[-1]
     data = bytearray((tmp_path / "rows.jsonl").read_bytes())

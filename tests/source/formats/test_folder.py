@@ -21,9 +21,8 @@ from reinforce.engine.preflight.check_source import check_source
 from reinforce.engine.preflight.estimate import expected_bytes
 from reinforce.errors import UserError
 from reinforce.source.config import Input
-from reinforce.source.formats.base import ListedSample, Shard
+from reinforce.source.formats.base import ListedSample, Shard, read_samples
 from reinforce.source.formats.tar import split_name
-from reinforce.source.reading import read_samples
 from tests.helpers.data import config_of, picture, tree
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tables import samples_config as config

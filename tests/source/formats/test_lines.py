@@ -14,9 +14,8 @@ import pytest
 from reinforce.config import parse_config
 from reinforce.engine.plan.source_shards import SourceShards, source_shards
 from reinforce.source.config import Input, Limits
-from reinforce.source.formats.base import Shard, find_format
+from reinforce.source.formats.base import Shard, find_format, read_samples
 from reinforce.source.parquet_file import RefusedFile
-from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample
 from tests.helpers.data import picture
 from tests.helpers.tables import outcomes, read_table, write_columns

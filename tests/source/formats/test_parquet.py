@@ -127,7 +127,7 @@ _READ = """
 import sys
 from reinforce.source.config import Input
 from reinforce.source.formats.base import Shard
-from reinforce.source.reading import read_samples
+from reinforce.source.formats.base import read_samples
 for path in sys.argv[1:]:
     print([item.detail for item in read_samples(Shard(path, "s", "parquet"), Input())])
 """

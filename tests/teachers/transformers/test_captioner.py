@@ -19,7 +19,7 @@ from teachers.registry import load_model
 from teachers.runtime.accelerator import Accelerator
 from teachers.transformers import captioner as transformers_captioner
 from teachers.transformers import family
-from teachers.transformers.captioner import Git, chat_image_spec, end_tokens_of, load, merge_end_tokens
+from teachers.transformers.captioner import ImageToText, chat_image_spec, end_tokens_of, load, merge_end_tokens
 from tests.helpers.models import tiny_captioners
 from tests.helpers.models.tiny_captioners import PROMPT, Captioners, captioned, pictures, pixels_of, seeds, spec_of
 from tests.helpers.stand_in_cuda import stand_in_cuda
@@ -98,14 +98,14 @@ def test_rows_in_parallel_are_limited_by_bytes(build_captioner: Captioners, monk
 
 
 def test_logits_other_than_generates_are_rejected(captioner_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin = Git.begin
+    begin = ImageToText.begin
 
-    def counting_the_image(self: Git, pixels: torch.Tensor) -> Any:
+    def counting_the_image(self: ImageToText, pixels: torch.Tensor) -> Any:
         rows = begin(self, pixels)
         rows.positions = (18, ())
         return rows
 
-    monkeypatch.setattr(Git, "begin", counting_the_image)
+    monkeypatch.setattr(ImageToText, "begin", counting_the_image)
     with pytest.raises(ValueError, match=r"GitForCausalLM of transformers \S+ gives other logits .* at token 2\)"):
         load(spec_of(captioner_folder("git"), "git"), Accelerator("cpu"))
 
