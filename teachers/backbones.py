@@ -112,7 +112,13 @@ def build_class(
         load_weights(network, state, path, pretrained)
         state = None
     if without is not None:
-        _remove(network, without, path)
+        parent, _, child = without.rpartition(".")
+        try:
+            network.get_submodule(without)
+            setattr(network.get_submodule(parent), child, torch.nn.Identity())
+        except AttributeError:
+            known = ", ".join(found for found, _ in network.named_children())
+            raise ValueError(f"without: {path} has no module {without!r}; its modules are: {known}") from None
     if state is not None:
         load_weights(network, state, path, pretrained)
     return network.float(), image
@@ -134,45 +140,7 @@ def load_weights(network: torch.nn.Module, state: Mapping[str, torch.Tensor], pa
         raise ValueError(f"the weights in {pretrained} do not fit {path}: {reason}") from error
 
 
-def _remove(network: torch.nn.Module, name: str, path: str) -> None:
-    """Replace a module of a network by the identity. Raises ValueError if it has none of this name."""
-    parent, _, child = name.rpartition(".")
-    try:
-        network.get_submodule(name)
-        setattr(network.get_submodule(parent), child, torch.nn.Identity())
-    except AttributeError:
-        known = ", ".join(found for found, _ in network.named_children())
-        raise ValueError(f"without: {path} has no module {name!r}; its modules are: {known}") from None
-
-
-# -- Folders with a network of images: written for plain timm, or for the code of the user that builds the network.
-
 WEIGHTS = "model.safetensors"
-
-
-def write_timm(network: Any, image: ImageSpec, options: Mapping[str, Any], pretrained: bool, folder: str) -> None:
-    """Write a model of timm with its preprocessing, which timm loads as ``local-dir:FOLDER``, and transformers.
-
-    ``options`` are the arguments of ``timm.create_model`` that it was built with. Unless it is ``pretrained``, the tag
-    and the licence of the weights that timm has of it are left out.
-    """
-    from timm.models import save_for_hf
-
-    stated: dict[str, Any] = {} if pretrained else {"tag": "", "license": None}
-    stated |= {
-        "input_size": [3, image.height, image.width],
-        "mean": image.mean,
-        "std": image.std,
-        "interpolation": image.interpolation,
-        "crop_pct": 1.0,
-        "crop_mode": "squash" if image.resize == "squash" else "center",
-    }
-    save_for_hf(
-        network, folder, model_config={"pretrained_cfg": stated}, model_args=dict(options), safe_serialization=True
-    )
-    config = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
-    config.get("model_args", {}).pop("num_classes", None)  # transformers passes the one beside it, too
-    Path(folder, CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_class(network: torch.nn.Module, image: ImageSpec, config: Mapping[str, Any], folder: str) -> None:
@@ -222,8 +190,6 @@ def load_network(spec: TeacherSpec) -> tuple[ImageModel, ImageSpec]:
     return ImageModel(network), image_spec(network, spec)
 
 
-# -- Networks of images by what a config states of them: a model of timm, or a class or function of the user's.
-
 _CLASS = "class:"
 
 
@@ -242,13 +208,31 @@ class Backbone:
     without: str | None = None
 
     def export(self, model: ImageModel, folder: str) -> None:
-        """Write a folder that plain timm loads as ``local-dir:FOLDER``, or the state dict of the user's network."""
+        """Write a folder that plain timm loads as ``local-dir:FOLDER``, or the state dict of the user's network.
+
+        Unless the weights are pretrained, the tag and the licence that timm has of them are left out.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        if not self.name.startswith(_CLASS):
-            write_timm(model.network, self.image, self.options, self.pretrained, folder)
+        if self.name.startswith(_CLASS):
+            about = {"class": self.name.removeprefix(_CLASS), "options": dict(self.options), "without": self.without}
+            write_class(model.network, self.image, about, folder)
             return
-        about = {"class": self.name.removeprefix(_CLASS), "options": dict(self.options), "without": self.without}
-        write_class(model.network, self.image, about, folder)
+        from timm.models import save_for_hf
+
+        stated: dict[str, Any] = {} if self.pretrained else {"tag": "", "license": None}
+        stated |= {
+            "input_size": [3, self.image.height, self.image.width],
+            "mean": self.image.mean,
+            "std": self.image.std,
+            "interpolation": self.image.interpolation,
+            "crop_pct": 1.0,
+            "crop_mode": "squash" if self.image.resize == "squash" else "center",
+        }
+        about, options = {"pretrained_cfg": stated}, dict(self.options)
+        save_for_hf(model.network, folder, model_config=about, model_args=options, safe_serialization=True)
+        config = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
+        config.get("model_args", {}).pop("num_classes", None)  # transformers passes the one beside it, too
+        Path(folder, CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def build_backbone(spec: BackboneSpec) -> tuple[ImageModel, Backbone]:
@@ -256,7 +240,12 @@ def build_backbone(spec: BackboneSpec) -> tuple[ImageModel, Backbone]:
 
     Raises ValueError for a network that is unknown or does not fit, and FileNotFoundError for missing files.
     """
-    network, backbone = _of_class(spec) if spec.class_ is not None else _of_timm(spec)
+    if spec.class_ is not None:
+        network, image = build_class(spec.class_, spec.options, spec.without, spec.pretrained)
+        pretrained = spec.pretrained is not None
+        backbone = Backbone(f"{_CLASS}{spec.class_}", image, 0, pretrained, spec.options, spec.without)
+    else:
+        network, backbone = _of_timm(spec)
     image = replace(backbone.image, **spec.stated())
     if image.height != image.width:
         raise ValueError(
@@ -264,13 +253,6 @@ def build_backbone(spec: BackboneSpec) -> tuple[ImageModel, Backbone]:
             "`image_size`"
         )
     return ImageModel(network), replace(backbone, image=image, dim=width_of(network, image, backbone.name))
-
-
-def _of_class(spec: BackboneSpec) -> tuple[Any, Backbone]:
-    assert spec.class_ is not None
-    network, image = build_class(spec.class_, spec.options, spec.without, spec.pretrained)
-    pretrained = spec.pretrained is not None
-    return network, Backbone(f"{_CLASS}{spec.class_}", image, 0, pretrained, spec.options, spec.without)
 
 
 def _of_timm(spec: BackboneSpec) -> tuple[Any, Backbone]:
@@ -288,7 +270,13 @@ def _of_timm(spec: BackboneSpec) -> tuple[Any, Backbone]:
         raise ValueError(f"timm cannot build {name}: {error}. Check `options`") from error
     network.reset_classifier(0)
     resize = spec.image_size is not None and hasattr(network, "set_input_size")
-    state = {} if file is None else _without_classifier(network, read_weights(file))
+    state: dict[str, torch.Tensor] = {}
+    if file is not None:  # without the weights of a classifier that the network does not have
+        names = network.pretrained_cfg.get("classifier") or ()
+        prefixes = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+        own = network.state_dict().keys()
+        found = read_weights(file).items()
+        state = {key: value for key, value in found if key in own or not key.startswith(prefixes)}
     other = any(state[key].shape != value.shape for key, value in network.state_dict().items() if key in state)
     if resize and other:  # weights of a network that was resized before
         network.set_input_size(img_size=spec.image_size)
@@ -298,11 +286,3 @@ def _of_timm(spec: BackboneSpec) -> tuple[Any, Backbone]:
         network.set_input_size(img_size=spec.image_size)
         options["img_size"] = spec.image_size
     return network, Backbone(name, image_spec(network, model), 0, pretrained, options)
-
-
-def _without_classifier(network: Any, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights of a file without those of a classifier that the network does not have."""
-    names = network.pretrained_cfg.get("classifier") or ()
-    prefixes = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
-    own = network.state_dict().keys()
-    return {key: value for key, value in state.items() if key in own or not key.startswith(prefixes)}

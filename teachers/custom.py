@@ -254,8 +254,6 @@ def hash_of_code(cls: type) -> str | None:
         return None
 
 
-# -- Classifiers: models of timm by name, and classes of the user's, that give logits of classes for images.
-
 #: Bounds of temperatures: with others, logits or their loss leave the range of float32.
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
 

@@ -19,30 +19,22 @@ def fit(image: Image.Image, spec: ImageSpec) -> np.ndarray:
 
     ``crop`` resizes the shorter side and cuts the center; ``squash`` resizes both sides. Both use Pillow.
     """
-    target = (spec.width, spec.height)
+    width, height = image.size
     if spec.resize == "squash":
-        return _array(_resize(image, target, spec))
-    resized = _resize(image, _cover(image.size, target), spec)
+        return np.asarray(_resize(image, (spec.width, spec.height), spec), dtype=np.uint8)
+    # the smallest size of the image's aspect ratio that covers the target
+    if spec.width == spec.height:
+        # torchvision's Resize(int) truncates the longer side
+        side = spec.width
+        size = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
+    else:  # open_clip's ResizeKeepRatio, for targets that are not square, rounds it
+        ratio = min(width / spec.width, height / spec.height)
+        size = round(width / ratio), round(height / ratio)
+    resized = _resize(image, size, spec)
     left = round((resized.width - spec.width) / 2)
     top = round((resized.height - spec.height) / 2)
-    return _array(resized.crop((left, top, left + spec.width, top + spec.height)))
-
-
-def _cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The smallest (width, height) of the image's aspect ratio that covers the target."""
-    width, height = size
-    if target[0] == target[1]:
-        # torchvision's Resize(int) truncates the longer side
-        side = target[0]
-        return (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
-    # open_clip's ResizeKeepRatio, for targets that are not square, rounds it
-    ratio = min(width / target[0], height / target[1])
-    return round(width / ratio), round(height / ratio)
+    return np.asarray(resized.crop((left, top, left + spec.width, top + spec.height)), dtype=np.uint8)
 
 
 def _resize(image: Image.Image, size: tuple[int, int], spec: ImageSpec) -> Image.Image:
     return image if image.size == size else image.resize(size, _RESAMPLING[spec.interpolation])
-
-
-def _array(image: Image.Image) -> np.ndarray:
-    return np.asarray(image, dtype=np.uint8)

@@ -137,37 +137,27 @@ class _TransformersMap:
         if hidden.ndim == 4:
             grid: torch.Tensor = hidden
             return grid
-        patches = hidden[:, self._prefix(hidden, pixels) :]
-        if self._norm is not None and ranks == [2]:  # the model has normalised its pooled token alone
-            patches = self._norm(patches)
-        rows, columns = self._grid(pixels)
-        return patches.transpose(1, 2).unflatten(2, (rows, columns))
-
-    def _grid(self, pixels: torch.Tensor) -> tuple[int, int]:
-        patch = getattr(self._tower.config, "patch_size", None)
+        tower, config = type(self._tower).__name__, self._tower.config
+        patch = getattr(config, "patch_size", None)
         if patch is None:
-            raise ValueError(f"the config of {type(self._tower).__name__} states no `patch_size`")
+            raise ValueError(f"the config of {tower} states no `patch_size`")
         height, width = (patch, patch) if isinstance(patch, int) else (patch[0], patch[-1])
-        return pixels.shape[2] // height, pixels.shape[3] // width
-
-    def _prefix(self, hidden: torch.Tensor, pixels: torch.Tensor) -> int:
-        """The number of tokens before the patches: none, or those that the config and the weights state."""
-        config = self._tower.config
-        rows, columns = self._grid(pixels)
-        found = hidden.shape[1] - rows * columns
+        rows, columns = pixels.shape[2] // height, pixels.shape[3] // width
+        # Before the patches are no tokens, or those that the config and the weights state.
+        before = hidden.shape[1] - rows * columns
         distilled = any("distillation_token" in name for name, _ in self._tower.named_parameters())
         stated = getattr(config, "num_summary_tokens", None) or (
             1 + (getattr(config, "num_register_tokens", None) or 0) + distilled
         )
-        if found not in (0, stated):
+        if before not in (0, stated):
             raise ValueError(
-                f"{type(self._tower).__name__} gives {hidden.shape[1]} tokens, which are no grid of {rows} x {columns} "
-                f"after {stated} others"
+                f"{tower} gives {hidden.shape[1]} tokens, which are no grid of {rows} x {columns} after {stated} others"
             )
-        return found
+        patches = hidden[:, before:]
+        if self._norm is not None and ranks == [2]:  # the model has normalised its pooled token alone
+            patches = self._norm(patches)
+        return patches.transpose(1, 2).unflatten(2, (rows, columns))
 
-
-# -- Patch encoders: images to grids of patch vectors, whose size is known before the first batch.
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
@@ -259,9 +249,6 @@ def _errors_of(name: str, image: ImageSpec) -> Iterator[None]:
         raise ValueError(
             f"{name} gives no patches for images of {image.height} x {image.width} pixels: {reason}"
         ) from error
-
-
-# -- The image encoder of a model on its device, as the teachers of all libraries have it.
 
 
 class ImageEncoder:

@@ -23,13 +23,12 @@ def to_pixels(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
         else:
             pixels = torch.nn.functional.interpolate(pixels, size, mode=spec.interpolation, antialias=True)
             pixels = pixels.clamp_(0, 1)  # bicubic overshoots
-    mean, std = (_per_channel(values, pixels.device) for values in (spec.mean, spec.std))
+    # Constants [3, 1, 1] that the device fills in itself; a copy from the host would wait for it.
+    mean, std = (
+        torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=pixels.device) for value in values])
+        for values in (spec.mean, spec.std)
+    )
     return pixels.sub_(mean).div_(std)
-
-
-def _per_channel(values: Sequence[float], device: torch.device) -> torch.Tensor:
-    """Constants [3, 1, 1] that the device fills in itself; a copy from the host would wait for it."""
-    return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values])
 
 
 def channels(values: float | Sequence[float]) -> tuple[float, float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
@@ -38,11 +38,6 @@ def is_secret(name: str) -> bool:
     return _SECRET_NAME.fullmatch(re.sub(r"[^a-z0-9]+", "_", words).strip("_")) is not None
 
 
-def is_secret_variable(name: str) -> bool:
-    """Whether an environment variable of this name holds a secret."""
-    return name not in _FOLDER_VARIABLES and (is_secret(name) or _SECRET_VARIABLE.fullmatch(name) is not None)
-
-
 def redact_values(value: Any) -> Any:
     """Copy a config value for storage: secret options become ``(secret)``, URLs lose user, password and signature."""
     if isinstance(value, Mapping):
@@ -67,8 +62,11 @@ class Redactor:
     """
 
     def __init__(self, values: Any) -> None:
-        secrets = {*_secrets_in(values), *(os.environ[name] for name in os.environ if is_secret_variable(name))}
-        spellings = {spell(secret) for secret in secrets for spell in (str, quote, unquote, _in_json)}
+        secrets = {*_secrets_in(values)}
+        for name, value in os.environ.items():
+            if name not in _FOLDER_VARIABLES and (is_secret(name) or _SECRET_VARIABLE.fullmatch(name)):
+                secrets.add(value)
+        spellings = secrets.union(*((quote(one), unquote(one), json.dumps(one)[1:-1]) for one in secrets))
         self._secrets = frozenset(secret for secret in spellings if len(secret) >= _MIN_SECRET_CHARS)
         lengths: dict[str, set[int]] = {}
         for secret in self._secrets:
@@ -150,18 +148,10 @@ def _secrets_in(value: Any, hidden: bool = False) -> Iterator[str]:
     elif isinstance(value, str):
         if hidden:
             yield value
-        yield from _secrets_in_urls(value)
-
-
-def _secrets_in_urls(text: str) -> Iterable[str]:
-    for url in _URL.finditer(text):
-        address, _, query = url[3].partition("?")
-        user, at, _ = address.partition("/")[0].rpartition("@")
-        if at and url[2].lower() not in CONTAINER_SCHEMES:
-            yield user
-            yield from user.split(":", 1)[1:]
-        yield from (value for name, value in parse_qsl(query) if _SECRET_PARAMETER.search(name))
-
-
-def _in_json(text: str) -> str:
-    return json.dumps(text)[1:-1]
+        for url in _URL.finditer(value):
+            address, _, query = url[3].partition("?")
+            user, at, _ = address.partition("/")[0].rpartition("@")
+            if at and url[2].lower() not in CONTAINER_SCHEMES:
+                yield user
+                yield from user.split(":", 1)[1:]
+            yield from (secret for name, secret in parse_qsl(query) if _SECRET_PARAMETER.search(name))

@@ -115,8 +115,8 @@ class _AnyFamily:
             value = value.model_dump(exclude_unset=True)
         elif isinstance(value, cls.base):
             return value
-        family = _family_of(value)
-        if family is None:
+        family = value.get("family", "open_clip") if isinstance(value, Mapping) else None
+        if not isinstance(family, str) or family not in FAMILIES or family == _CLASS:
             return handler(value)  # raises what is wrong
         specs = _specs(cls.role)
         if family not in specs:
@@ -134,14 +134,6 @@ class _AnyFamily:
                 raise ValueError(f"{', '.join(given)}: used only with family {name}; remove it")
             foreign |= theirs
         return own.model_validate({key: item for key, item in value.items() if key not in foreign})
-
-
-def _family_of(value: Any) -> str | None:
-    """The value of ``family`` in a mapping of config keys, or its default; None if there is no such family."""
-    if not isinstance(value, Mapping):
-        return None
-    name = value.get("family", "open_clip")
-    return name if isinstance(name, str) and name in FAMILIES and name != _CLASS else None
 
 
 class _AnyTeacher(_AnyFamily):

@@ -1,4 +1,8 @@
-"""What a config contains for the patch features of a teacher."""
+"""What a config contains for one teacher or captioner of any family, and what its family must offer.
+
+A family derives from ``TeacherSpec``, ``CaptionerSpec`` or both, in ``teachers/<family>/family.py``: it adds its own
+keys and implements ``describe``, ``load`` and ``hosts``. ``teachers.registry.FAMILIES`` lists the families.
+"""
 
 from __future__ import annotations
 
@@ -65,11 +69,6 @@ class Patches(BaseModel):
         copy._picked = self.fewer
         return copy
 
-
-# -- What a config contains for one teacher or captioner of any family, and what its family must offer.
-#
-# A family derives from ``TeacherSpec``, ``CaptionerSpec`` or both, in ``teachers/<family>/family.py``: it adds its own
-# keys and implements ``describe``, ``load`` and ``hosts``. ``teachers.registry.FAMILIES`` lists the families.
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
 _LATER_KEYS = ("codec", "codec_sample", "patches")  # of teachers
@@ -252,6 +251,8 @@ class TeacherSpec(ModelSpec):
     def _check_fp8(self) -> TeacherSpec:
         if self.precision == "fp8" and self.fused_attention is False:
             raise ValueError("`precision: fp8` needs attention without copies: remove `fused_attention: false`")
+        if {"dtype", "codec"} <= self.model_fields_set and self.codec is not None:
+            raise ValueError("`codec` and `dtype` are the same: remove `dtype`")
         return self
 
     @model_serializer(mode="wrap")
@@ -261,12 +262,6 @@ class TeacherSpec(ModelSpec):
         fields = type(self).model_fields
         unset = {key for key in _LATER_KEYS if getattr(self, key) == fields[key].default}
         return {key: value for key, value in values.items() if key not in unset}
-
-    @model_validator(mode="after")
-    def _check_codec(self) -> TeacherSpec:
-        if {"dtype", "codec"} <= self.model_fields_set and self.codec is not None:
-            raise ValueError("`codec` and `dtype` are the same: remove `dtype`")
-        return self
 
     def finer(self) -> TeacherSpec:
         patches = self.patches and self.patches.picking()
@@ -443,13 +438,13 @@ DECODING_FIELDS = (
 )
 
 
-# -- Keys of captioners that may read the true caption, such as to translate it.
-
 #: Stands for the true caption in a prompt.
 CAPTION = "{caption}"
 
 
 class CaptionReaderSpec(CaptionerSpec):
+    """Keys of captioners that may read the true caption, such as to translate it."""
+
     sees: Literal["caption", "both"] | None = Field(
         None,
         description="openai and transformers: what the model sees. caption: the true caption, in place of {caption} in "

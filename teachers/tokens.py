@@ -6,6 +6,7 @@ are padded to their longest text; that embeddings are equal for texts padded to 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -70,20 +71,13 @@ def check_tokenizer_files(folder: Path) -> None:
     names = [path.name for path in folder.iterdir() if path.is_file()]
     if any(name in _NAMES or name.startswith("vocab.") or name.endswith(_SUFFIXES) for name in names):
         return
-    if _needs_no_vocabulary(folder):
-        return
+    for file, key in (("tokenizer_config.json", "tokenizer_class"), ("config.json", "model_type")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            kind = str(json.loads((folder / file).read_text(encoding="utf-8"))[key])
+            if kind.lower().startswith(_WITHOUT_VOCABULARY):
+                return
     raise FileNotFoundError(
         f"folder {folder} has no tokenizer files, so all its texts would get the same tokens: expected one of "
         f"{', '.join(_NAMES)}. Save the model's tokenizer or processor into the folder as well: "
         f"AutoTokenizer.from_pretrained(ORIGINAL_MODEL).save_pretrained({str(folder)!r})"
     )
-
-
-def _needs_no_vocabulary(folder: Path) -> bool:
-    kinds = []
-    for file, key in (("tokenizer_config.json", "tokenizer_class"), ("config.json", "model_type")):
-        try:
-            kinds.append(str(json.loads((folder / file).read_text(encoding="utf-8"))[key]))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return any(kind.lower().startswith(_WITHOUT_VOCABULARY) for kind in kinds)

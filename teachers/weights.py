@@ -43,7 +43,11 @@ def identity(location: str | Path) -> str:
     Raises FileNotFoundError, or ValueError for an unknown protocol.
     """
     if not is_url(location):
-        return f"sha256:{_sha256(_local(location))}"
+        digest = hashlib.sha256()
+        with _local(location).open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        return f"sha256:{digest.hexdigest()}"
     return _remote_identity(_info(str(location))[2])
 
 
@@ -162,20 +166,14 @@ def _state_dict(path: Path) -> dict[str, torch.Tensor]:
         )
     if all(key.startswith("module.") for key in loaded):
         loaded = {key.removeprefix("module."): value for key, value in loaded.items()}
-    return _without_shared_storage(loaded)
-
-
-def _without_shared_storage(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Make tensors contiguous and independent, as safetensors requires. Tied weights are written twice."""
-    import torch
-
+    # Contiguous and independent tensors, as safetensors requires. Tied weights are written twice.
     seen: set[int] = set()
-    result = {}
-    for key, value in state.items():
+    state = {}
+    for key, value in loaded.items():
         pointer = value.untyped_storage().data_ptr()
-        result[key] = value.clone(memory_format=torch.contiguous_format) if pointer in seen else value.contiguous()
+        state[key] = value.clone(memory_format=torch.contiguous_format) if pointer in seen else value.contiguous()
         seen.add(pointer)
-    return result
+    return state
 
 
 def _local(location: str | Path) -> Path:
@@ -208,14 +206,6 @@ def _remote_identity(info: dict[str, Any]) -> str:
         if info.get(key):
             return f"size:{info.get('size')} {key.lower()}:{str(info[key]).strip(chr(34))}"
     return f"size:{info.get('size')}"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _digest(*parts: str) -> str:

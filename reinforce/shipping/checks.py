@@ -121,8 +121,7 @@ def compare_on_sets(
     return {side: agreement(actual[side], expected[side]) for side in expected}, metrics
 
 
-# -- The golden file of an exported folder: pictures and texts, and what an app must make of them.
-
+#: The golden file of an exported folder: pictures and texts, and what an app must make of them.
 GOLDEN = "golden.json"
 _SIZES = ((320, 240), (200, 310), (96, 96))  # width, height: both orientations, and a picture to enlarge
 _TEXTS = 8

@@ -67,6 +67,11 @@ class ExportResult:
         named = {side: tower["file"] for side, tower in towers.items()}
         if len({*named.values()}) < len(named):
             named = {side: f"{file}, {side} tower" for side, file in named.items()}
+        of_tokens = []
+        if (found := self.report["tokenizer"]) is not None:
+            of_tokens.append(f"tokenizer.json: same tokens as the student for {found['same']} test texts")
+            if found["misread"]:
+                of_tokens.append(tokens.Misread(**found["misread"]).line())
         return [
             *(
                 f"{named[side]}: {format_bytes(tower['bytes'])}; cosine to the trained model at least "
@@ -82,16 +87,9 @@ class ExportResult:
             ),
             *(f"{name}: {100 * exported[name]:.2f} %, trained model {100 * trained[name]:.2f} %" for name in exported),
             f"compared: {self.report['compared']}, in {self.report['executed_by']}",
-            *self._token_lines(),
+            *of_tokens,
             f"written: {self.output}; its README.md has an example",
         ]
-
-    def _token_lines(self) -> list[str]:
-        found = self.report["tokenizer"]
-        if found is None:
-            return []
-        same = f"tokenizer.json: same tokens as the student for {found['same']} test texts"
-        return [same, *([tokens.Misread(**found["misread"]).line()] if found["misread"] else [])]
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,10 @@ def export_model(
         for side in runs:
             _check_agreement(side, found[side], target, options, min_cosine)
         about = {side: {**found[side].as_json(), **runtime.about(path)} for side, path in paths.items()}
-        of_tokens = _describe_tokenizer(model.tokenizer, spec)
+        of_tokens = None  # how many test texts have the student's tokens, and those that have others
+        if model.tokenizer is not None:
+            misread = tokens.misread_texts(model.tokenizer, model_name(spec))
+            of_tokens = {"same": len(tokens.PROBES), "misread": None if misread is None else asdict(misread)}
         _write_common(folder, runtime, model, paths["image"])
         report = {
             "target": target,
@@ -206,7 +207,23 @@ def _load(name: str, spec: ModelSpec, tower: str, fuses: bool) -> _Model:
     }
     fused = reparameterize(clip)  # refuses captioners
     towers = split_towers(fused if fuses else clip, image, texts)
-    config = _preprocess_config(name, clip, image, None if texts is None else texts.shape[1])
+    # Return the content of ``preprocess.json``, with open_clip's keys where they exist.
+    context_length = None if texts is None else texts.shape[1]
+    scale, bias = (getattr(clip, key, None) for key in ("logit_scale", "logit_bias"))
+    config = {
+        "model": short_name(name),
+        "size": [image.height, image.width],
+        "mode": "RGB",
+        "resize_mode": "shortest" if image.resize == "crop" else "squash",
+        "interpolation": image.interpolation,
+        "mean": list(image.mean),
+        "std": list(image.std),
+        "normalised_by": "",
+        "context_length": context_length,
+        "dim": 0,
+        "logit_scale": None if scale is None else float(scale.exp()),
+        "logit_bias": None if bias is None else float(bias),
+    }
     config["dim"] = references["image"](towers[0].example(1)).shape[1]
     return _Model(towers, references, image, tokenizer, config)
 
@@ -238,14 +255,6 @@ def _check_agreement(side: str, agreement: Agreement, target: str, options: Expo
         )
 
 
-def _describe_tokenizer(tokenizer: Any, spec: ModelSpec) -> dict[str, Any] | None:
-    """How many test texts have the student's tokens, and those that have others; None without a tokenizer."""
-    if tokenizer is None:
-        return None
-    misread = tokens.misread_texts(tokenizer, model_name(spec))
-    return {"same": len(tokens.PROBES), "misread": None if misread is None else asdict(misread)}
-
-
 def _write_common(folder: Path, runtime: Target, model: _Model, image_file: Path) -> None:
     """Write the files that every target has."""
     config = {**model.config, "normalised_by": image_file.name}
@@ -257,25 +266,6 @@ def _write_common(folder: Path, runtime: Target, model: _Model, image_file: Path
         rows = {text: model.tokenizer.encode(text).ids for text in tokens.PROBES}
     write_golden(folder / GOLDEN, model.references, model.image, rows)
     runtime.complete(folder, model.tokenizer)
-
-
-def _preprocess_config(name: str, clip: Any, spec: ImageSpec, context_length: int | None) -> dict[str, Any]:
-    """Return the content of ``preprocess.json``, with open_clip's keys where they exist."""
-    scale, bias = (getattr(clip, key, None) for key in ("logit_scale", "logit_bias"))
-    return {
-        "model": short_name(name),
-        "size": [spec.height, spec.width],
-        "mode": "RGB",
-        "resize_mode": "shortest" if spec.resize == "crop" else "squash",
-        "interpolation": spec.interpolation,
-        "mean": list(spec.mean),
-        "std": list(spec.std),
-        "normalised_by": "",
-        "context_length": context_length,
-        "dim": 0,
-        "logit_scale": None if scale is None else float(scale.exp()),
-        "logit_bias": None if bias is None else float(bias),
-    }
 
 
 def _check_new(store: Storage) -> None:

@@ -1,4 +1,8 @@
-"""Description of the machine that a benchmark ran on."""
+"""``reinforce export latency``: size of models, the time that one image and one text take, and the machine that was measured.
+
+Architectures are measured, with random weights and reparameterized as for export. Measurements of all models are
+interleaved, so that other load on the machine affects them equally.
+"""
 
 from __future__ import annotations
 
@@ -53,21 +57,17 @@ def machine_name() -> str:
 def describe_machine(packages: Iterable[str]) -> dict[str, Any]:
     """Return processor, available cores, load, system, and versions of Python and of installed ``packages``."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {
         "cpu": cpu_name(),
         "cores": available_cores(),
         "load average": None if load is None else round(load, 2),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **_versions(packages)},
+        "versions": versions,
     }
-
-
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    found = {}
-    for name in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def cpu_name() -> str:
@@ -78,15 +78,14 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-# -- The latency report: a terminal table, a JSON file and a picture.
-
 SIDES = ("image", "text")
 _IMAGENET = "imagenet1k"
 
 
 @dataclass(frozen=True)
 class LatencyReport:
-    """Measurements by model name in ``models``; ``about`` describes the machine and the method."""
+    """Measurements by model name in ``models``, as a table, JSON and a picture; ``about`` describes the machine and the
+    method."""
 
     about: dict[str, Any]
     models: dict[str, dict[str, Any]]
@@ -108,12 +107,16 @@ class LatencyReport:
         for (model, runtime), times in lines.items():
             about = self.models[model]
             sizes = about.get("bytes", {}).get(runtime)
+            ranges = []
+            for of in (times[side] for side in SIDES):
+                half = (of["upper quartile"] - of["lower quartile"]) / 2
+                ranges.append(f"{of['median'] / batch:.1f} ±{half / batch:.1f}")
             table.add_row(
                 model if len(about["milliseconds"]) == 1 else f"{model} ({runtime})",
                 " + ".join(_format_number(about["parameters"][side] / 1e6) for side in SIDES),
                 *(" + ".join(f"{sizes[side] / 1e6:.1f}" for side in SIDES if sizes) for _ in files),
                 " + ".join(_format_number(about["gflop"][side]) for side in SIDES),
-                *(_format_range(times[side], batch) for side in SIDES),
+                *ranges,
                 f"{slowest / _sum_of_medians(times):.1f}x",
             )
         return table
@@ -199,20 +202,10 @@ def _sum_of_medians(times: dict[str, dict[str, float]]) -> float:
     return sum(times[side]["median"] for side in SIDES)
 
 
-def _format_range(times: dict[str, float], batch: int) -> str:
-    half = (times["upper quartile"] - times["lower quartile"]) / 2
-    return f"{times['median'] / batch:.1f} ±{half / batch:.1f}"
-
-
 def _format_number(value: float) -> str:
     """A number with one digit after the point, or with two that are not 0."""
     return f"{value:.1f}" if value >= 1 or not value else f"{value:.2g}"
 
-
-# -- ``reinforce export latency``: size of models, and the time that one image and one text take.
-#
-# Architectures are measured, with random weights and reparameterized as for export. Measurements of all models are
-# interleaved, so that other load on the machine affects them equally.
 
 _TEXT = "a photo of a small brown dog that runs over wet grass"
 Clock = Literal["wall", "process"]

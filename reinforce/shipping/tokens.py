@@ -175,8 +175,17 @@ def _clean_name(original: Any) -> str:
 def _cleaning(name: str) -> Iterator[normalizers.Normalizer]:
     """Yield the normalizers equivalent to open_clip's ``get_clean_fn(name)``."""
     yield normalizers.Replace("&amp;", "&")
-    for entity, character in _entities():
-        yield normalizers.Replace(Regex(entity), character)
+    # Numeric entities and the oldest names need no semicolon, as in HTML.
+    known = {entity.lower() for entity in name2codepoint}
+    for entity, text in HTML_ENTITIES.items():
+        if entity[1:-1].lower() in known or text in string.punctuation:
+            yield normalizers.Replace(Regex(entity), text)
+    for code in _NUMERIC_ENTITIES:
+        yield normalizers.Replace(Regex(f"&#0?{code}(?:;|(?![0-9]))"), chr(code))
+        yield normalizers.Replace(Regex(f"(?i)&#x0?{code:x}(?:;|(?![0-9a-f]))"), chr(code))
+    old = [entity for entity in html5 if not entity.endswith(";")]
+    for entity in sorted(old, key=lambda entity: (entity != "amp", -len(entity))):
+        yield normalizers.Replace(Regex(f"&{entity};?"), html5[entity])
     yield normalizers.Replace(Regex("\x1b\\[[0-9;]*[a-zA-Z]"), "")
     yield from _table(_C1)
     yield from _table(LIGATURES)
@@ -193,22 +202,6 @@ def _cleaning(name: str) -> Iterator[normalizers.Normalizer]:
         yield normalizers.Lowercase()
     yield normalizers.Replace(Regex(_SPACES), " ")
     yield normalizers.Strip()
-
-
-def _entities() -> Iterator[tuple[str, str]]:
-    """Yield (pattern, character); numeric entities and the oldest names need no semicolon, as in HTML."""
-    known = {name.lower() for name in name2codepoint}
-    yield from (
-        (entity, text)
-        for entity, text in HTML_ENTITIES.items()
-        if entity[1:-1].lower() in known or text in string.punctuation
-    )
-    for code in _NUMERIC_ENTITIES:
-        yield f"&#0?{code}(?:;|(?![0-9]))", chr(code)
-        yield f"(?i)&#x0?{code:x}(?:;|(?![0-9a-f]))", chr(code)
-    old = [name for name in html5 if not name.endswith(";")]
-    for name in sorted(old, key=lambda name: (name != "amp", -len(name))):
-        yield f"&{name};?", html5[name]
 
 
 def _table(table: Mapping[int, str | int | None]) -> Iterator[normalizers.Normalizer]:

@@ -1,4 +1,4 @@
-"""The steps of a decoder compiled, if that gives the logits and the tokens of before."""
+"""Captioners of open_clip's CoCa. Each image is encoded once; its captions are decoded in parallel on a cache."""
 
 from __future__ import annotations
 
@@ -104,15 +104,13 @@ def _choose(
     state.drawn.copy_(torch.rand(state.drawn.shape, generator=torch.Generator().manual_seed(0)))
 
     def choose() -> None:
-        sampler.advance(logits, *state.of_step())
+        sampler.advance(logits, *state.of_step)
 
     for number, chosen_from in enumerate(values):
         logits[: len(chosen_from)] = chosen_from
         decoder.launch(choose, number)
     return state.tokens
 
-
-# -- Captioners of open_clip's CoCa. Each image is encoded once; its captions are decoded in parallel on a cache.
 
 #: Limits on captions decoded in parallel and on the bytes of their caches on a CPU, independent of the batch size.
 _MAX_ROWS, _MAX_CACHE_BYTES = SIZES[-1], 2 * GIB

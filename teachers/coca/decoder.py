@@ -27,16 +27,6 @@ Tensor = torch.Tensor
 Linear = Callable[[Tensor, Tensor | None], torch.nn.Module]
 
 
-def check_block(block: Any) -> None:
-    """Raise ValueError for a block that cannot be decoded token by token."""
-    attention = getattr(block, "attn", None)
-    known = torch.nn.MultiheadAttention, getattr(towers, "Attention", torch.nn.MultiheadAttention)
-    if not isinstance(attention, known) or getattr(attention, "in_proj_weight", None) is None:
-        raise ValueError(f"blocks of type {type(block).__name__} are unknown")
-    if getattr(attention, "logit_scale", None) is not None:
-        raise ValueError("`scaled_cosine_attn` is not supported, as in open_clip's own forward pass, which fails")
-
-
 class _Block(torch.nn.Module):
     """Residual block without the projections of queries, keys and values."""
 
@@ -118,19 +108,14 @@ class CrossAttentionBlock(_Block):
         self.project, self.project_image = (linear(*of) for of in zip(weights, biases, strict=True))
         self.image_norm = block.ln_1_kv
 
-    def keys_values(self, images: Tensor) -> Tensor:
-        """Image tokens [B, n, width] -> [B, n, 2 * width]."""
-        projected: Tensor = self.project_image(self.image_norm(images))
-        return projected
-
     def forward(
         self, x: Tensor, added: Tensor, image_cache: Tensor, slots: Tensor, row_of_slot: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Process the newest tokens, as ``SelfAttentionBlock`` does.
 
-        ``image_cache`` is the result of ``keys_values``. Tokens are arranged by slots, equally many for each image, so
-        that the captions of an image share its keys and values. Token i has slot ``slots[i]``, and ``row_of_slot`` is
-        the token of each slot, any for an unused one.
+        ``image_cache`` [B, n, 2 * width] has the keys and values of the image tokens. Tokens are arranged by slots,
+        equally many for each image, so that the captions of an image share its keys and values. Token i has slot
+        ``slots[i]``, and ``row_of_slot`` is the token of each slot, any for an unused one.
         """
         x = x + added
         query = self.project(self.norm(x)).index_select(0, row_of_slot).unflatten(0, (len(image_cache), -1))
@@ -192,10 +177,11 @@ class CocaNetwork(torch.nn.Module):
         default to its first B images."""
         for layer, block in enumerate(self.cross_blocks):
             assert isinstance(block, CrossAttentionBlock)
+            keys_values = block.project_image(block.image_norm(images))
             if places is None:
-                cache[: len(images), layer] = block.keys_values(images)
+                cache[: len(images), layer] = keys_values
             else:
-                cache[:, layer].index_copy_(0, places, block.keys_values(images))
+                cache[:, layer].index_copy_(0, places, keys_values)
 
     def step(
         self,
@@ -254,11 +240,14 @@ def check_decodable(model: Any) -> None:
     if not isinstance(model.text, towers.TextTransformer) or model.text.attn_mask is None:
         raise ValueError("its text tower is not causal, so earlier tokens would depend on later ones")
     for block in (*model.text.transformer.resblocks, *model.text_decoder.resblocks, *model.text_decoder.cross_attn):
-        check_block(block)
+        attention = getattr(block, "attn", None)
+        known = torch.nn.MultiheadAttention, getattr(towers, "Attention", torch.nn.MultiheadAttention)
+        if not isinstance(attention, known) or getattr(attention, "in_proj_weight", None) is None:
+            raise ValueError(f"blocks of type {type(block).__name__} are unknown")
+        if getattr(attention, "logit_scale", None) is not None:
+            raise ValueError("`scaled_cosine_attn` is not supported, as in open_clip's own forward pass, which fails")
 
 
-# -- Incremental decoding of CoCa with cached keys and values of the text so far and of the image.
-#
 # At every step, open_clip's own forward pass runs both text towers over all tokens so far, projects the image tokens in
 # each layer for every row, and returns the logits of every position. Here a step processes only the newest tokens, and
 # the captions of an image share its keys and values. The class token, which open_clip appends after the last token, is
@@ -273,16 +262,19 @@ class CocaDecoder:
     """
 
     def __init__(self, network: CocaNetwork, accelerator: Accelerator) -> None:
-        self.network, self._accelerator = network, accelerator
+        self.network, self._accelerator, self.bytes_per_image = network, accelerator, network.bytes_per_image
         self.cache, self.image_cache = network.text_cache(0), network.image_cache(0, 0)
         self.visible = torch.zeros(0, network.length, dtype=torch.bool)  # tokens that the text tower attends to
 
-    def bytes_per_image(self, captions: int, image_tokens: int) -> int:
-        return self.network.bytes_per_image(captions, image_tokens)
-
     def begin(self, images: torch.Tensor, captions: int) -> None:
         """Start with image tokens [B, n, width] and one row per image, to be selected at most ``captions`` times."""
-        self._reserve(len(images), captions, images.shape[1])
+        # Caches of the previous batch are reused if they are large enough.
+        rows = len(images) * captions
+        if len(self.cache) < rows:
+            self.cache = self.network.text_cache(rows)
+            self.visible = torch.zeros(rows, self.network.length, dtype=torch.bool)
+        if len(self.image_cache) < len(images) or self.image_cache.shape[2] != images.shape[1]:
+            self.image_cache = self.network.image_cache(len(images), images.shape[1])
         with self._accelerator.forward():
             self.network.fill_image_cache(images, self.image_cache)
         self.visible.zero_()
@@ -292,7 +284,10 @@ class CocaDecoder:
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         rows, position = len(tokens), torch.tensor([self._filled])
         self._filled += 1
-        hidden = self._is_hidden(tokens)
+        # Whether the text tower never attends to the newest token; see ``CocaNetwork.hiding``.
+        hidden, hiding = torch.zeros(rows, dtype=torch.bool), self.network.hiding
+        if hiding is not None and tokens.shape[1] >= hiding[1]:
+            hidden = tokens[:, -hiding[1]] == hiding[0]
         self._masked = self._masked or bool(hidden.any())
         self.visible[:rows].index_copy_(1, position, ~hidden[:, None])
         mask = self.visible[:rows, None, None, : self._filled] if self._masked else None
@@ -333,22 +328,6 @@ class CocaDecoder:
         self._slots = image_of * rows_per_image + rank
         self._row_of_slot = torch.zeros(len(counts) * rows_per_image, dtype=torch.int64)
         self._row_of_slot[self._slots] = torch.arange(len(image_of))
-
-    def _is_hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """bool [rows]: whether the text tower never attends to the newest token; see ``CocaNetwork.hiding``."""
-        hiding = self.network.hiding
-        if hiding is None or tokens.shape[1] < hiding[1]:
-            return torch.zeros(len(tokens), dtype=torch.bool)
-        pad_id, back = hiding
-        return tokens[:, -back] == pad_id
-
-    def _reserve(self, images: int, captions: int, image_tokens: int) -> None:
-        """Allocate the caches for a batch; those of the previous batch are reused if they are large enough."""
-        if len(self.cache) < images * captions:
-            self.cache = self.network.text_cache(images * captions)
-            self.visible = torch.zeros(images * captions, self.network.length, dtype=torch.bool)
-        if len(self.image_cache) < images or self.image_cache.shape[2] != image_tokens:
-            self.image_cache = self.network.image_cache(images, image_tokens)
 
 
 def _move_rows(buffer: torch.Tensor, rows: torch.Tensor) -> None:

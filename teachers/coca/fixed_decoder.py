@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from teachers.coca.decoder import CocaNetwork
@@ -52,6 +51,7 @@ class FixedCocaDecoder:
         self._masks: Callable[..., tuple[Tensor, Tensor]] = masks
         self._compiled = False
         self.cache, self.image_cache = network.text_cache(0), network.image_cache(0, 0)
+        self.capacity = 0  # rows of the cache
         self._last_logits, self._captions = torch.zeros(0), 0
         self._waiting: Sequence[Tensor] = ()
         self._entering, self._entry = torch.zeros(0), torch.zeros(0)  # what graphs read: images, and where they go
@@ -110,21 +110,17 @@ class FixedCocaDecoder:
             images = [self._waiting[image] for image in entry.images[part]]
             rows = entry.rows.reshape(count, captions)[part].reshape(-1)
             where = np.concatenate([entry.places[part], rows, entry.place_of])
-            if captured:
-                self._enter_by_graph(images, where)
-            else:
+            if not captured:
                 self._enter(torch.stack(images), upload(where, self._accelerator.device))
-
-    def _enter_by_graph(self, images: list[Tensor], where: npt.NDArray[np.int64]) -> None:
-        size = len(images)
-        if not len(self._entering):  # enough for any batch in these caches
-            most = max(_MIN_ENTERING, entry_size(len(self.image_cache)))
-            entry = self._slots.new_zeros(most * (1 + self._captions) + self.capacity)
-            self._entering, self._entry = images[0].new_zeros(most, *images[0].shape), entry
-        torch.stack(images, out=self._entering[:size])
-        put_into(self._entry, where)
-        step = partial(self._enter, self._entering[:size], self._entry[: len(where)])
-        self.steps.run("enter", (self._rows, self._images), step)
+                continue
+            if not len(self._entering):  # enough for any batch in these caches
+                most = max(_MIN_ENTERING, entry_size(len(self.image_cache)))
+                self._entry = self._slots.new_zeros(most * (1 + captions) + self.capacity)
+                self._entering = images[0].new_zeros(most, *images[0].shape)
+            torch.stack(images, out=self._entering[:size])
+            put_into(self._entry, where)
+            step = partial(self._enter, self._entering[:size], self._entry[: len(where)])
+            self.steps.run("enter", (self._rows, self._images), step)
 
     def _enter(self, images: Tensor, where: Tensor) -> None:
         """Begin with image tokens [B, n, width]: ``where`` has their places, the rows of their captions, and the place
@@ -208,8 +204,15 @@ class FixedCocaDecoder:
         self._count, self._rows = len(rows), self.padded(len(rows))
         self._image_of[: self._count] = image_of
         self._image_of[self._count : self._rows] = self._images
-        if self._rows < self._images:
-            self._renumber_images(self._rows)
+        if self._rows < self._images:  # move the images of the rows to the front of the cache
+            before, self._images = self._images, self._rows
+            image_of = self._image_of[: self._rows]
+            in_use = image_of.new_zeros(before + 1).index_fill_(0, image_of, 1)[:before]
+            order = in_use.sort(descending=True, stable=True).indices[: self._images]
+            for layer in range(self.image_cache.shape[1]):
+                self.image_cache[: self._images, layer] = self.image_cache[:, layer].index_select(0, order)
+            new_index = (in_use.cumsum(0) - 1).index_select(0, image_of.clamp(max=before - 1))
+            self._image_of[: self._rows] = new_index.where(image_of < before, self._images)
         self._assign_slots()
 
     def _logits(self, newest: Tensor, hidden: Tensor | None, position: Tensor) -> Tensor:
@@ -242,18 +245,6 @@ class FixedCocaDecoder:
             attended *= 2
         return min(attended, self.network.length)
 
-    def _renumber_images(self, images: int) -> None:
-        """Move the images of the rows to the front of the cache, at most ``images`` of them."""
-        before = self._images
-        image_of = self._image_of[: self._rows]
-        in_use = image_of.new_zeros(before + 1).index_fill_(0, image_of, 1)[:before]
-        order = in_use.sort(descending=True, stable=True).indices[:images]
-        for layer in range(self.image_cache.shape[1]):
-            self.image_cache[:images, layer] = self.image_cache[:, layer].index_select(0, order)
-        new_index = (in_use.cumsum(0) - 1).index_select(0, image_of.clamp(max=before - 1))
-        self._image_of[: self._rows] = new_index.where(image_of < before, images)
-        self._images = images
-
     def _assign_slots(self) -> None:
         """Assign rows to slots by their images: those of an image are adjacent. Padding has the last slot, which it
         reads only."""
@@ -273,6 +264,7 @@ class FixedCocaDecoder:
         self.release()  # before the larger ones are allocated
         device, network = self._accelerator.device, self.network
         self.cache, self.image_cache = network.text_cache(rows), network.image_cache(images, image_tokens)
+        self.capacity = rows
         self._visible = torch.zeros(rows, self._aligned, dtype=torch.bool, device=device)
         self._row_places = torch.arange(rows, device=device)
         self._position, self._newest = torch.zeros_like(self._row_places), torch.zeros_like(self._row_places)
@@ -286,11 +278,7 @@ class FixedCocaDecoder:
         self.steps.clear()  # graphs hold the addresses
         self.cache, self.image_cache = self.network.text_cache(0), self.network.image_cache(0, 0)
         self._entering = self._entry = self._last_logits = torch.zeros(0)
-        self._captions = 0
-
-    @property
-    def capacity(self) -> int:
-        return len(self.cache)
+        self.capacity = self._captions = 0
 
 
 def newest_of(

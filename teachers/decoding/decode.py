@@ -48,8 +48,8 @@ def beam_search(
     """
     shape = (images, options.groups, options.beams // options.groups)
     longest, device = rules.max_tokens, rules.impossible.device
-    ended = _EndedTexts.empty(shape, longest, rules.end, device)
     sums = torch.full(shape, -torch.inf, device=device)  # log-probabilities of the open beams
+    ended = _EndedTexts(sums.clone(), torch.full((*shape, longest), rules.end, device=device), rules.end)
     sums[..., 0] = 0  # beams are identical at first, so only one in each group competes
     tokens = torch.full((images * options.beams, 1), rules.start, device=device)
     running = np.arange(images)
@@ -89,8 +89,10 @@ def beam_search(
     texts: list[list[list[int]] | None] = [None] * images
     if found:
         which, of = zip(*found, strict=True)
-        for image, best in zip(np.concatenate(which).tolist(), _EndedTexts.joined(of).texts(captions), strict=True):
-            texts[image] = best
+        scores, tokens = (torch.cat(parts) for parts in zip(*((one.scores, one.tokens) for one in of), strict=True))
+        best = _EndedTexts(scores, tokens, rules.end).texts(captions)
+        for image, texts_of_image in zip(np.concatenate(which).tolist(), best, strict=True):
+            texts[image] = texts_of_image
     return texts
 
 
@@ -106,15 +108,6 @@ class _EndedTexts:
     tokens: Tensor
     end: int
 
-    @classmethod
-    def empty(cls, shape: tuple[int, int, int], max_tokens: int, end: int, device: torch.device) -> _EndedTexts:
-        scores = torch.full(shape, -torch.inf, device=device)
-        return cls(scores, torch.full((*shape, max_tokens), end, device=device), end)
-
-    @classmethod
-    def joined(cls, parts: Sequence[_EndedTexts]) -> _EndedTexts:
-        return cls(torch.cat([part.scores for part in parts]), torch.cat([part.tokens for part in parts]), parts[0].end)
-
     def add(self, scores: Tensor, tokens: Tensor) -> _EndedTexts:
         """Merge texts with scores [images, groups, n] and tokens [images * groups * n, at most max_tokens]."""
         padded = torch.nn.functional.pad(tokens, (0, self.tokens.shape[-1] - tokens.shape[-1]), value=self.end)
@@ -128,13 +121,13 @@ class _EndedTexts:
 
     def texts(self, captions: int) -> list[list[list[int]]]:
         """The texts of each image: the best of each group by falling score, each group's second best, and so on."""
-        return [self._best(*image, captions) for image in zip(self.scores.tolist(), self.tokens.tolist(), strict=True)]
-
-    def _best(self, scores: list[list[float]], tokens: list[list[list[int]]], captions: int) -> list[list[int]]:
-        ranked = sorted((rank, -score, group) for group, of in enumerate(scores) for rank, score in enumerate(of))
-        texts = [tokens[group][rank] for rank, cost, group in ranked if cost < torch.inf]
-        distinct = list(dict.fromkeys(tuple(itertools.takewhile(self.end.__ne__, text)) for text in texts))
-        return [list(distinct[n % len(distinct)]) for n in range(captions)]
+        found = []
+        for scores, tokens in zip(self.scores.tolist(), self.tokens.tolist(), strict=True):
+            ranked = sorted((rank, -score, group) for group, of in enumerate(scores) for rank, score in enumerate(of))
+            texts = [tokens[group][rank] for rank, cost, group in ranked if cost < torch.inf]
+            distinct = list(dict.fromkeys(tuple(itertools.takewhile(self.end.__ne__, text)) for text in texts))
+            found.append([list(distinct[n % len(distinct)]) for n in range(captions)])
+        return found
 
 
 def _extend(sums: Tensor, following: Tensor, diversity: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,8 +149,6 @@ def _extend(sums: Tensor, following: Tensor, diversity: float) -> tuple[Tensor, 
     new, parents, chosen = (torch.stack(parts, dim=1) for parts in zip(*extended, strict=True))
     return new, parents, chosen
 
-
-# -- Decoding of captions from a model's next-token logits by the config's ``strategy``, for captioners of any library.
 
 #: Logits [rows, vocabulary] and float64 [rows] in (0, 1] -> tokens [rows].
 Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

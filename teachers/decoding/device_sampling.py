@@ -33,10 +33,12 @@ class DeviceDecoder(Decoder, Protocol):
     """A decoder whose steps wait for nothing.
 
     ``ahead`` is the number of steps, 0 or 1, that may be launched before the ends of texts in the one before are known.
-    With 1, a row whose position stays repeats its step.
+    With 1, a row whose position stays repeats its step. ``capacity`` is the largest number of rows of the decoder's
+    tensors. Its launches are new when it changes.
     """
 
     ahead: int
+    capacity: int
 
     def room(self, images: int, captions: int) -> tuple[int, int]:
         """Number of rows that steps have for so many images, and of images that these rows may belong to."""
@@ -73,11 +75,6 @@ class DeviceDecoder(Decoder, Protocol):
         """As ``Decoder.select_rows``; ``used``, bool [rows], are those whose logits will be used, by default all."""
         ...
 
-    @property
-    def capacity(self) -> int:
-        """Largest number of rows of the decoder's tensors. Its launches are new when it changes."""
-        ...
-
 
 class DeviceSampler:
     """Samples texts by ``choose`` and the numbers of each row. Its tensors are kept between batches."""
@@ -102,11 +99,14 @@ class DeviceSampler:
         state.start(len(drawn), self._rules.start, self._padding)
         flags, ended = _Flags(decoder.ahead), np.zeros(rows, bool)
         while length:
-            if (entry := schedule.enter()) is not None:
-                self._enter(decoder, state, rows, entry, drawn[entry.captions])
+            if (entry := schedule.enter()) is not None:  # texts begin, with the numbers of each
+                state.store(rows)
+                decoder.enter(entry)
+                count = state.put(entry.rows, entry.captions, drawn[entry.captions])
+                decoder.run("begin", count, partial(state.begin, count, self._padding))
             decoder.launch(partial(self._step, decoder, state, rows), schedule.longest)
             schedule.launch()
-            flags.add(state.flags[:rows])
+            flags.copies.append(download(state.flags[:rows]))
             while flags.due:
                 ended, undecided = flags.next(rows)
                 if len(undecided):
@@ -140,19 +140,10 @@ class DeviceSampler:
         """Compile what follows the logits of a step."""
         self.advance = compiler.for_any_rows(self._advance)
 
-    def _enter(
-        self, decoder: DeviceDecoder, state: _State, rows: int, entry: Entry, drawn: npt.NDArray[np.float64]
-    ) -> None:
-        """Begin the texts of an entry, with the numbers of each."""
-        state.store(rows)
-        decoder.enter(entry)
-        count = state.put(entry.rows, entry.captions, drawn)
-        decoder.run("begin", count, partial(state.begin, count, self._padding))
-
     def _step(self, decoder: DeviceDecoder, state: _State, rows: int) -> None:
         """Choose the next token of each row. Reads and writes ``state`` alone, so that it can be a CUDA graph."""
         logits = decoder.step(state.tokens[:rows], state.position[:rows])
-        self.advance(logits, *(values[:rows] for values in state.of_step()))
+        self.advance(logits, *(values[:rows] for values in state.of_step))
 
     def _advance(
         self,
@@ -200,7 +191,7 @@ class DeviceSampler:
 
 
 class _Flags:
-    """The bytes of the rows after each step, on their way to the host.
+    """The bytes of the rows after each step, on their way to the host: ``copies``, each with what completes it.
 
     They are read when ``ahead`` more steps have been launched; at once where many tokens are not yet decided, since
     their rows repeat each step that is launched until they are.
@@ -208,25 +199,21 @@ class _Flags:
 
     def __init__(self, ahead: int) -> None:
         self._ahead = ahead
-        self._copies: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self.copies: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self._decided = np.zeros(0, np.int64)
         self._many = False
-
-    def add(self, flags: Tensor) -> None:
-        """Copy the flags [rows] of the step that was launched."""
-        self._copies.append(download(flags))
 
     @property
     def due(self) -> bool:
         """Whether the flags of a step are to be read before the next one."""
-        return len(self._copies) > (0 if self._many else self._ahead)
+        return len(self.copies) > (0 if self._many else self._ahead)
 
     def next(self, rows: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
         """The rows whose texts have ended, bool [rows of the step], and those whose tokens are to be decided now.
 
         Waits for that step. ``rows`` is the present number; where it is another one, rows have moved since.
         """
-        copy, complete = self._copies.popleft()
+        copy, complete = self.copies.popleft()
         if complete is not None:
             complete.synchronize()
         flags = copy.numpy()
@@ -234,7 +221,7 @@ class _Flags:
         self._many = _MANY * int(undecided.sum()) > len(flags)
         undecided[self._decided] = False  # after this step was launched
         where = np.flatnonzero(undecided) if len(flags) == rows else self._decided[:0]  # which are so in the next step
-        self._decided = where if self._copies else where[:0]
+        self._decided = where if self.copies else where[:0]
         return (flags & _DONE) > 0, where
 
 
@@ -255,11 +242,11 @@ class _State:
         self.position = torch.zeros_like(self.caption)
         self.flags = torch.zeros(capacity, dtype=torch.uint8, device=device)
         self.probabilities = torch.zeros(capacity, vocabulary, device=device)
+        #: What ``advance`` of a sampler reads and writes.
+        self.of_step = (
+            self.tokens, self.drawn, self.done, self.broken, self.position, self.flags, self.probabilities,
+        )  # fmt: skip
         self.given = torch.zeros(_doubled(capacity) * (2 + length), dtype=torch.int64, device=device)  # see `put`
-
-    def of_step(self) -> tuple[Tensor, ...]:
-        """The tensors that ``advance`` of a sampler reads and writes."""
-        return self.tokens, self.drawn, self.done, self.broken, self.position, self.flags, self.probabilities
 
     def start(self, count: int, start: int, padding: int) -> None:
         """Begin without texts; ``count`` are to come. Tokens are ``start`` and then ``padding``."""
@@ -281,14 +268,14 @@ class _State:
         n = len(of_rows[0])
         count = _doubled(n) if self.given.device.type == "cuda" else n
         repeated = np.minimum(np.arange(count), n - 1)
-        put_into(self.given, np.concatenate([self._bits(values[repeated]).reshape(-1) for values in of_rows]))
+        bits = []
+        for values in of_rows:
+            one = values[repeated]
+            if one.dtype.kind == "f" and self.drawn.dtype == torch.float32:  # where the device has nothing wider
+                one = one.astype(np.float32).view(np.int32).astype(np.int64)
+            bits.append(one.view(np.int64).reshape(-1))
+        put_into(self.given, np.concatenate(bits))
         return count
-
-    def _bits(self, values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        """The bits of 64-bit values; of floats those of float32, where the device has nothing wider."""
-        if values.dtype.kind == "f" and self.drawn.dtype == torch.float32:
-            return values.astype(np.float32).view(np.int32).astype(np.int64)
-        return values.view(np.int64)
 
     def begin(self, count: int, padding: int) -> None:
         """Begin so many texts, whose rows, captions and numbers were ``put``, in place of those that have ended."""

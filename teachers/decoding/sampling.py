@@ -84,8 +84,6 @@ def compact(active: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     return order
 
 
-# -- Which images the rows of a decoder hold: rows whose texts have ended are replaced by the next images of the batch.
-
 Indices = npt.NDArray[np.int64]
 #: Images enter when at least 1 / _SHARE of the places are free, since entering is estimated at the time of a step.
 _SHARE = 16
@@ -116,7 +114,9 @@ class Entry:
 
 
 class Schedule:
-    """Decides by the ends of texts alone, in the order of the images, so that equal batches have equal steps.
+    """Which images the rows of a decoder hold: rows whose texts have ended are replaced by the next images of a batch.
+
+    It decides by the ends of texts alone, in the order of the images, so that equal batches have equal steps.
 
     The decoder has so many ``rows`` and ``places`` for images. An image enters with all of its captions, and leaves
     when all of them have ended. Steps may be launched before the ends of texts in an earlier one are known.
@@ -165,8 +165,6 @@ class Schedule:
         return Entry(images, places, rows, captions.reshape(-1), self._place_of.copy())
 
 
-# -- Choice of the next token: nucleus and top-k sampling by a number per row, so that rows are independent, or greedy.
-
 #: Number of most probable tokens that are searched for the nucleus or its edge before the whole vocabulary.
 _TOP_TOKENS = 256
 #: Block size for summing long distributions.
@@ -177,7 +175,7 @@ _SORTED_ROWS = 128
 
 @dataclass(frozen=True)
 class TokenChooser:
-    """Chooses tokens from logits [rows, vocabulary] and float64 numbers [rows] in (0, 1]."""
+    """Chooses tokens from logits [rows, vocabulary] and float64 numbers [rows] in (0, 1]: rows are independent."""
 
     spec: CaptionerSpec
 
@@ -256,7 +254,9 @@ def _sample_narrow_nuclei(
     top, tokens = probabilities.topk(min(_TOP_TOKENS, probabilities.shape[-1]), dim=-1)
     edge = _nucleus_edge(top, top_p)
     wide = (top[:, -1:] >= edge).squeeze(-1)  # the nucleus may extend beyond the top tokens
-    return _sample_tokens(top.where(top >= edge, 0), tokens, u), wide, top[:, -1:]
+    tokens, order = tokens.sort(dim=-1)  # the distribution is inverted in vocabulary order
+    chosen = _invert_cdf(top.where(top >= edge, 0).gather(-1, order), u)
+    return tokens.gather(-1, chosen[:, None]).squeeze(-1), wide, top[:, -1:]
 
 
 def sample_top_k(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:
@@ -299,12 +299,6 @@ def _wide_nucleus_edge(probabilities: torch.Tensor, start: torch.Tensor, top_p: 
         reached = probabilities.where(probabilities >= middle.view(torch.float32), 0)
         enough = reached.sum(-1, keepdim=True, dtype=wide) >= top_p
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-
-
-def _sample_tokens(weights: torch.Tensor, tokens: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Weights [rows, n] of ``tokens`` [rows, n] in any order and u [rows] -> tokens [rows]."""
-    tokens, order = tokens.sort(dim=-1)
-    return tokens.gather(-1, _invert_cdf(weights.gather(-1, order), u)[:, None]).squeeze(-1)
 
 
 def _invert_cdf(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

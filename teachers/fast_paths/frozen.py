@@ -30,7 +30,13 @@ class FrozenLinear(torch.nn.Module):
         super().__init__()
         self._dtype = accelerator.dtype
         weight = weight.detach().to(self._dtype)
-        self._packed = packed and _packable(weight)
+        is_bf16 = weight.dtype == torch.bfloat16
+        self._packed = (
+            packed
+            and weight.device.type == "cpu"
+            and torch.backends.mkldnn.is_available()
+            and (bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if is_bf16 else weight.dtype == torch.float32)
+        )
         if self._packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self.register_buffer("weight", weight, persistent=False)
@@ -103,17 +109,8 @@ def freeze(module: torch.nn.Module, accelerator: Accelerator, packed: bool = Tru
             freeze(child, accelerator, packed)
 
 
-def _packable(weight: torch.Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32
-
-
-# -- Linear layers in fp8: inputs and weights in e4m3, each row of either with a scale of its own, sums in fp32.
-#
-# Inputs are scaled when they come, by their largest absolute value. PyTorch's own products are used. Attention, norms,
+# Linear layers in fp8: inputs and weights in e4m3, each row of either with a scale of its own, sums in fp32. Inputs are
+# scaled when they come, by their largest absolute value. PyTorch's own products are used. Attention, norms,
 # convolutions and the residual stream stay as they are.
 
 _LARGEST = 448.0  # of e4m3
@@ -178,9 +175,16 @@ class Float8Layers:
         self._layers: list[tuple[torch.nn.Module, str, torch.nn.Module, torch.nn.Module]] = []
         for block in blocks:
             for parent in [*block.modules()]:
+                # projections of self-attention that is one product are not used
+                unused = isinstance(parent, FrozenAttention) and parent.whole is not None
                 for name, child in [*parent.named_children()]:
-                    if _is_converted(parent, name, child):
-                        self._layers.append((parent, name, child, Float8Linear(child.weight, child.bias)))  # type: ignore[arg-type]
+                    if type(child) not in (torch.nn.Linear, FrozenLinear) or (
+                        unused and name in ("query", "key_value")
+                    ):
+                        continue
+                    weight: torch.Tensor = child.weight  # type: ignore[assignment]
+                    if not any(side % _MULTIPLE for side in weight.shape):  # sides that PyTorch multiplies
+                        self._layers.append((parent, name, child, Float8Linear(weight, child.bias)))  # type: ignore[arg-type]
         if not self._layers:
             raise ValueError("its image tower has no linear layers for `precision: fp8`: set bf16 or auto")
         self._use(fp8=True)
@@ -198,12 +202,3 @@ class Float8Layers:
     def _use(self, fp8: bool) -> None:
         for parent, name, before, after in self._layers:
             setattr(parent, name, after if fp8 else before)
-
-
-def _is_converted(parent: torch.nn.Module, name: str, child: torch.nn.Module) -> bool:
-    """Whether a child is a linear layer that self-attention or others use, with sides that PyTorch multiplies."""
-    if type(child) not in (torch.nn.Linear, FrozenLinear):
-        return False
-    if isinstance(parent, FrozenAttention) and parent.whole is not None and name in ("query", "key_value"):
-        return False
-    return not any(side % _MULTIPLE for side in child.weight.shape)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""How torch compiles functions in this process: for how many shapes, with which kernels, in how many processes."""
+"""How torch compiles functions in this process, and how decoding steps are launched, such as by CUDA graphs."""
 
 from __future__ import annotations
 
@@ -62,23 +62,21 @@ class Compiler:
             try:
                 result = compiled(*args, **kwargs)
             except Exception as error:
-                if not self._accepted or not _is_of_compiler(error) or is_out_of_memory(error):
+                is_of_compiler = any(one.__module__ == "torch._dynamo.exc" for one in type(error).__mro__)
+                if not self._accepted or not is_of_compiler or is_out_of_memory(error):
                     raise
                 result = function(*args, **kwargs)  # raises what is no fault of the compiler
                 self.give_up(error)
-            self._count(_ran.graphs > before)
+            if _ran.graphs > before:
+                self._path.used()
+                return result
+            self._path.plain()
+            if self._accepted and not self._given_up and not self._skipped:
+                self._skipped = True
+                self._path.fall_back(f"{self._what}: torch runs it without compiled code, at least for some shapes")
             return result
 
         return call
-
-    def _count(self, used: bool) -> None:
-        if used:
-            self._path.used()
-            return
-        self._path.plain()
-        if self._accepted and not self._given_up and not self._skipped:
-            self._skipped = True
-            self._path.fall_back(f"{self._what}: torch runs it without compiled code, at least for some shapes")
 
     def for_any_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``compile`` with one graph for all sizes of the arguments but those that parameters decide."""
@@ -140,14 +138,7 @@ def _settings() -> dict[str, Any]:
     return changes
 
 
-def _is_of_compiler(error: Exception) -> bool:
-    return any(one.__module__ == "torch._dynamo.exc" for one in type(error).__mro__)
-
-
-# -- How a decoding step of fixed shapes is launched: operation by operation, or as one CUDA graph.
-#
-# A step is a function without arguments and results that reads and writes tensors that stay where they are.
-
+#: A decoding step of fixed shapes: without arguments and results, it reads and writes tensors that stay where they are.
 Step = Callable[[], None]
 
 

@@ -58,7 +58,19 @@ def hold_in_precision(model: torch.nn.Module, accelerator: Accelerator, outputs:
         return False
     path = fast_path("held_weights", asked)
     before = outputs()
-    weights = {parameter: parameter.data for parameter in _weights_of_products(model)}
+    others = {
+        id(parameter)
+        for module in model.modules()
+        if not isinstance(module, _PRODUCTS)
+        for parameter in module.parameters(recurse=False)
+    }
+    weights = {
+        parameter: parameter.data
+        for module in model.modules()
+        if isinstance(module, _PRODUCTS)
+        for parameter in module.parameters(recurse=False)
+        if id(parameter) not in others and parameter.dtype == torch.float32
+    }
     for parameter in weights:
         parameter.data = parameter.data.to(accelerator.dtype)
     try:
@@ -131,23 +143,6 @@ def probe_outputs(teacher: Any, accelerator: Accelerator) -> list[torch.Tensor]:
     if hasattr(teacher, "encode_texts"):
         outputs.append(teacher.encode_texts(PROBE_TEXTS))
     return outputs
-
-
-def _weights_of_products(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
-    """Parameters of products that no other module shares."""
-    others = {
-        id(parameter)
-        for module in model.modules()
-        if not isinstance(module, _PRODUCTS)
-        for parameter in module.parameters(recurse=False)
-    }
-    found = (
-        parameter
-        for module in model.modules()
-        if isinstance(module, _PRODUCTS)
-        for parameter in module.parameters(recurse=False)
-    )
-    return (parameter for parameter in found if id(parameter) not in others and parameter.dtype == torch.float32)
 
 
 def use_fp8(teacher: Any, tower: torch.nn.Module, accelerator: Accelerator) -> None:

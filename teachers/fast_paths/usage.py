@@ -56,7 +56,7 @@ class FastPath:
     """A fast path of one model. Calls are counted in one thread at a time."""
 
     def __init__(self, model: str, name: str, asked: bool) -> None:
-        self._usage = Usage(model, name, asked)
+        self.name, self._usage = name, Usage(model, name, asked)
         self._used = self._plain = 0
         self._reason: str | None = None
 
@@ -73,10 +73,6 @@ class FastPath:
         self._reason = self._reason or reason
         model, path = self._usage.model or "a model", self._usage.path
         _LOG.warning("%s runs without the fast path `%s`: %s", model, path, reason)
-
-    @property
-    def name(self) -> str:
-        return self._usage.path
 
     def usage(self) -> Usage:
         of = self._usage
@@ -185,17 +181,18 @@ def usage_lines(usages: Iterable[Usage]) -> list[str]:
 
 def problem_lines(usages: Iterable[Usage]) -> list[str]:
     """One line with the fix for each path that fell back, or that ran in fewer than half of its calls."""
-    return [_problem(one) for one in usages if one.reason is not None or one.used < one.plain]
-
-
-def _problem(one: Usage) -> str:
-    calls, key = one.used + one.plain, f"{one.path}: true" if one.asked else one.path
-    makes_error = one.path in _STRICT and not one.asked
-    fixes = [f"`{one.path}: true` makes that an error" if makes_error else f"`{one.path}: false` turns it off"]
-    if one.reason is not None:
-        some = f" ({one.used:,} of {calls:,} calls ran it)" if one.used else ""
-        ran = f"fell back{some}: {one.reason}"
-    else:
-        ran = f"ran in {one.used:,} of {calls:,} calls" if one.used else f"never ran in {calls:,} calls"
-        fixes = [*_FIXES.get(one.path, ()), *fixes]
-    return f"{one.model or 'a model'}: fast path `{key}` {ran}; {', '.join(fixes)}"
+    lines = []
+    for one in usages:
+        if one.reason is None and one.used >= one.plain:
+            continue
+        calls, key = one.used + one.plain, f"{one.path}: true" if one.asked else one.path
+        makes_error = one.path in _STRICT and not one.asked
+        fixes = [f"`{one.path}: true` makes that an error" if makes_error else f"`{one.path}: false` turns it off"]
+        if one.reason is not None:
+            some = f" ({one.used:,} of {calls:,} calls ran it)" if one.used else ""
+            ran = f"fell back{some}: {one.reason}"
+        else:
+            ran = f"ran in {one.used:,} of {calls:,} calls" if one.used else f"never ran in {calls:,} calls"
+            fixes = [*_FIXES.get(one.path, ()), *fixes]
+        lines.append(f"{one.model or 'a model'}: fast path `{key}` {ran}; {', '.join(fixes)}")
+    return lines

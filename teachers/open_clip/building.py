@@ -1,5 +1,6 @@
-"""The convolutional blocks in the text tower of MobileCLIP-S0, which open_clip does not have.
+"""Models of open_clip: built without weights, published weights in the layout of their authors, and exported folders.
 
+The convolutional blocks in the text tower of MobileCLIP-S0 are here, too, since open_clip does not have them.
 Parameters have the names and shapes of the published weights. Source: ``mobileclip/modules/text/repmixer.py`` of
 apple/ml-mobileclip, and FastViT (arXiv 2303.14189).
 """
@@ -115,8 +116,6 @@ def _affine(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     return gain, norm.bias - norm.running_mean * gain
 
 
-# -- Models of open_clip: built without weights, published weights in the layout of their authors, and exported folders.
-#
 # The configs of released models are added to open_clip's when this is imported, so that open_clip finds them by name.
 
 #: In the names of weights of a FastViT (MobileCLIP) whose training branches are fused.

@@ -110,10 +110,9 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
     return identity
 
 
-# -- CoCa models of open_clip, as captioners.
-
-
 class CocaSpec(OpenClipOptions, CaptionerSpec):
+    """CoCa models of open_clip, as captioners."""
+
     loader: ClassVar[str] = "teachers.coca.captioner:CocaCaptioner"
 
     def describe(self) -> ModelInfo:

@@ -58,12 +58,30 @@ class TextEncoder:
         return tokens
 
     def _encode(self, tokens: torch.Tensor, trim: bool) -> torch.Tensor:
-        if trim:
-            tower = _tower(self._model)
-            end = int(_pooled_positions(tower, tokens).max()) + 1
-            return _encode_trimmed(tower, self._accelerator.put(tokens[:, :end].contiguous()))
-        features: torch.Tensor = self._model.encode_text(self._accelerator.put(tokens))
-        return features
+        """open_clip's text forward pass; with ``trim``, embeddings and mask are cut at the last pooled position."""
+        if not trim:
+            features: torch.Tensor = self._model.encode_text(self._accelerator.put(tokens))
+            return features
+        from open_clip.transformer import text_global_pool
+
+        if isinstance(self._model, open_clip.CLIP):
+            tower: Any = self._model
+            pool_type, end_id = tower.text_pool_type, tower.text_eos_id
+        else:
+            tower = self._model.text
+            pool_type, end_id = tower.pool_type, tower.eos_id
+        ends = tokens if pool_type == "argmax" else torch.eq(tokens, -1 if end_id is None else end_id).int()
+        length = int(ends.argmax(dim=-1).max()) + 1
+        tokens = self._accelerator.put(tokens[:, :length].contiguous())
+        dtype = tower.transformer.get_cast_dtype()
+        x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
+        x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
+        x = text_global_pool(x, tokens, pool_type, eos_token_id=end_id)
+        projection = tower.text_projection
+        if projection is None:
+            return x
+        result: torch.Tensor = projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
+        return result
 
 
 def _left_out(what: str, error: Exception) -> None:
@@ -94,49 +112,32 @@ def disable_special_tokens(tokenizer: Any) -> Any:
     original = copy.copy(tokenizer)
     special: Sequence[str] = _SPECIAL
     try:
-        known = open_clip.SimpleTokenizer, open_clip.tokenizer.HFTokenizer  # which clean texts by ``clean_fn``
-        if getattr(tokenizer, "clean_fn", None) is None and isinstance(tokenizer, known):
-            raise AttributeError("a tokenizer has no clean_fn")
-        special = _special_tokens(tokenizer)
-        changed = _escape_after_cleaning(tokenizer, special)
-        _check_tokens(changed, original, special)
-        return changed
+        from open_clip.tokenizer import get_clean_fn
+
+        clean, is_simple = getattr(tokenizer, "clean_fn", None), isinstance(tokenizer, open_clip.SimpleTokenizer)
+        if clean is None:
+            if is_simple or isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):  # which clean by ``clean_fn``
+                raise AttributeError("a tokenizer has no clean_fn")
+            special = []
+        elif is_simple:
+            special = [tokenizer.decoder[index] for index in tokenizer.all_special_ids]
+            tokenizer.encode = _cached_encode(tokenizer)
+        else:
+            special = list(tokenizer.tokenizer.all_special_tokens)
+        if clean is not None:
+            clean = clean_text if clean is get_clean_fn("lower") else clean
+            escape = special_token_escaper(special)
+            tokenizer.clean_fn = lambda text: escape(clean(text))
+        plain = list(PROBE_TEXTS)
+        if not torch.equal(tokenizer(plain), original(plain)):
+            raise ValueError("it would have other tokens")
+        for token in special:
+            if len(token) > 1 and not torch.equal(tokenizer([token]), tokenizer([f"{token[0]} {token[1:]}"])):
+                raise ValueError(f"it would read {token} in a text as the token")
+        return tokenizer
     except Exception as error:  # of an open_clip with other tokenizers
         _left_out("fast tokenization", error)
         return _EscapedBefore(original, special)
-
-
-def _special_tokens(tokenizer: Any) -> list[str]:
-    if getattr(tokenizer, "clean_fn", None) is None:
-        return []
-    if isinstance(tokenizer, open_clip.SimpleTokenizer):
-        return [tokenizer.decoder[index] for index in tokenizer.all_special_ids]
-    return list(tokenizer.tokenizer.all_special_tokens)
-
-
-def _escape_after_cleaning(tokenizer: Any, special: Sequence[str]) -> Any:
-    from open_clip.tokenizer import get_clean_fn
-
-    clean = getattr(tokenizer, "clean_fn", None)
-    if clean is None:
-        return tokenizer
-    if isinstance(tokenizer, open_clip.SimpleTokenizer):
-        tokenizer.encode = _cached_encode(tokenizer)
-    if clean is get_clean_fn("lower"):
-        clean = clean_text
-    escape = special_token_escaper(special)
-    tokenizer.clean_fn = lambda text: escape(clean(text))
-    return tokenizer
-
-
-def _check_tokens(changed: Any, original: Any, special: Sequence[str]) -> None:
-    """Raise ValueError if a changed tokenizer has other tokens than the original, or reads special tokens."""
-    plain = list(PROBE_TEXTS)
-    if not torch.equal(changed(plain), original(plain)):
-        raise ValueError("it would have other tokens")
-    for token in special:
-        if len(token) > 1 and not torch.equal(changed([token]), changed([f"{token[0]} {token[1:]}"])):
-            raise ValueError(f"it would read {token} in a text as the token")
 
 
 class _EscapedBefore:
@@ -195,10 +196,6 @@ def keep_residual_in_float32(model: torch.nn.Module) -> None:
             module.get_cast_dtype = lambda: torch.float32  # type: ignore[assignment, unused-ignore]
 
 
-def _tower(model: torch.nn.Module) -> Any:
-    return model if isinstance(model, open_clip.CLIP) else model.text
-
-
 def _can_trim(model: torch.nn.Module) -> bool:
     """Whether the text tower is causal and pools at a position that it finds in the tokens."""
     if isinstance(model, open_clip.CLIP):
@@ -211,39 +208,6 @@ def _can_trim(model: torch.nn.Module) -> bool:
         and tower.cls_emb is None
         and tower.pool_type in ("argmax", "eos")
     )
-
-
-def _pooling(tower: Any) -> tuple[str, int | None]:
-    if isinstance(tower, open_clip.CLIP):
-        return tower.text_pool_type, tower.text_eos_id
-    return tower.pool_type, tower.eos_id
-
-
-def _pooled_positions(tower: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens [B, L] -> positions [B] at which the tower pools the embedding."""
-    pool_type, end_id = _pooling(tower)
-    return (
-        tokens.argmax(dim=-1)
-        if pool_type == "argmax"
-        else torch.eq(tokens, -1 if end_id is None else end_id).int().argmax(dim=-1)
-    )
-
-
-def _encode_trimmed(tower: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """open_clip's text forward pass, with positional embeddings and mask cut to the length of the tokens [B, L]."""
-    from open_clip.transformer import text_global_pool
-
-    length = tokens.shape[1]
-    dtype = tower.transformer.get_cast_dtype()
-    x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
-    x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
-    pool_type, end_id = _pooling(tower)
-    x = text_global_pool(x, tokens, pool_type, eos_token_id=end_id)
-    projection = tower.text_projection
-    if projection is None:
-        return x
-    result: torch.Tensor = projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
-    return result
 
 
 class Tokenizer:

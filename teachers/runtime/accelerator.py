@@ -1,4 +1,4 @@
-"""Memory of a device: errors where it is out, how it is freed, and how much of it captions may take."""
+"""A device: its memory, and the precision of forward passes on it, with one interface for CPU, CUDA (ROCm too), MPS."""
 
 from __future__ import annotations
 
@@ -83,8 +83,6 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         yield one
         one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
 
-
-# -- Device and precision of forward passes, with one interface for CPU, CUDA (ROCm too) and MPS.
 
 _LOG = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=torch.nn.Module)

@@ -1,4 +1,4 @@
-"""Forward passes without compiled code, where operations are counted or a plain path is compared."""
+"""Floating-point operations of models, the peak rates of cards, and forward passes without compiled code."""
 
 from __future__ import annotations
 
@@ -37,8 +37,6 @@ def is_eager() -> bool:
     return _eager.get()
 
 
-# -- Floating-point operations of models, and the peak rates of cards.
-#
 # Peak rates are those that the makers of the cards state: dense matrix products without sparsity. Data sheets of NVIDIA
 # state them with sparsity, twice as high. Compared with copies of these in November 2026: B200 and GB200
 # (https://glennklockwood.com/garden/processors/B200, and NVIDIA's table in
@@ -102,12 +100,11 @@ def _convolution_backward(
     return int(conv_flop_count(inputs, weight, gradient, transposed=transposed)) * sum(needed[:2])
 
 
-def _addmm(total: list[int], first: list[int], second: list[int], **_: Any) -> int:
-    """torch does not count it in place, as the loss of large batches adds up gradients."""
-    return 2 * first[0] * first[1] * second[1]
-
-
-_MAPPING = {torch.ops.aten.convolution_backward: _convolution_backward, torch.ops.aten.addmm_: _addmm}
+_MAPPING = {
+    torch.ops.aten.convolution_backward: _convolution_backward,
+    # torch does not count it in place, as the loss of large batches adds up gradients
+    torch.ops.aten.addmm_: lambda total, first, second, **_: 2 * first[0] * first[1] * second[1],
+}
 
 
 def count_flops(work: Callable[[], Any]) -> int:

@@ -1,4 +1,17 @@
-"""Answers of servers: bounds on what is read of them, and the caption in one."""
+"""Captions by servers that speak the chat completions protocol: vLLM, SGLang, TGI, ``transformers serve``, hosted ones.
+
+Each caption is one request with the prompt, the image as a JPEG or the true caption, and a seed. Requests of a worker
+run in parallel. The accelerator is not used while they are under way.
+
+- A server that is down, overloaded or hangs costs waiting.
+- An answer without a caption (a refusal, an empty text, one that is too long) and a request that the server rejects,
+  while it answers one with a plain image, cost the caption. The others of the image fill its place; an image without
+  any is quarantined with the reason of the first.
+- A request that fails three times, each time after the server has answered a request with a plain image, is at fault
+  itself and costs the caption, too.
+- A server that rejects every request (an unknown model, a wrong key, a redirect, which is not followed) is an error
+  of the config: at once before the first answer, later after a minute.
+"""
 
 from __future__ import annotations
 
@@ -94,11 +107,10 @@ def check_answer(answer: Any) -> Any:
     return answer
 
 
-# -- Servers that share the requests of a captioner: which one is asked, and when one that failed is asked again.
-#
-# The server with the fewest requests in flight is asked. One that fails is left alone for a while, twice as long after
-# each failure, and then gets a single request; its answer ends the failure. Time without an answer of any server is
-# bounded, and logged; by less where every server rejects what it is asked, as with a key that has expired.
+# Servers share the requests of a captioner. The server with the fewest requests in flight is asked. One that fails is
+# left alone for a while, twice as long after each failure, and then gets a single request; its answer ends the failure.
+# Time without an answer of any server is bounded, and logged; by less where every server rejects what it is asked, as
+# with a key that has expired.
 
 FIRST_PAUSE = 0.5  # seconds
 LONGEST_PAUSE = 30.0
@@ -142,42 +154,36 @@ class Servers:
     @contextlib.contextmanager
     def lend(self) -> Iterator[Server]:
         """A server for one request, as soon as one may be asked. Raises ServerUnavailable after the wait."""
-        server = self._take()
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                servers = self._servers
+                reasons = "; ".join(f"{one.address}: {one.reason}" if one.reason else one.address for one in servers)
+                rejecting = [one.rejects_since for one in servers if one.rejects_since is not None]
+                if len(rejecting) == len(servers) and now - max(rejecting) > min(REJECTED_SECONDS, self._wait):
+                    raise ServerUnavailable(
+                        f"every request is rejected ({reasons}). Correct the address, the model or the key, and run "
+                        "the same command again."
+                    )
+                if self._down_since is not None and now - self._down_since > self._wait:
+                    raise ServerUnavailable(
+                        f"no server has answered for {now - self._down_since:.0f} s ({reasons}); `wait` allows "
+                        f"{self._wait:g}. Start the server and run the same command again."
+                    )
+                ready = [one for one in servers if one.free_from <= now and not (one.failures and one.in_flight)]
+                if ready:
+                    server = min(ready, key=lambda one: (one.failures > 0, one.in_flight))
+                    server.in_flight += 1
+                    break
+                # A server that is being tried again ends its request before long, which notifies.
+                times = [one.free_from - now for one in servers if one.free_from > now]
+                self._changed.wait(min([*times, _CHECK_SECONDS]))
         try:
             yield server
         finally:
             with self._changed:
                 server.in_flight -= 1
                 self._changed.notify_all()
-
-    def _take(self) -> Server:
-        with self._changed:
-            while True:
-                now = time.monotonic()
-                self._check_waited(now)
-                ready = [one for one in self._servers if one.free_from <= now and not (one.failures and one.in_flight)]
-                if ready:
-                    server = min(ready, key=lambda one: (one.failures > 0, one.in_flight))
-                    server.in_flight += 1
-                    return server
-                # A server that is being tried again ends its request before long, which notifies.
-                times = [one.free_from - now for one in self._servers if one.free_from > now]
-                self._changed.wait(min([*times, _CHECK_SECONDS]))
-
-    def _check_waited(self, now: float) -> None:
-        """Raise ServerUnavailable if the servers have been waited for long enough."""
-        reasons = "; ".join(f"{one.address}: {one.reason}" if one.reason else one.address for one in self._servers)
-        rejecting = [one.rejects_since for one in self._servers if one.rejects_since is not None]
-        if len(rejecting) == len(self._servers) and now - max(rejecting) > min(REJECTED_SECONDS, self._wait):
-            raise ServerUnavailable(
-                f"every request is rejected ({reasons}). Correct the address, the model or the key, and run the same "
-                "command again."
-            )
-        if self._down_since is not None and now - self._down_since > self._wait:
-            raise ServerUnavailable(
-                f"no server has answered for {now - self._down_since:.0f} s ({reasons}); `wait` allows "
-                f"{self._wait:g}. Start the server and run the same command again."
-            )
 
     def record_answer(self, server: Server) -> None:
         """Record that a server works."""
@@ -213,21 +219,6 @@ class Servers:
             self._changed.notify_all()
 
 
-# -- Captions by servers that speak the chat completions protocol: vLLM, SGLang, TGI, ``transformers serve``, hosted
-# ones.
-#
-# Each caption is one request with the prompt, the image as a JPEG or the true caption, and a seed. Requests of a worker
-# run in parallel. The accelerator is not used while they are under way.
-#
-# - A server that is down, overloaded or hangs costs waiting, see ``teachers.server.captioner``.
-# - An answer without a caption (a refusal, an empty text, one that is too long) and a request that the server rejects,
-#   while it answers one with a plain image, cost the caption. The others of the image fill its place; an image without
-#   any is quarantined with the reason of the first.
-# - A request that fails three times, each time after the server has answered a request with a plain image, is at fault
-#   itself and costs the caption, too.
-# - A server that rejects every request (an unknown model, a wrong key, a redirect, which is not followed) is an error
-#   of the config: at once before the first answer, later after a minute.
-
 _CONCURRENCY, _TIMEOUT, _WAIT = 32, 120.0, 3600.0  # requests, seconds, seconds
 _STRIKES = 3
 _PLAIN = "a photo"  # caption of the requests that test a server
@@ -256,11 +247,23 @@ class ServerCaptioner:
     waits = True
 
     def __init__(self, name: str, spec: ServerCaptionerSpec) -> None:
-        self._openai = _import_client()
+        try:
+            import openai
+        except ImportError as error:
+            raise ValueError(
+                "family openai needs the package `openai`: pip install 'dataset-reinforcement[server]', on every node"
+            ) from error
+        key = None if spec.api_key_env is None else os.environ.get(spec.api_key_env)
+        if spec.api_key_env is not None and not key:
+            raise ValueError(
+                f"the environment variable {spec.api_key_env} (api_key_env) is not set. Set it for the workers, too: "
+                "on a cluster in the environment of its nodes."
+            )
+        self._openai: Any = openai
         self.captions = spec.captions
         self.reads_captions = spec.sees is not None
         self.image = ImageSpec(spec.side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), resize="squash")
-        self._spec, self._key, self._quality = spec, _api_key(spec), spec.quality
+        self._spec, self._key, self._quality = spec, key, spec.quality
         self._servers = Servers(name, [Server(url, self._client(url)) for url in spec.addresses], spec.wait or _WAIT)
         self._threads = ThreadPoolExecutor(spec.concurrency or _CONCURRENCY, thread_name_prefix="captions")
         fields = spec.sampling()
@@ -290,7 +293,20 @@ class ServerCaptioner:
                     continue
                 request = Request(_data_url(image, self._quality), caption)
                 futures.append([self._threads.submit(self._ask, request, int(seed)) for seed in seeds])
-            return [row if isinstance(row, NoCaptions) else _fill([one.result() for one in row]) for row in futures]
+            captions: list[list[str] | NoCaptions] = []
+            for row in futures:
+                if isinstance(row, NoCaptions):
+                    captions.append(row)
+                    continue
+                answers = [one.result() for one in row]
+                absent = [one for one in answers if isinstance(one, NoCaptions)]
+                if len(absent) == len(answers):
+                    captions.append(absent[0])
+                    continue
+                # The places of captions that the image does not have repeat the others.
+                others = itertools.cycle([text for text in answers if isinstance(text, str)])
+                captions.append([text if isinstance(text, str) else next(others) for text in answers])
+            return captions
         except BaseException:
             for future in itertools.chain.from_iterable(row for row in futures if isinstance(row, list)):
                 future.cancel()
@@ -310,7 +326,8 @@ class ServerCaptioner:
                     asked = True
                     answer = check_answer(self._send(server, request, seed))
                 except (self._openai.APIError, ValueError) as error:
-                    if asked and (long := _long_answer(error)):
+                    long = next((one for one in (error, error.__cause__) if isinstance(one, LongAnswer)), None)
+                    if asked and long:
                         self._servers.record_answer(server)
                         return NoCaptions(str(long))
                     failures += 1
@@ -319,12 +336,16 @@ class ServerCaptioner:
                     rejected = status is not None and 300 <= status < 500 and status not in _TRANSIENT
                     if rejected and not self._servers.answered:
                         raise ValueError(f"{server.address} rejects a request: {reason}") from None
-                    if asked and status in _REJECTED and self._answers_plainly(server):
-                        return NoCaptions(f"the server rejects the request: {reason}")
+                    if asked and status in _REJECTED:
+                        with contextlib.suppress(self._openai.APIError, ValueError):
+                            self._ask_plainly(server)
+                            return NoCaptions(f"the server rejects the request: {reason}")
                     strikes += answers and status not in _OVERLOADED
                     if strikes == _STRIKES:
                         return NoCaptions(f"the server answers other requests and fails at this one: {reason}")
-                    self._servers.record_failure(server, reason, rejected, _retry_after(error))
+                    pause = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")  # seconds
+                    seconds = float(pause) if re.fullmatch(r"\d{1,6}(\.\d+)?", pause) else None
+                    self._servers.record_failure(server, reason, rejected, seconds)
                 else:
                     self._servers.record_answer(server)
                     return read_answer(answer)
@@ -333,13 +354,6 @@ class ServerCaptioner:
         """Test a server by a request with a plain image. Raises APIError and ValueError."""
         check_answer(self._send(server, self._plain, 0))
         self._servers.record_answer(server)
-
-    def _answers_plainly(self, server: Server) -> bool:
-        try:
-            self._ask_plainly(server)
-        except (self._openai.APIError, ValueError):
-            return False
-        return True
 
     def _send(self, server: Server, request: Request, seed: int) -> Any:
         prompt, image = self._spec.prompt or "", {"type": "image_url", "image_url": {"url": request.image}}
@@ -376,50 +390,8 @@ class ServerCaptioner:
         return f"{type(error).__name__}: {' '.join(text.split())[:DETAIL_CHARS]}"
 
 
-def _long_answer(error: Exception) -> LongAnswer | None:
-    """The LongAnswer that an error is, or was made of by the client."""
-    return next((one for one in (error, error.__cause__) if isinstance(one, LongAnswer)), None)
-
-
-def _fill(answers: Sequence[str | NoCaptions]) -> list[str] | NoCaptions:
-    """The captions of an image; the places of those that it does not have repeat the others."""
-    good = [text for text in answers if isinstance(text, str)]
-    if not good:
-        return next(one for one in answers if isinstance(one, NoCaptions))
-    others = itertools.cycle(good)
-    return [text if isinstance(text, str) else next(others) for text in answers]
-
-
 def _data_url(image: np.ndarray, quality: int) -> str:
     """uint8 [H, W, 3] -> a JPEG as a data URL."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _retry_after(error: Exception) -> float | None:
-    """Seconds after which the server asks to be tried again."""
-    value = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
-    return float(value) if re.fullmatch(r"\d{1,6}(\.\d+)?", value) else None
-
-
-def _api_key(spec: ServerCaptionerSpec) -> str | None:
-    if spec.api_key_env is None:
-        return None
-    key = os.environ.get(spec.api_key_env)
-    if not key:
-        raise ValueError(
-            f"the environment variable {spec.api_key_env} (api_key_env) is not set. Set it for the workers, too: on a "
-            "cluster in the environment of its nodes."
-        )
-    return key
-
-
-def _import_client() -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise ValueError(
-            "family openai needs the package `openai`: pip install 'dataset-reinforcement[server]', on every node"
-        ) from error
-    return openai

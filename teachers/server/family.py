@@ -108,7 +108,13 @@ class ServerCaptionerSpec(CaptionReaderSpec):
         if self.prompt is None:
             raise ValueError("family openai needs `prompt`, the instruction that is sent with each image")
         for url in self.addresses:
-            _check_url(url)
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("url must be http://HOST:PORT/v1 or https://HOST/v1")
+            if parts.username is not None or parts.query:
+                raise ValueError(
+                    "url must not contain a user, a password or a query; name the key's variable in `api_key_env`"
+                )
         if self.strategy not in _STRATEGIES:
             raise ValueError(f"strategy {self.strategy} is not used with family openai: use {', '.join(_STRATEGIES)}")
         given = {
@@ -127,11 +133,3 @@ class ServerCaptionerSpec(CaptionReaderSpec):
             raise ValueError("api_key_env must be the name of an environment variable, not the key itself")
         if reserved := [name for name in _RESERVED if name in self.options]:
             raise ValueError(f"options: {', '.join(reserved)}: set by the captioner's other keys, or by each request")
-
-
-def _check_url(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("url must be http://HOST:PORT/v1 or https://HOST/v1")
-    if parts.username is not None or parts.query:
-        raise ValueError("url must not contain a user, a password or a query; name the key's variable in `api_key_env`")

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -105,7 +106,7 @@ def _check_name(name: str) -> None:
     near = get_close_matches(name, models | {text for text in texts if text.partition(".")[0] in models}, 3)
     what = f"model {model}" if not known else f"weights {tag} of model {model}"
     hint = f"; near names: {', '.join(near)}" if near else ""
-    raise ValueError(f"timm {_version()} has no {what}{hint}. `timm.list_models()` lists all")
+    raise ValueError(f"timm {version('timm')} has no {what}{hint}. `timm.list_models()` lists all")
 
 
 @cache
@@ -117,12 +118,6 @@ def _names() -> tuple[frozenset[str], frozenset[str]]:
     source = "\n".join(path.read_text("utf-8") for path in (Path(spec.origin).parent / "models").glob("*.py"))
     texts = {*_TEXT.findall(source)}
     return frozenset(_DEFINITION.findall(source)), frozenset(texts | {text.partition(".")[2] for text in texts})
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("timm")
 
 
 class TimmTeacherSpec(TeacherSpec):

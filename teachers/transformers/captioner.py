@@ -1,11 +1,16 @@
-"""Decoding on the key/value cache of a transformers model."""
+"""Captioners of Hugging Face transformers: image-to-text models, and chat models with a prompt.
+
+The library's ``generate`` samples from one global generator, so a caption would depend on the rest of the batch. Here
+each row is sampled by its own seed, from the logits of the model's forward pass with a key/value cache. Each image
+goes through the model once: the cache of its prompt is copied for its captions.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy.typing as npt
 import torch
@@ -30,6 +35,7 @@ class CachedDecoder:
     """
 
     ahead = 0  # all rows get a token in each step
+    capacity = 0  # nothing is reserved: arrays grow with the text
 
     def __init__(
         self,
@@ -76,11 +82,6 @@ class CachedDecoder:
         """Number of rows that steps have for so many rows: the same."""
         return rows
 
-    @property
-    def capacity(self) -> int:
-        """None is reserved: arrays grow with the text."""
-        return 0
-
     def launch(self, step: Step, longest: int) -> None:
         """Run a step, which calls ``step`` once."""
         with decoding_kernels(self._accelerator.device):
@@ -120,44 +121,27 @@ def merge_end_tokens(logits: torch.Tensor, ends: tuple[int, ...]) -> torch.Tenso
     return logits
 
 
-# -- Models of transformers that caption: by an image alone (BLIP, GIT, vision-encoder-decoders), or by a prompt, too.
-#
-# Chat models (LLaVA, Qwen-VL, Idefics, PaliGemma, ...) get the config's ``prompt``. All images are resized to one
-# square size, so all prompts of a batch have equal length and nothing is padded. The prompt is tokenized once, when the
-# model is loaded; later only images go through the model's own processor.
+# Each kind of model has ``inputs``: pixels [B, 3, H, W], preprocessed by ``image``, -> arguments of ``model.generate``;
+# and ``begin``: pixels -> a decoder with one row per image, without new tokens. ``start`` is the token before the first
+# new token; each of ``ends`` ends a caption. ``max_length`` is the number of tokens that fit after the prompt, None
+# without a limit.
 
 
-class CaptioningModel(Protocol):
-    """One kind of captioning model, as ``TransformersCaptioner`` uses it.
-
-    ``start`` is the token before the first new token; each of ``ends`` ends a caption. ``max_length`` is the number of
-    tokens that fit after the prompt, None without a limit.
-    """
-
-    model: Any
-    image: ImageSpec
-    start: int
-    ends: tuple[int, ...]
-    max_length: int | None
-
-    def inputs(self, pixels: torch.Tensor) -> dict[str, Any]:
-        """Pixels [B, 3, H, W], preprocessed by ``image`` -> arguments of ``model.generate``."""
-        ...
-
-    def begin(self, pixels: torch.Tensor) -> CachedDecoder:
-        """Pixels [B, 3, H, W], preprocessed by ``image`` -> decoder with one row per image, without new tokens."""
-        ...
-
-
-class EncoderDecoder:
-    """An image encoder and a text decoder with cross-attention to its output: BLIP and vision-encoder-decoders."""
+class ImageToText:
+    """A model that captions by an image alone: BLIP and vision-encoder-decoders, whose decoder has cross-attention to
+    the output of an image encoder, and GIT, one decoder over the image features followed by the text."""
 
     def __init__(self, model: Any, accelerator: Accelerator, image: ImageSpec) -> None:
         self.model, self.image, self._accelerator = model, image, accelerator
-        if model.config.model_type == "blip":
-            self._encoder, self._decoder, text = model.vision_model, model.text_decoder, model.config.text_config
+        self._encoder: Any = None
+        if model.config.model_type == "git":
+            text = model.config
             self.start: int = text.bos_token_id
-            self.ends: tuple[int, ...] = (text.sep_token_id,)  # the end token of BLIP's `generate`
+            self.ends = end_tokens_of(model.generation_config, text)
+        elif model.config.model_type == "blip":
+            self._encoder, self._decoder, text = model.vision_model, model.text_decoder, model.config.text_config
+            self.start = text.bos_token_id
+            self.ends = (text.sep_token_id,)  # the end token of BLIP's `generate`
         else:
             self._encoder, self._decoder, text = model.encoder, model.decoder, model.config.decoder
             self.start = _read_token("decoder_start_token_id", model.generation_config, model.config)
@@ -168,29 +152,15 @@ class EncoderDecoder:
         return {"pixel_values": self._accelerator.layout(pixels)}
 
     def begin(self, pixels: torch.Tensor) -> CachedDecoder:
+        prompt = {"input_ids": torch.full((len(pixels), 1), self.start, device=pixels.device)}
+        if self._encoder is None:  # GIT's positions count from the start token
+            prompt |= self.inputs(pixels)
+            return CachedDecoder(self.model, self._accelerator, prompt, self.ends, positions=(1, ()))
         with self._accelerator.forward():
             hidden = self._encoder(**self.inputs(pixels)).last_hidden_state
             if hasattr(self.model, "enc_to_dec_proj"):  # a vision-encoder-decoder whose two widths differ
                 hidden = self.model.enc_to_dec_proj(hidden)
-        prompt = {"input_ids": torch.full((len(pixels), 1), self.start, device=pixels.device)}
         return CachedDecoder(self._decoder, self._accelerator, prompt, self.ends, {"encoder_hidden_states": hidden})
-
-
-class Git:
-    """GIT: one decoder over the image features followed by the text, whose positions count from the start token."""
-
-    def __init__(self, model: Any, accelerator: Accelerator, image: ImageSpec) -> None:
-        self.model, self.image, self._accelerator = model, image, accelerator
-        self.start, self.ends = model.config.bos_token_id, end_tokens_of(model.generation_config, model.config)
-        self.max_length: int | None = model.config.max_position_embeddings
-
-    def inputs(self, pixels: torch.Tensor) -> dict[str, Any]:
-        return {"pixel_values": self._accelerator.layout(pixels)}
-
-    def begin(self, pixels: torch.Tensor) -> CachedDecoder:
-        start = torch.full((len(pixels), 1), self.start, device=pixels.device)
-        prompt = {"input_ids": start, **self.inputs(pixels)}
-        return CachedDecoder(self.model, self._accelerator, prompt, self.ends, positions=(1, ()))
 
 
 def end_tokens_of(*configs: Any) -> tuple[int, ...]:
@@ -211,7 +181,11 @@ _DEFAULT_SIDE = 448
 
 
 class Chat:
-    """A ``CaptioningModel`` of ``image_to_text``: a decoder over a prompt that contains the image."""
+    """A chat model (LLaVA, Qwen-VL, Idefics, PaliGemma, ...): a decoder over a prompt that contains the image.
+
+    All images are resized to one square size, so all prompts of a batch have equal length and nothing is padded. The
+    prompt is tokenized once, when the model is loaded; later only images go through the model's own processor.
+    """
 
     def __init__(self, spec: CaptionerSpec, accelerator: Accelerator, model: Any) -> None:
         assert spec.prompt is not None
@@ -222,10 +196,16 @@ class Chat:
         self.ends = end_tokens_of(model.generation_config, model.config, text)
         self.start = self.ends[0]  # a placeholder: the decoder begins with the prompt
         self.image, self._options = chat_image_spec(self._processor.to_dict(), spec.image_size)
-        self._prompt, self._image_arguments = self._tokenize_prompt(processor, spec.prompt)
+        prompt, begins = prompt_text(processor, spec.prompt), self.tokenizer.bos_token
+        options = {"add_special_tokens": False} if begins is not None and prompt.startswith(begins) else {}
+        image = torch.zeros(1, 3, self.image.height, self.image.width, dtype=torch.uint8)
+        inputs = processor(images=[[image[0]]], text=[prompt], return_tensors="pt", **self._options, **options)
+        self._image_arguments = [name for name in self._process_images(image) if name in inputs]
+        others = {name: value for name, value in inputs.items() if name not in {*self._image_arguments, "labels"}}
+        self._prompt = {name: self._to_device(value) for name, value in others.items()}  # int64 [1, length] by argument
         self._prompt_length = self._prompt["input_ids"].shape[1]
         positions = getattr(text, "max_position_embeddings", None)
-        self.max_length = None if positions is None else positions - self._prompt_length
+        self.max_length: int | None = None if positions is None else positions - self._prompt_length
         # Qwen's positions are (time, row, column), and an image advances them by less than its number of tokens.
         self._rope = next((module for module in model.modules() if hasattr(module, "rope_deltas")), None)
 
@@ -240,15 +220,6 @@ class Chat:
         if self._rope is not None:
             decoder.positions = (self._prompt_length + int(self._rope.rope_deltas[0]), (3,))
         return decoder
-
-    def _tokenize_prompt(self, processor: Any, prompt: str) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """Tokenize the prompt with one image -> (int64 [1, length] by argument, names of the image arguments)."""
-        text, start = prompt_text(processor, prompt), self.tokenizer.bos_token
-        options = {"add_special_tokens": False} if start is not None and text.startswith(start) else {}
-        image = torch.zeros(1, 3, self.image.height, self.image.width, dtype=torch.uint8)
-        inputs = processor(images=[[image[0]]], text=[text], return_tensors="pt", **self._options, **options)
-        images = [name for name in self._process_images(image) if name in inputs]
-        return {n: self._to_device(v) for n, v in inputs.items() if n not in images and n != "labels"}, images
 
     def _process_images(self, images: torch.Tensor) -> Any:
         """uint8 [B, 3, H, W] -> output of the image processor, by argument."""
@@ -308,12 +279,8 @@ def _unnormalized(size: int | tuple[int, int], like: ImageSpec | None = None) ->
     return replace(like, size=size, mean=zeros, std=ones) if like else ImageSpec(size, zeros, ones, resize="squash")
 
 
-# -- Captioners of Hugging Face transformers: image-to-text models, and chat models with a prompt.
-#
-# The library's ``generate`` samples from one global generator, so a caption would depend on the rest of the batch. Here
-# each row is sampled by its own seed, from the logits of the model's forward pass with a key/value cache. Each image
-# goes through the model once: the cache of its prompt is copied for its captions. The constructor compares the logits
-# with those of ``generate``.
+#: One kind of captioning model.
+CaptioningModel = ImageToText | Chat
 
 #: Limits on captions decoded in parallel and on the bytes of their caches on a CPU, independent of the batch size.
 _MAX_ROWS, _MAX_CACHE_BYTES = 1024, 4 * GIB
@@ -323,7 +290,10 @@ _PROBE_TOKENS = 4
 
 
 class TransformersCaptioner(DecodingCaptioner):
-    """A model of transformers as a captioner. Raises ValueError for a wrong spec or an unsupported model."""
+    """A model of transformers as a captioner. Its logits are compared with those of ``generate`` first.
+
+    Raises ValueError for a wrong spec or an unsupported model.
+    """
 
     def __init__(self, spec: CaptionerSpec, accelerator: Accelerator, model: CaptioningModel, tokenizer: Any) -> None:
         if model.max_length is not None and spec.max_length > model.max_length:
@@ -402,8 +372,7 @@ def load(spec: TransformersCaptionerSpec, accelerator: Accelerator) -> Captioner
     processor = transformers.AutoImageProcessor.from_pretrained(spec.model, trust_remote_code=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model, trust_remote_code=False)
     model, image = accelerator.prepare(model.float()), image_spec(processor.to_dict())
-    kind: type[EncoderDecoder | Git] = Git if config["model_type"] == "git" else EncoderDecoder
-    return TransformersCaptioner(spec, accelerator, kind(model, accelerator, image), tokenizer)
+    return TransformersCaptioner(spec, accelerator, ImageToText(model, accelerator, image), tokenizer)
 
 
 def load_network(spec: TransformersCaptionerSpec, auto: Any) -> tuple[dict[str, Any], Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from math import isqrt
 from typing import Any, Literal, cast
 
@@ -21,6 +22,7 @@ from teachers.tokens import PROBE_TEXTS, special_token_escaper, trimming_is_exac
 from teachers.transformers.family import SIGLIP, TransformersTeacherSpec, is_local_folder, modalities, read_config
 
 _log = logging.getLogger(__name__)
+_PATCHES = "max_num_patches"  # in an image processor's config: that of a NaFlex model
 _RESAMPLING: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
 
@@ -71,8 +73,11 @@ class TransformersTeacher(ImageEncoder):
             raise ValueError(f"`pooling` is not used by {type(model).__name__}, a dual encoder; remove it")
         processor = _load_processor(spec)
         image = image_spec(processor, square_size(processor, spec.image_size))
-        super().__init__(model, image, accelerator, self._image_features, self._inputs)
-        self._patch: int | None = processor["patch_size"] if _takes_patches(processor) else None
+        patch = processor["patch_size"] if _PATCHES in processor else None
+        inputs = partial(_patch_inputs, patch=patch) if patch else lambda pixels: {"pixel_values": pixels}
+        super().__init__(
+            model, image, accelerator, lambda pixels: _features(model.get_image_features(**inputs(pixels))), inputs
+        )
         siglip = model.config.model_type in SIGLIP
         positions = model.config.text_config.max_position_embeddings
         self._tokenize = _Tokenizer(spec, positions, masked=not siglip)
@@ -84,12 +89,6 @@ class TransformersTeacher(ImageEncoder):
         self._make_fast(getattr(model, "vision_model", model), spec)
         scale = getattr(model, "logit_scale", None)
         self.logit_scale = spec.logit_scale or (float(scale.exp()) if scale is not None else None)
-
-    def _inputs(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        return _patch_inputs(pixels, self._patch) if self._patch else {"pixel_values": pixels}
-
-    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        return _features(self._model.get_image_features(**self._inputs(pixels)))
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> [B, dim] float32, unit norm."""
@@ -129,7 +128,10 @@ class ImageTeacher(ImageEncoder):
     def _pooled(self, pixels: torch.Tensor) -> torch.Tensor:
         output = self._model(pixel_values=pixels)
         if self._summary:
-            return _summary(output)
+            summary: torch.Tensor | None = getattr(output, "summary", None)
+            if summary is None:
+                raise ValueError("it has no summary, which only C-RADIO has: remove `pooling: summary`")
+            return summary
         pooled = getattr(output, "pooler_output", None) if self._pools else None
         features: torch.Tensor = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
         return features
@@ -151,7 +153,11 @@ class TextTeacher:
                 "`image_size` and `pooling: summary` are for images, which this model does not encode; remove it"
             )
         self._mean = spec.pooling != "cls"
-        self._tokenize = _Tokenizer(spec, _positions(self._model), masked=True)
+        positions: int = getattr(self._model.config, "max_position_embeddings", 512)
+        padding = getattr(getattr(self._model, "embeddings", None), "padding_idx", None)
+        if padding is not None:  # RoBERTa's positions start after the index of the padding token
+            positions -= padding + 1
+        self._tokenize = _Tokenizer(spec, positions, masked=True)
         self.logit_scale = spec.logit_scale
         with _first_input(self._model):
             self.dim = self.encode_texts(PROBE_TEXTS).shape[1]
@@ -249,18 +255,13 @@ def image_spec(config: dict[str, Any], side: int | None = None) -> ImageSpec:
     )
 
 
-def _takes_patches(processor: dict[str, Any]) -> bool:
-    """Whether an image processor's config is that of a NaFlex model."""
-    return "max_num_patches" in processor
-
-
 def square_size(processor: dict[str, Any], size: int | None) -> int | None:
     """Side of the images of a NaFlex model in pixels; ``size`` as it is for other models.
 
     Without ``size`` it is that of the largest square image whose patches the processor does not reduce.
     Raises ValueError for a size that is not a multiple of the patch.
     """
-    if not _takes_patches(processor):
+    if _PATCHES not in processor:
         return size
     patch = int(processor["patch_size"])
     if size is not None and size % patch:
@@ -311,20 +312,6 @@ def _first_input(model: Any) -> Iterator[None]:
         yield
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be a teacher: {type(error).__name__}: {error}") from error
-
-
-def _positions(model: Any) -> int:
-    """Tokens that a text encoder takes. RoBERTa's positions start after the index of the padding token."""
-    positions: int = getattr(model.config, "max_position_embeddings", 512)
-    padding = getattr(getattr(model, "embeddings", None), "padding_idx", None)
-    return positions if padding is None else positions - padding - 1
-
-
-def _summary(output: Any) -> torch.Tensor:
-    summary: torch.Tensor | None = getattr(output, "summary", None)
-    if summary is None:
-        raise ValueError("it has no summary, which only C-RADIO has: remove `pooling: summary`")
-    return summary
 
 
 def _features(output: Any) -> torch.Tensor:

@@ -54,7 +54,12 @@ class Translator:
             **({"length_penalty": spec.length_penalty} if beams else {}),
             **forced,
         }
-        self._token_bytes, self._bytes = self._measure(), cache_bytes(accelerator.device, _MAX_CACHE_BYTES)
+        # Bytes of keys and values for one token of a row, by translating a text.
+        output = self._generate([self._tokenize(_PLAIN)], return_dict_in_generate=True)
+        cache = output["cache" if "cache" in output else "past_key_values"]  # renamed by transformers 5
+        layers = cache.self_attention_cache.layers
+        self._token_bytes = sum(2 * one.keys[0, :, 0].numel() * one.keys.element_size() for one in layers)
+        self._bytes = cache_bytes(accelerator.device, _MAX_CACHE_BYTES)
 
     def caption(self, pixels: Any, seeds: np.ndarray) -> list[list[str] | NoCaptions | None]:
         """``captions`` translations of a test caption for each row of ``seeds``."""
@@ -71,36 +76,38 @@ class Translator:
         found: list[Any] = [NoCaptions("the sample has no true caption") for _ in texts]
         given = [place for place, text in enumerate(texts) if text and text.strip()]
         sources = [self._tokenize(str(texts[place])) for place in given]
-        rows = self._rows_at_once(max(map(len, sources), default=0))
+        # As many captions at once as caches and logits fit, by the longest of them.
+        logits = _COPIES_OF_LOGITS * 4 * self._model.config.vocab_size
+        row = logits + self._token_bytes * (max(map(len, sources), default=0) + self._options["max_length"])
+        rows = max(1, self._bytes // (row * self._beams))
         for start in range(0, len(given), rows):
-            part = slice(start, start + rows)
-            for place, tokens in zip(given[part], self._translate(sources[part]), strict=True):
-                found[place] = tokens
+            part = sources[start : start + rows]
+            finite = _FiniteLogits()
+            tokens = self._generate(part, logits_processor=[finite]).view(len(part), self.captions, -1)
+            broken = finite.broken.view(len(part), -1).any(1).tolist()
+            for place, failed, texts_of_one in zip(given[start : start + rows], broken, tokens.tolist(), strict=True):
+                found[place] = None if failed else texts_of_one  # start and padding included
         if len(given) > 1 and all(found[place] is None for place in given):
             raise ValueError("next-token logits are not finite: check the weights, or use `precision: bf16` or `fp32`")
         return found
 
     def to_texts(self, tokens: Sequence[list[list[int]] | NoCaptions | None]) -> list[list[str] | NoCaptions | None]:
         """Turn the tokens of ``generate`` into texts; needs no accelerator."""
-        return [self._texts(row) if isinstance(row, list) else row for row in tokens]
-
-    def _texts(self, tokens: list[list[int]]) -> list[str] | NoCaptions:
-        """The translations of a caption; the places of empty ones repeat the others."""
-        texts = [self._tokenizer.decode(one, skip_special_tokens=True).strip() for one in tokens]
-        good = [text for text in texts if text]
-        return [good[n % len(good)] for n in range(len(texts))] if good else NoCaptions("the translation is empty")
+        found: list[list[str] | NoCaptions | None] = []
+        for row in tokens:
+            if not isinstance(row, list):
+                found.append(row)
+                continue
+            texts = [self._tokenizer.decode(one, skip_special_tokens=True).strip() for one in row]
+            good = [text for text in texts if text]  # the places of empty ones repeat the others
+            filled = [good[n % len(good)] for n in range(len(texts))] if good else None
+            found.append(NoCaptions("the translation is empty") if filled is None else filled)
+        return found
 
     def _tokenize(self, caption: str) -> list[int]:
         text = self._prompt.replace(CAPTION, self._escape(caption))
         tokens: list[int] = self._tokenizer(text, truncation=True, max_length=self._longest)["input_ids"]
         return tokens
-
-    def _translate(self, sources: Sequence[list[int]]) -> list[list[list[int]] | None]:
-        """The tokens of the translations of each caption, start and padding included."""
-        finite = _FiniteLogits()
-        tokens = self._generate(sources, logits_processor=[finite]).view(len(sources), self.captions, -1)
-        broken = finite.broken.view(len(sources), -1).any(1).tolist()
-        return [None if failed else row for failed, row in zip(broken, tokens.tolist(), strict=True)]
 
     def _generate(self, sources: Sequence[list[int]], **options: Any) -> Any:
         lengths = torch.tensor([len(source) for source in sources])
@@ -110,19 +117,6 @@ class Translator:
         put = self._accelerator.put
         with self._accelerator.forward():
             return self._model.generate(input_ids=put(tokens), attention_mask=put(mask), **self._options, **options)
-
-    def _measure(self) -> int:
-        """Bytes of keys and values for one token of a row, by translating a text."""
-        output = self._generate([self._tokenize(_PLAIN)], return_dict_in_generate=True)
-        cache = output["cache" if "cache" in output else "past_key_values"]  # renamed by transformers 5
-        layers = cache.self_attention_cache.layers
-        return sum(2 * layer.keys[0, :, 0].numel() * layer.keys.element_size() for layer in layers)
-
-    def _rows_at_once(self, longest: int) -> int:
-        """Captions of at most ``longest`` tokens whose caches and logits fit."""
-        logits = _COPIES_OF_LOGITS * 4 * self._model.config.vocab_size
-        row = logits + self._token_bytes * (longest + self._options["max_length"])
-        return max(1, self._bytes // (row * self._beams))
 
 
 class _FiniteLogits(transformers.LogitsProcessor):

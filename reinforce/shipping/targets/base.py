@@ -1,4 +1,4 @@
-"""The image and text towers of an open_clip model as separate modules, reparameterized for inference."""
+"""What every export shares: the towers of a model as separate modules, its progress, and the interface of a runtime."""
 
 from __future__ import annotations
 
@@ -112,8 +112,6 @@ def count_parameters(clip: Any) -> dict[str, int]:
     return {"image": image, "text": whole - image}
 
 
-# -- What an export is doing, and for how long, also while the output of a converter is discarded.
-
 _REDRAW_SECONDS = 1.0  # of a step that goes on
 
 
@@ -135,12 +133,9 @@ def step(screen: Screen, label: str) -> Iterator[None]:
     """Show what is done and the time since it began; once it is done, print how long it took."""
     start, ended = time.monotonic(), threading.Event()
 
-    def line() -> str:
-        return f"{label}: {format_duration(time.monotonic() - start)}"
-
     def redraw() -> None:
         while not ended.wait(_REDRAW_SECONDS):
-            screen.draw(line(), 0, 1)
+            screen.draw(f"{label}: {format_duration(time.monotonic() - start)}", 0, 1)
 
     screen.draw(label, 0, 1)
     thread = threading.Thread(target=redraw, name="step", daemon=True)
@@ -150,7 +145,7 @@ def step(screen: Screen, label: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-    screen.log(line())
+    screen.log(f"{label}: {format_duration(time.monotonic() - start)}")
 
 
 @contextlib.contextmanager
@@ -173,8 +168,6 @@ def silenced() -> Iterator[None]:
                 os.dup2(copy, number)
                 os.close(copy)
 
-
-# -- Interface of a runtime for which models are exported.
 
 #: ``ExportOptions.tower``: both towers, or the image tower alone.
 BOTH, IMAGE = "both", "image"

@@ -72,7 +72,11 @@ class CoreMl(Target):
 
     def load(self, path: Path, threads: int | None = None) -> Run:
         with _quiet():
-            return row_by_row(_load_core_ml(path) if _has_core_ml() else _load_interpreter(path))
+            if _has_core_ml():
+                return row_by_row(_load_core_ml(path))
+            run = Interpreter(path)
+            of_image = run.input == "image"
+            return row_by_row(lambda row: run(row.permute(0, 3, 1, 2).float() if of_image else row))
 
 
 class _Pixels(torch.nn.Module):
@@ -125,15 +129,16 @@ def _unsupported(program: Any) -> list[str]:
     with _quiet():
         from coremltools.converters.mil.frontend.torch.torch_op_registry import is_torch_fx_node_supported
 
-        calls = [node for node in program.graph.nodes if node.op == "call_function"]
-
-        def lacks(node: Any) -> bool:
-            try:
-                return not is_torch_fx_node_supported(node)
-            except AssertionError:  # an operation in place
-                return True
-
-        return sorted({str(node.target) for node in calls if lacks(node)})
+        missing = set()
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                try:
+                    lacks = not is_torch_fx_node_supported(node)
+                except AssertionError:  # an operation in place
+                    lacks = True
+                if lacks:
+                    missing.add(str(node.target))
+        return sorted(missing)
 
 
 def _convert(tower: Tower, program: Any) -> Any:
@@ -195,11 +200,6 @@ def _load_core_ml(path: Path) -> Run:
         return torch.from_numpy(np.asarray(model.predict({name: given})[OUTPUT], np.float32))
 
     return run
-
-
-def _load_interpreter(path: Path) -> Run:
-    run = Interpreter(path)
-    return lambda row: run(row.permute(0, 3, 1, 2).float() if run.input == "image" else row)
 
 
 @contextlib.contextmanager

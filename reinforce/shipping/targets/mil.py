@@ -1,7 +1,7 @@
 """Execution of a saved Core ML package in torch, operation by operation, where there is no Core ML.
 
 Only the operations that conversions of CLIP models contain. Results are rounded to the package's data types after each
-operation, sums inside an operation are in float32.
+operation, sums inside an operation are in float32. Exports use it because coremltools runs packages on macOS alone.
 """
 
 from __future__ import annotations
@@ -130,11 +130,6 @@ def _slice(v: _Values) -> Tensor:
     return x[tuple(index)]
 
 
-def _reshape(v: _Values) -> Tensor:
-    shape = [v["x"].shape[axis] if size == 0 else size for axis, size in enumerate(v["shape"].tolist())]
-    return v["x"].reshape(shape)
-
-
 def _axes(v: _Values) -> list[int]:
     return [int(axis) for axis in v["axes"].reshape(-1)]
 
@@ -152,24 +147,10 @@ def _normalized(v: _Values) -> Tensor:
     return v["x"] * scale.view(shape) + (v["beta"] - v["mean"] * scale).view(shape)
 
 
-def _layer_norm(v: _Values) -> Tensor:
-    shape = [v["x"].shape[axis] for axis in _axes(v)]
-    return functional.layer_norm(v["x"], shape, v.get("gamma"), v.get("beta"), float(v["epsilon"]))
-
-
-def _matmul(v: _Values) -> Tensor:
-    x, y = (v[key].mT if v.get(f"transpose_{key}") else v[key] for key in "xy")
-    return x @ y
-
-
 def _gather(v: _Values) -> Tensor:
     axis, indices = int(v["axis"]), v["indices"].long()
     picked = v["x"].index_select(axis, indices.reshape(-1))
     return picked.reshape([*v["x"].shape[:axis], *indices.shape, *v["x"].shape[axis + 1 :]])
-
-
-def _gather_nd(v: _Values) -> Tensor:
-    return v["x"][tuple(v["indices"].long().unbind(-1))]
 
 
 def _dequantize(v: _Values) -> Tensor:
@@ -208,14 +189,16 @@ _OPERATIONS: dict[str, Callable[[_Values], Any]] = {
     "equal": lambda v: v["x"] == v["y"],
     "expand_dims": _expand,
     "gather": _gather,
-    "gather_nd": _gather_nd,
+    "gather_nd": lambda v: v["x"][tuple(v["indices"].long().unbind(-1))],
     "gelu": lambda v: functional.gelu(v["x"], approximate="none" if v["mode"] == "EXACT" else "tanh"),
     "greater_equal": lambda v: v["x"] >= v["y"],
-    "layer_norm": _layer_norm,
+    "layer_norm": lambda v: functional.layer_norm(
+        v["x"], [v["x"].shape[axis] for axis in _axes(v)], v.get("gamma"), v.get("beta"), float(v["epsilon"])
+    ),
     "linear": lambda v: functional.linear(v["x"], v["weight"], v.get("bias")),
     "logical_and": lambda v: v["x"] & v["y"],
     "logical_not": lambda v: ~v["x"],
-    "matmul": _matmul,
+    "matmul": lambda v: torch.matmul(*(v[key].mT if v.get(f"transpose_{key}") else v[key] for key in "xy")),
     "max_pool": lambda v: _pool(v, functional.max_pool2d),
     "maximum": lambda v: torch.maximum(v["x"], v["y"]),
     "mul": lambda v: v["x"] * v["y"],
@@ -226,7 +209,7 @@ _OPERATIONS: dict[str, Callable[[_Values], Any]] = {
     "reduce_mean": lambda v: v["x"].mean(_axes(v), keepdim=bool(v["keep_dims"])),
     "reduce_sum": lambda v: v["x"].sum(_axes(v), keepdim=bool(v["keep_dims"])),
     "relu": lambda v: v["x"].relu(),
-    "reshape": _reshape,
+    "reshape": lambda v: v["x"].reshape([size or v["x"].shape[axis] for axis, size in enumerate(v["shape"].tolist())]),
     "select": lambda v: torch.where(v["cond"].bool(), v["a"], v["b"]),
     "sigmoid": lambda v: v["x"].sigmoid(),
     "silu": lambda v: functional.silu(v["x"]),

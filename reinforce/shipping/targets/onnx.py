@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -43,9 +42,14 @@ class Onnx(Target):
                 reason = next((line for line in str(error.__cause__ or error).splitlines() if line.strip()), "")
                 raise ValueError(f"torch cannot export its {tower.name} tower to ONNX: {reason}") from error
         assert program is not None
-        _remove_debug_metadata(program.model)
-        program.model.producer_name = "reinforce"
-        program.model.metadata_props["model"] = options.model
+        # torch's debugging notes at each node are source lines with the paths of this machine
+        model = program.model
+        nodes = [*model.graph.all_nodes()]
+        outputs = (output for node in nodes for output in node.outputs)
+        for noted in (model, model.graph, *model.graph.inputs, *model.graph.initializers.values(), *nodes, *outputs):
+            noted.metadata_props.clear()
+        model.producer_name = "reinforce"
+        model.metadata_props["model"] = options.model
         program.save(str(path), external_data=weights >= EXTERNAL_DATA_BYTES)
         return path
 
@@ -59,18 +63,6 @@ class Onnx(Target):
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         name = session.get_inputs()[0].name
         return lambda inputs: torch.from_numpy(session.run([OUTPUT], {name: inputs.numpy()})[0])
-
-
-def _remove_debug_metadata(model: Any) -> None:
-    """Remove torch's debugging notes at each node: source lines with the paths of this machine."""
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
 
 
 TARGET = Onnx()

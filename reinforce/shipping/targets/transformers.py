@@ -52,10 +52,17 @@ def convert(clip: Any, config: Mapping[str, Any], tokens: torch.Tensor | None) -
     ``config`` is its ``model_cfg``; ``tokens`` are those of some texts, None for the image tower alone. Raises
     ValueError with what transformers lacks.
     """
-    image = _image_part(clip.visual, config["vision_cfg"])
+    visual, tower = clip.visual, getattr(clip, "text", clip)
+    if type(visual) is VisionTransformer:
+        image = _vit(visual)
+    elif isinstance(visual, open_clip.timm_model.TimmModel):
+        image = _timm(visual, config["vision_cfg"])
+    else:
+        raise ValueError(f"transformers has no image tower like open_clip's {type(visual).__name__}")
     if tokens is None:
         return _image_model(image)
-    text = _text_part(getattr(clip, "text", clip), tokens)
+    is_own = isinstance(tower, open_clip.CLIP | TextTransformer)
+    text = _clip_text(tower, tokens) if is_own else _transformers_text(tower)
     dim = int(config["embed_dim"])
     options = {"projection_dim": dim, "logit_scale_init_value": float(clip.logit_scale)}
     state = {"logit_scale": clip.logit_scale.reshape(())}
@@ -107,14 +114,6 @@ def _image_model(part: _Part) -> Any:
     head = next(name for name, module in model.named_modules() if module is model.timm_model.get_classifier())
     bias = torch.zeros(len(part.projection)) if part.bias is None else part.bias
     return _loaded(model, {**part.state, f"{head}.weight": part.projection, f"{head}.bias": bias})
-
-
-def _image_part(visual: Any, config: Mapping[str, Any]) -> _Part:
-    if type(visual) is VisionTransformer:
-        return _vit(visual)
-    if isinstance(visual, open_clip.timm_model.TimmModel):
-        return _timm(visual, config)
-    raise ValueError(f"transformers has no image tower like open_clip's {type(visual).__name__}")
 
 
 def _vit(visual: Any) -> _Part:
@@ -181,12 +180,6 @@ def _without_bias(part: _Part) -> _Part:
         )
     state = {**part.state, name: (part.state[name].double() + shift).float()}
     return _Part(part.config, state, part.projection)
-
-
-def _text_part(tower: Any, tokens: torch.Tensor) -> _Part:
-    if isinstance(tower, open_clip.CLIP | TextTransformer):
-        return _clip_text(tower, tokens)
-    return _transformers_text(tower)
 
 
 def _clip_text(tower: Any, tokens: torch.Tensor) -> _Part:
@@ -286,8 +279,6 @@ def _shape(transformer: Any, side: str) -> dict[str, Any]:
     }
 
 
-# -- transformers: a folder with model, image processor and tokenizer that ``from_pretrained`` and ``pipeline`` load.
-
 FILE = "model.safetensors"
 #: Classes of an image tower alone, with the name of what has its embeddings. AutoModel would load another class.
 _IMAGE_OUTPUTS = {
@@ -300,6 +291,8 @@ _RESAMPLING = {"bilinear": 2, "bicubic": 3}  # of Pillow
 
 
 class Transformers(Target):
+    """A folder with model, image processor and tokenizer that ``from_pretrained`` and ``pipeline`` load."""
+
     title = "transformers"
     weights = ("fp32",)
     template = "export/transformers.md"
@@ -329,7 +322,7 @@ class Transformers(Target):
         return folder / FILE
 
     def load(self, path: Path, threads: int | None = None) -> Run:
-        kind = _kind(path.parent)
+        (kind,) = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["architectures"]
         with silenced():
             model = getattr(transformers, kind).from_pretrained(path.parent).eval()
         processor = CLIPImageProcessor.from_pretrained(path.parent)
@@ -389,11 +382,6 @@ def _spec(tower: Tower) -> ImageSpec:
     spec: Any = tower.module.spec
     assert isinstance(spec, ImageSpec)
     return spec
-
-
-def _kind(folder: Path) -> str:
-    (kind,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
-    return str(kind)
 
 
 def _pooled(features: Any) -> torch.Tensor:
