@@ -1,4 +1,4 @@
-"""``reinforce export latency``: size of models, the time that one image and one text take, and the machine that was measured.
+"""``reinforce export latency``: size of models, the time of one image and one text, and the machine that was measured.
 
 Architectures are measured, with random weights and reparameterized as for export. Measurements of all models are
 interleaved, so that other load on the machine affects them equally.

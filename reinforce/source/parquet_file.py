@@ -430,7 +430,7 @@ class WindowFile(ArrowInput):
             self._file.seek(start)
             while len(data) < length and (more := read(length - len(data))):
                 if len(more) == length:
-                    return more  # type: ignore[no-any-return]
+                    return more
                 data += more
         except Exception as error:  # each driver has its own exceptions
             self.error = error

@@ -24,8 +24,7 @@ from reinforce.evaluation.reading import LabelledImage, raise_on_damage, read_la
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Metrics, Outcome
 from reinforce.source.config import Input, Limits
-from reinforce.source.formats.base import Shard
-from reinforce.source.formats.base import read_samples
+from reinforce.source.formats.base import Shard, read_samples
 from reinforce.source.samples import RawSample, Refusal
 
 if TYPE_CHECKING:

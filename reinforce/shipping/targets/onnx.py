@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,8 +46,13 @@ class Onnx(Target):
         # torch's debugging notes at each node are source lines with the paths of this machine
         model = program.model
         nodes = [*model.graph.all_nodes()]
-        outputs = (output for node in nodes for output in node.outputs)
-        for noted in (model, model.graph, *model.graph.inputs, *model.graph.initializers.values(), *nodes, *outputs):
+        values = [
+            *model.graph.inputs,
+            *model.graph.initializers.values(),
+            *(one for node in nodes for one in node.outputs),
+        ]
+        noted: Any
+        for noted in (model, model.graph, *values, *nodes):
             noted.metadata_props.clear()
         model.producer_name = "reinforce"
         model.metadata_props["model"] = options.model

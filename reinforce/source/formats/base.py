@@ -398,8 +398,9 @@ def sample_of_row(
     if isinstance(image, dict):
         named = image.get("bytes") is None
         image = image.get("path") if named else image.get("bytes")
-    is_data = not isinstance(image, str) or image.startswith("data:")  # a URL that holds the image itself
-    place = image if not is_data and (named or is_place(image)) else None
+    place = None
+    if isinstance(image, str) and not image.startswith("data:") and (named or is_place(image)):
+        place = image  # and no URL that holds the image itself
     sidecars, left_out = _sidecars(key, row, columns, place, spec)
     if place is not None:
         return UnreadSample(key, place, sidecars, left_out, columns.all)
