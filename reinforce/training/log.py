@@ -79,8 +79,8 @@ def _metrics(row: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     """The metrics of a kind: ``loss`` (on a scale of its own), ``retrieval``, or an empty string for all others."""
     parts, found = row.get("parts", {}), {}
     for name, value in row.get("metrics", {}).items():
-        first = name.partition("/")[0]
-        if kind == ("loss" if name.endswith("_loss") else first if first == "retrieval" else ""):
+        own = "loss" if name.endswith("_loss") else "retrieval" if name.startswith("retrieval/") else ""
+        if kind == own:
             found[name_part(name, parts).removeprefix("retrieval/")] = value
     return found
 

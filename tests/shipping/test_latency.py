@@ -67,7 +67,7 @@ def test_image_sizes_and_batches_are_measured_on_pinned_cores(printed: Printed, 
     cores = os.sched_getaffinity(0)
     model, file, drawn = models.fastvit(tmp_path / "fast", weights=False), tmp_path / "l.json", tmp_path / "l.png"
     results = tmp_path / "results"
-    ResultFile(str(results), f"{model} at 64").add(find_set("imagenet1k"), {"metrics": {"main_metric": 0.5}})
+    ResultFile(str(results), f"{model} at 64", f"{model} at 64@0").add(find_set("imagenet1k"), {"metrics": {"main_metric": 0.5}})
     words = ["export", "latency", model, "--rounds", "2", "--threads", "1", "--batch", "2", "--image-size", "64"]
     words += ["--image-size", "96", "--json", str(file), "--picture", str(drawn), "--results", str(results)]
     assert "in batches of 2" in printed(*words)
@@ -98,7 +98,7 @@ def test_a_picture_has_plain_numbers_of_milliseconds(tmp_path: Path, monkeypatch
 
 
 def test_accuracies_are_published_or_of_a_suite(tmp_path: Path) -> None:
-    ResultFile(str(tmp_path), "runs/s0").add(find_set("imagenet1k"), {"metrics": {"main_metric": 0.25}})
+    ResultFile(str(tmp_path), "runs/s0", "runs/s0@0").add(find_set("imagenet1k"), {"metrics": {"main_metric": 0.25}})
     names = ["runs/s0", "MobileCLIP2-S0", "MobileCLIP2-L-14,dfndr2b", "ViT-L-14"]
     assert [*find_accuracies(names, str(tmp_path)).items()] == [*zip(names[:3], (0.25, 0.71534, 0.81904), strict=True)]
     with pytest.raises(UserError, match="nothing is published of ViT-L-14"):

@@ -314,20 +314,7 @@ class _CrossEntropies(torch.autograd.Function):
         needed = ctx.needs_input_grad[4:]
         terms = [_Term(form, logits, needed, soft) for soft in [False] * clip + [True] * bool(teachers)]
         for part in logits.parts():
-            soft: list[torch.Tensor] = []  # the ensemble's P [c, B], by the dimension of the softmax
-            for teacher in teachers:
-                values = teacher.chunk(part)
-                found = [values.softmax(dim) for dim in teacher.dims] if form == "softmax" else [values.sigmoid_()]
-                del values
-                soft = [total.add_(one) for total, one in zip(soft, found, strict=True)] if soft else found
-            soft = [total.div_(len(teachers)).to(logits.rows.dtype) for total in soft]
-            values = logits.chunk(part)
-            predictions = [values.log_softmax(dim) for dim in logits.dims] if form == "softmax" else [values]
-            for term in terms:
-                term.add_loss(part, predictions, soft if term.soft else None)
-            predictions = [one.exp_() if form == "softmax" else one.sigmoid_() for one in predictions]
-            for term in terms:  # the one with soft targets is the last: it overwrites the predictions
-                term.add_gradients(part, predictions, soft if term.soft else None)
+            _add_chunk(form, logits, teachers, part, terms)
         ctx.save_for_backward(*(gradient for term in terms for gradient in term.gradients()))
         return tuple(term.loss / (len(logits.rows) * len(logits.dims)) for term in terms)
 
@@ -343,6 +330,31 @@ class _CrossEntropies(torch.autograd.Function):
             ]
             of_inputs.append(sum(gradients[1:], gradients[0]) if gradients else None)
         return (None, None, None, None, *of_inputs)
+
+
+# Two functions, so that no matrix [c, B] outlives its use.
+
+
+def _add_chunk(form: str, logits: Logits, teachers: Sequence[Logits], part: slice, terms: Sequence[_Term]) -> None:
+    soft = [total.to(logits.rows.dtype) for total in _soft_targets(form, teachers, part)]
+    values = logits.chunk(part)
+    predictions = [values.log_softmax(dim) for dim in logits.dims] if form == "softmax" else [values]
+    for term in terms:
+        term.add_loss(part, predictions, soft if term.soft else None)
+    predictions = [one.exp_() if form == "softmax" else one.sigmoid_() for one in predictions]
+    for term in terms:  # the one with soft targets is the last: it overwrites the predictions
+        term.add_gradients(part, predictions, soft if term.soft else None)
+
+
+def _soft_targets(form: str, teachers: Sequence[Logits], part: slice) -> list[torch.Tensor]:
+    """The ensemble's P [c, B] of some rows, by the dimension of the softmax; none without teachers."""
+    totals: list[torch.Tensor] = []
+    for teacher in teachers:
+        logits = teacher.chunk(part)
+        found = [logits.softmax(dim) for dim in teacher.dims] if form == "softmax" else [logits.sigmoid_()]
+        del logits
+        totals = [total.add_(one) for total, one in zip(totals, found, strict=True)] if totals else found
+    return [total.div_(len(teachers)) for total in totals]
 
 
 class _Term:
