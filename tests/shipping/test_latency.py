@@ -67,7 +67,8 @@ def test_image_sizes_and_batches_are_measured_on_pinned_cores(printed: Printed, 
     cores = os.sched_getaffinity(0)
     model, file, drawn = models.fastvit(tmp_path / "fast", weights=False), tmp_path / "l.json", tmp_path / "l.png"
     results = tmp_path / "results"
-    ResultFile(str(results), f"{model} at 64", f"{model} at 64@0").add(find_set("imagenet1k"), {"metrics": {"main_metric": 0.5}})
+    kept = ResultFile(str(results), f"{model} at 64", f"{model} at 64@0")
+    kept.add(find_set("imagenet1k"), {"metrics": {"main_metric": 0.5}})
     words = ["export", "latency", model, "--rounds", "2", "--threads", "1", "--batch", "2", "--image-size", "64"]
     words += ["--image-size", "96", "--json", str(file), "--picture", str(drawn), "--results", str(results)]
     assert "in batches of 2" in printed(*words)
