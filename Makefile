@@ -18,7 +18,7 @@ CORE_TESTS := --ignore=tests/source/test_hub.py tests/images \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: adapt-photos deploy-check help install demo demo-teachers test bench bench-adapt bench-step bench-loader bench-augment bench-captioner bench-captions bench-codecs bench-gpu bench-images bench-labels bench-latency bench-quantize bench-scale bench-select bench-sources bench-space bench-transfer ablations lint clean fuzz soak audit \
+.PHONY: adapt-photos deploy-check help install demo demo-teachers test test-quick test-card mutants bench bench-adapt bench-step bench-loader bench-augment bench-captioner bench-captions bench-codecs bench-gpu bench-images bench-labels bench-latency bench-quantize bench-scale bench-select bench-sources bench-space bench-transfer ablations lint clean fuzz soak audit \
 	docs first-hour test-lowest test-slow wheel-check
 
 help: ## list the targets
@@ -75,14 +75,28 @@ demo-teachers: $(INSTALLED) ## train the demo's committed teachers and captioner
 	$(BIN)/python -m examples.demo keep demo/teachers/styles-64/student configs/demo-models/styles-64
 	$(BIN)/python -m examples.demo keep demo/teachers/coca-finetune/captioner configs/demo-models/coca-64
 
+# Units and contracts: nothing of them starts Ray.
+QUICK_TESTS := tests/schemas tests/source tests/images tests/dataset/codecs tests/engine/plan tests/engine/driver \
+	tests/teachers/decoding tests/student/test_loss.py tests/test_architecture.py tests/test_config.py \
+	tests/test_mutants.py tests/test_storage.py tests/test_terminal.py
+
+test-quick: $(INSTALLED) ## run the tests of units and contracts, while you write (a minute and a half on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(QUICK_TESTS)
+
 # One thread for each process, and four processes for two cores, since tests of runs on Ray mostly wait.
-test: $(INSTALLED) ## run the tests, four files at a time
+test: $(INSTALLED) ## run all tests that run anywhere, four files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations=30
+
+test-card: $(INSTALLED) ## run the tests of what happens on a card, on stand-ins for one (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/gpu tests/benchmarks/gpu
+
+mutants: $(INSTALLED) ## change single lines of a copy of the code: each change must fail a test (minutes)
+	$(BIN)/python -m drills.mutants
 
 test-slow: $(INSTALLED) ## run the few tests that `make test` leaves out, because they take long (ten minutes)
 	$(BIN)/python -m pip install --quiet -e '.[azure,gcs]' gcp-storage-emulator \
 		accelerate ipykernel lightning nbclient sentence-transformers -c constraints.txt
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore tests/gpu/test_kernels.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests tests/benchmarks/gpu
 	@# triton has an assembler for cards. A torch for CUDA brings it; apart from the others, it changes no other test.
 	$(BIN)/python -c 'import triton' 2> /dev/null || test -d .venv/triton/triton \
 		|| $(BIN)/python -m pip install --quiet --no-deps --target .venv/triton 'triton>=3.4'

@@ -5,19 +5,17 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import sys
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
-import typer.main
 from hypothesis import HealthCheck, settings
 
 from teachers.fast_paths import usage
-from tests.helpers import forks
 from tests.helpers.commands import Command, Printed, printed_by, run_command
 from tests.helpers.data import members_of, write_tar
 from tests.helpers.s3_proxy import Proxy, s3_behind_proxy, s3_environment
@@ -26,17 +24,10 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # defaults use a GPU, and tests compare bits and speeds of one device
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch threads that wait would use CPU
 os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's default of 15, other tests starve the workers
-os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # processes for tasks, of which runs have none
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor for each group of ranks
-if sys.platform == "linux":  # one for all processes of the session
-    os.environ.setdefault(forks.ADDRESS, f"reinforce-tests-{os.getpid()}")
-    forks.fork_processes()
-_STARTUP = str(Path(__file__).parent / "helpers" / "startup")  # its sitecustomize.py runs in each process of Python
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_STARTUP, os.environ.get("PYTHONPATH"))))
-typer.main.get_command = cache(typer.main.get_command)  # of all commands, which takes longer than many of them
-os.fsync = lambda _: None  # no test cuts the power, and files are synced thousands of times
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
+
+_RAY = pytest.StashKey[ExitStack]()  # stops the Ray of this process
 
 
 @pytest.hookimpl(wrapper=True)
@@ -46,26 +37,9 @@ def pytest_collection() -> Generator[None, object, object]:
     try:
         return (yield)
     finally:
-        if "open_clip" in sys.modules:
-            _share_vocabularies()
         gc.freeze()
         gc.set_threshold(5_000)  # instead of 700: a twentieth of what many tests take
         gc.enable()
-
-
-def _share_vocabularies() -> None:
-    """Let tokenizers of open_clip share the vocabulary that each would read, in a fifth of a second."""
-    from open_clip import SimpleTokenizer
-
-    read, known = SimpleTokenizer.__init__, dict[str, dict[str, Any]]()
-
-    def init(self: Any, *arguments: Any, **options: Any) -> None:
-        if (key := repr((arguments, options))) not in known:
-            read(self, *arguments, **options)
-            known[key] = dict(vars(self))
-        vars(self).update(known[key], cache=dict(known[key]["cache"]))
-
-    SimpleTokenizer.__init__ = init
 
 
 @pytest.fixture
@@ -95,38 +69,42 @@ def _set_s3_environment(patch: pytest.MonkeyPatch, endpoint: str) -> None:
 
 @pytest.fixture(scope="module")
 def ray_session(s3_server: str, request: pytest.FixtureRequest) -> None:
-    """Ray on this machine, which runs until the first file that does not use it: even idle it takes CPU."""
-    import ray
+    """Ray as commands start it here, until the first file that does not use it: even idle it takes CPU.
 
-    from tests.helpers import lean_ray
+    Files share it, so no test may kill a process of it but the workers of its own runs.
+    """
+    from reinforce.processes.cluster import ray_cluster
 
-    if not ray.is_initialized():
-        with pytest.MonkeyPatch.context() as patch:  # workers get the environment of the first ray.init
+    if _RAY not in request.config.stash:
+        ray = request.config.stash[_RAY] = ExitStack()
+        with pytest.MonkeyPatch.context() as patch:  # workers get the environment in which Ray starts
             _set_s3_environment(patch, s3_server)
             patch.setenv("RAY_metrics_report_interval_ms", "2000")  # instead of 10,000, for which a test would wait
-            lean_ray.prepare(patch, agent=_reads_metrics(request.path))
-            ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-
-
-@pytest.fixture
-def ray_here() -> Iterator[None]:
-    """Runs have their workers in the process of the test."""
-    from tests.helpers.local_ray import local_ray
-
-    with local_ray():
-        yield
+            ray.enter_context(ray_cluster(None, log_to_driver=False))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized() and item.path not in _files_with_ray():
-        sys.modules["ray"].shutdown()
+    if _RAY in item.config.stash and item.path not in _files_with_ray():
+        _stop_ray(item.config)
 
 
-def _reads_metrics(path: Path) -> bool:
-    """Whether a file shares its Ray with the one file whose tests read metrics."""
-    halves = _files_with_ray()
-    [reads] = [half for file, half in halves.items() if file.name == "test_models_run.py"]
-    return halves[path] == reads or "PYTEST_XDIST_WORKER" not in os.environ
+def pytest_unconfigure(config: pytest.Config) -> None:
+    _stop_ray(config)
+
+
+def _stop_ray(config: pytest.Config) -> None:
+    if _RAY in config.stash:
+        config.stash[_RAY].close()
+        del config.stash[_RAY]
+
+
+@pytest.fixture(name="worker_in_process")
+def _worker_in_process() -> Iterator[None]:
+    """Runs have no Ray, and their worker in the process of the test, which asks for it by this name."""
+    from tests.helpers.worker_in_process import worker_in_process
+
+    with worker_in_process():
+        yield
 
 
 @cache

@@ -32,7 +32,6 @@ from teachers.fit import fit
 from teachers.open_clip.catalog import check_model
 from tests.helpers import pages_commands as commands
 from tests.helpers.commands import exit_status
-from tests.helpers.local_ray import local_ray
 from tests.helpers.models.tiny_models import transformers_bert, transformers_clip
 from tests.helpers.pages import (
     ROOT,
@@ -46,6 +45,7 @@ from tests.helpers.pages import (
     prose,
 )
 from tests.helpers.pages_workspace import SIZE, write_inputs
+from tests.helpers.worker_in_process import worker_in_process
 
 WRITTEN_BY_HAND = sorted(set(pages()) - GENERATED)
 #: The kind of the config in NAME.yaml, by this name.
@@ -67,10 +67,10 @@ run_once = cache(run_command)  # the workspace is the same for each page
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The workspace after the first commands of README.md: a dataset, and a student that was trained from it.
 
-    What commands do in processes of Ray is done in this one.
+    Pages show many runs, so that what commands do in processes of Ray is done in this one.
     """
     folder = tmp_path_factory.mktemp("workspace")
-    with pytest.MonkeyPatch.context() as patch, local_ray():
+    with pytest.MonkeyPatch.context() as patch, worker_in_process():
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
         patch.setattr("reinforce.training.log.draw_curves", lambda *_: None)  # takes a second

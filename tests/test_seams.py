@@ -273,7 +273,7 @@ def test_keys_of_one_more_family_are_validated_and_change_its_fingerprint(palett
 # Kinds of layers.
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("worker_in_process")  # a kind that no other process has
 def test_one_more_kind_of_layers_needs_a_kind_and_a_producer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import reinforce
 from tests.helpers.data import config_of, members_of, write_tar
-from tests.helpers.local_ray import local_ray
 from tests.helpers.s3_proxy import Proxy, s3_environment
 from tests.helpers.s3_runs import layers
+from tests.helpers.worker_in_process import worker_in_process
 
 SHARDS = 6
 
@@ -49,5 +49,5 @@ class Bench:
         import s3fs
 
         s3fs.S3FileSystem.clear_instance_cache()
-        with local_ray():
+        with worker_in_process():
             return reinforce.run(self.config(name, **changes))

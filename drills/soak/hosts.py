@@ -23,11 +23,6 @@ _TOOLS = ("ip", "tc", "unshare", "nsenter", "mount")
 _START_SECONDS = 240
 _RESTART_SECONDS = 10
 _DISK_BYTES = 256 * 2**20  # of /tmp
-#: ``ray start`` without the agent for dashboards.
-_RAY_START = (
-    "import sys, pytest; from tests.helpers.lean_ray import prepare; prepare(pytest.MonkeyPatch()); "
-    "from ray.scripts.scripts import main; sys.argv[0] = 'ray'; main()"
-)
 _INIT = 'mount --bind "$1" /etc/hosts && mount --bind "$2" /tmp && hostname "$3" && exec sleep infinity'
 
 
@@ -249,7 +244,7 @@ class RayHosts:
         )  # fmt: skip
 
     def start_ray(self, host: Host, cores: int, *options: str) -> None:
-        command = [sys.executable, "-c", _RAY_START, "start", "--block", "--disable-usage-stats", *options]
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats", *options]
         command += [f"--num-cpus={cores}", f"--node-ip-address={host.address}", "--object-store-memory=80000000"]
         self.raylets[host.name] = host.start(command, self.log, self.environment)
 

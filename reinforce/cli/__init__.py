@@ -7,9 +7,10 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -132,11 +133,17 @@ def main(arguments: list[str] | None = None) -> None:
     _DEBUG.set(False)
     try:
         with ends_after_sigterm(program=arguments is None):
-            app(args=arguments, prog_name="reinforce")
+            _program()(args=arguments, prog_name="reinforce")
     except UserError as error:
         _fail(f"error: {error}", error.exit_status)
     except Exception as error:
         _fail(f"error: {_describe(error)}", UNEXPECTED)
+
+
+@cache
+def _program() -> Any:
+    """The command that typer makes of ``app``. With all options it takes 80 ms, which a program may call often."""
+    return typer.main.get_command(app)
 
 
 def _fail(message: str, status: int) -> None:

@@ -128,7 +128,8 @@ def _find(url: str, teacher: str, manifest: Mapping[str, Any]) -> OtherDataset:
     digest = partial(content_digest, store, {found[0]: None, SAMPLES: ["key"]})
     with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
         contents = [*prefetch(pool, digest, completeness.complete, 2 * _READ_AT_ONCE)]
-    return OtherDataset(url, found[0], fingerprints, completeness.complete, contents)
+    there = store.root if store.relative else url  # workers of a cluster have another working folder
+    return OtherDataset(there, found[0], fingerprints, completeness.complete, contents)
 
 
 def _policy(manifest: Mapping[str, Any], name: str) -> Any:

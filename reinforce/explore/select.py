@@ -192,7 +192,8 @@ def _apply_rules(
     groups = row_group_table(store, inputs[SAMPLES], shards)
     recipe = {"version": _PARTS_VERSION, "rules": written, "seed": config.seed, "inputs": inputs, "columns": columns}
     by_shard = dict(zip(shards, states, strict=True))  # results of an earlier selection are of the same files
-    parts = Parts(config.dataset, config.name, compute_fingerprint({"selection": {**recipe, "states": by_shard}}))
+    dataset = store.root if store.relative else config.dataset  # workers of a cluster have another working folder
+    parts = Parts(dataset, config.name, compute_fingerprint({"selection": {**recipe, "states": by_shard}}))
     if parts.remove(others=True):
         log("results of a selection of other rules or files, which was stopped, are removed")
     with open_workers(address, processes=processes) as workers:

@@ -33,7 +33,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "photos"
 
 
-def test_init_plan_run_and_open_from_a_folder_by_keywords(photos: Path, ray_here: None) -> None:
+def test_init_plan_run_and_open_from_a_folder_by_keywords(photos: Path, ray_session: None) -> None:
     started = reinforce.init(photos)
     assert started.path == Path("photos.yaml")
     assert started.config.source

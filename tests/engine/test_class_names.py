@@ -39,7 +39,7 @@ class Listed(Colors):
         self._colors, self.classes = self._colors[order], len(order)
 """
 LAYER = "probabilities/colors"
-pytestmark = pytest.mark.usefixtures("ray_here")
+pytestmark = pytest.mark.usefixtures("worker_in_process")  # many short runs
 
 
 def config_of(folder: Path, output: Path, shards: str = "*", **classifier: Any) -> dict[str, Any]:

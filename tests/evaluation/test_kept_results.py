@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -13,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from reinforce.errors import UserError
@@ -23,7 +21,6 @@ from reinforce.evaluation.kinds.base import find_files
 from reinforce.evaluation.kinds.registry import KINDS
 from reinforce.evaluation.suite import Job, SuiteReport, count_workers, file_name
 from reinforce.processes.parallel import Actors
-from tests.helpers import forks
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import (
     COLOURS,
@@ -39,7 +36,7 @@ from tests.helpers.evaluation import (
     write_urban1k,
 )
 from tests.helpers.models import tiny_models
-from tests.helpers.waiting import wait_for
+from tests.helpers.waiting import processes_below, wait_for
 
 Evaluate = Callable[..., str]
 MNIST = "wds_mnist_test"
@@ -307,11 +304,5 @@ def kill_worker() -> int:
 
 
 def workers() -> list[int]:
-    """Processes of this session that evaluate sets. They may be forks of a process that is not below this one."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # it has ended
-            named = " ".join(process.cmdline()).startswith("ray::_MapActor")
-            if named and process.environ().get(forks.ADDRESS) == os.environ[forks.ADDRESS]:
-                found.append(process.pid)
-    return found
+    """Processes of this session's Ray that evaluate sets."""
+    return processes_below(os.getpid(), "ray::_MapActor")

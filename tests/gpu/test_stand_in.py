@@ -1,4 +1,4 @@
-"""Copies and little memory on a stand-in for CUDA, and what runs on one for a GPU of Apple, which has no float64."""
+"""Little memory on a stand-in for CUDA, and what runs on one for a GPU of Apple, which has no float64."""
 
 from __future__ import annotations
 
@@ -49,20 +49,6 @@ def cuda() -> Iterator[StandIn]:
         yield cuda
 
 
-def test_copies_of_pinned_memory_do_not_wait(cuda: StandIn) -> None:
-    arena = np.zeros((4, 2), np.float32)
-    accelerator = Accelerator("cuda")
-    accelerator.pin(arena)
-    with cuda.counted() as counts:
-        tensor = accelerator.put(np.ones(8, np.float32))
-        parts = accelerator.put_parts([arena[:1], arena[2:]])
-        assert parts.to("cpu", non_blocking=True).shape == (3, 2)
-        torch.empty(8, pin_memory=True).copy_(tensor, non_blocking=True)
-    copies = [(copy.to_device, copy.bytes) for copy in counts.copies]
-    assert copies == [(True, 32), (True, 8), (True, 16), (False, 24), (False, 32)]
-    assert counts.synchronizations == 0, counts
-
-
 NAMES = ("embeddings/red/images", "captions/namer")
 
 
@@ -89,20 +75,6 @@ def outputs(device: str) -> tuple[dict[str, Any], Noting]:
         models.accelerator.pin(array)
     run = make_inference(CONFIG, [LAYERS[name] for name in NAMES], models).run
     return run(rows(3), cells), models.teachers["red"]  # type: ignore[return-value]
-
-
-def test_images_are_copied_while_the_device_computes_and_models_wait_for_them() -> None:
-    expected, _ = outputs("cpu")
-    with stand_in_cuda() as cuda:
-        with cuda.counted() as counts:
-            found, teacher = outputs("cuda")
-        copies = [copy for copy in counts.copies_to_device() if copy.place.startswith("teachers/runtime/accelerator")]
-        assert {copy.blocking for copy in copies} == {False}
-        (stream,) = {copy.stream for copy in copies}
-        assert stream is not torch.cuda.default_stream()
-        assert (teacher.awaited, teacher.recorded) == ([stream], 2), "crops and whole images"
-    np.testing.assert_allclose(found[NAMES[0]], expected[NAMES[0]], atol=1e-6)
-    assert found[NAMES[1]] == expected[NAMES[1]]
 
 
 def test_cells_can_be_written_again_where_only_captions_of_row_groups_see_images(cuda: StandIn) -> None:

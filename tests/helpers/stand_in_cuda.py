@@ -29,7 +29,9 @@ Inside ``delayed``, what is queued runs only where the host waits for it, so tha
 asynchronous copy has read it is seen.
 
 Not shown by a pass: that CUDA has the kernel for a data type, its rounding and its speed; memory that changes while
-another stream reads or writes it.
+another stream reads or writes it; work of two streams at the same time; what torch's own C++ code copies, waits for and
+compiles on a card. So `make test` has only the tests that count copies and waits; the others are in tests/gpu, which
+`make test-card` runs.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ import torch
 import yaml
 
 from teachers.weights import as_safetensors
-from tests.helpers import forks
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import small_dataset
 
@@ -109,11 +108,7 @@ def ran(folder: Path) -> list[str]:
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        forks.ADDRESS: "",
-    }  # for the classes of tests, in real workers
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # for the classes of tests
     return subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=1080, check=False, env=environment
     )
@@ -134,7 +129,7 @@ def test_a_command_about_a_dataset_and_the_workers_of_a_run_run_no_file_of_it(
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
     program = tmp_path / "bin" / "reinforce"
     program.parent.mkdir()
-    program.write_text("from tests.helpers import lean_ray\n\nlean_ray.run_command()\n")
+    program.write_text("from reinforce.cli import main\n\nmain()\n")
     done = run(dataset, sys.executable, str(program), "run", f"{tmp_path}/my.yaml")
     assert (done.returncode, ran(dataset)) == (0, []), done.stderr
     assert (tmp_path / "new" / "embeddings" / "mine").is_dir()

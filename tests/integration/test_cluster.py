@@ -35,11 +35,8 @@ from pathlib import Path
 from ray import _raylet
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
-import pytest
 from tests.helpers.data import events_of
-from tests.helpers.lean_ray import prepare
 
-prepare(pytest.MonkeyPatch())
 config, output, log, quick = sys.argv[1], Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 
 def wait(condition, seconds=600):

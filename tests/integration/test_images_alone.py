@@ -46,7 +46,7 @@ def teachers(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.usefixtures("ray_here", "no_pictures")
+@pytest.mark.usefixtures("ray_session", "no_pictures")
 def test_a_folder_of_photos_walks_through_every_command(folder: Path, command: Command) -> None:
     def done(*words: str) -> str:
         status, out, err = command(*words)

@@ -21,7 +21,6 @@ from reinforce.errors import StorageError
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import fresh_dataset
 
-pytestmark = pytest.mark.usefixtures("ray_here")
 SHARDS, BEFORE = 6, 4  # shards, and those that are finished when files vanish
 
 
@@ -70,6 +69,7 @@ def lose_of_an_earlier_run(store: Store) -> None:
 
 @pytest.mark.parametrize("storage", ["local", "memory"])
 def test_layers_and_dataset_json_that_vanish_during_a_run_are_written_again(
+    request: pytest.FixtureRequest,
     storage: str,
     memory: str,
     shards: Callable[..., str],
@@ -77,6 +77,7 @@ def test_layers_and_dataset_json_that_vanish_during_a_run_are_written_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    request.getfixturevalue("worker_in_process" if storage == "memory" else "ray_session")  # memory of one process
     output = memory if storage == "memory" else str(tmp_path / "out")
     config = config_of(shards(*[6] * SHARDS), output)
     whole = files(str(fresh_dataset({**config, "output": str(tmp_path / "whole")})))
@@ -90,6 +91,7 @@ def test_layers_and_dataset_json_that_vanish_during_a_run_are_written_again(
     assert re.search(r"embeddings/red/namer: [4-6] files are not there any more, such as 00000-", printed)
 
 
+@pytest.mark.usefixtures("worker_in_process")
 def test_what_earlier_runs_have_written_and_vanishes_is_written_again(
     shards: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +110,7 @@ def test_what_earlier_runs_have_written_and_vanishes_is_written_again(
     assert files(str(tmp_path / "out")) == whole
 
 
+@pytest.mark.usefixtures("worker_in_process")
 def test_a_start_is_not_slow_where_the_storage_refuses_dataset_json(
     shards: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +121,7 @@ def test_a_start_is_not_slow_where_the_storage_refuses_dataset_json(
     assert reinforce.run(config_of(shards(2), tmp_path / "out")).status == 0
 
 
+@pytest.mark.usefixtures("worker_in_process")
 def test_a_run_whose_output_vanishes_each_time_ends_with_status_1(
     shards: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,7 @@ def test_an_added_teacher_and_captioner_compute_only_their_layers_and_end_as_a_f
     assert manifests[0] == manifests[1]
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("ray_session")
 def test_a_run_reports_damaged_files_replaced_sources_and_repeated_keys_and_the_next_does_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,7 +114,7 @@ def source(tmp_path: Path) -> str:
     return f"{tmp_path}/source/{{0..1}}.tar"
 
 
-@pytest.mark.usefixtures("ray_here", "own_fast_paths")
+@pytest.mark.usefixtures("ray_session", "own_fast_paths")
 def test_a_finished_run_with_too_many_quarantined_shards_and_without_fast_paths(
     source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +137,7 @@ def test_a_finished_run_with_too_many_quarantined_shards_and_without_fast_paths(
     assert again == 1, "it continues the run of a config that exists, also when nothing is left to do"
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("ray_session")
 def test_a_fault_of_all_shards_stops_the_run_before_it_quarantines_the_rest(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,7 +151,7 @@ def test_a_fault_of_all_shards_stops_the_run_before_it_quarantines_the_rest(
     assert len(list((tmp_path / "out" / "quarantine" / "samples").iterdir())) < 20
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("ray_session")
 def test_a_run_that_a_defect_of_the_program_stops(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a defect")

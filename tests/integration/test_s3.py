@@ -95,7 +95,7 @@ def has_begun(proxy: Proxy) -> bool:
     return any(request.method == "PUT" and request.key.endswith("dataset.json") for request in proxy.requests)
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("ray_session")
 def test_transient_faults_leave_no_trace(s3: s3fs.S3FileSystem, s3_proxy: Proxy, undisturbed: dict[str, bytes]) -> None:
     """Several kinds of faults in one run."""
     real = s3.cat_file("bucket/source/1.tar")
@@ -152,7 +152,7 @@ def test_two_runs_at_once_put_equal_objects(
     assert max(puts.values()) >= 2, "both wrote the same shards"
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("ray_session")
 def test_shards_that_cannot_be_read_are_quarantined_and_their_neighbours_finish(
     s3: s3fs.S3FileSystem, s3_proxy: Proxy, undisturbed: dict[str, bytes]
 ) -> None:

@@ -13,16 +13,14 @@ SCRIPT = """
 import json, os, signal, sys, threading, time
 from functools import partial
 from pathlib import Path
-import pytest, ray
+import ray
 from ray.cluster_utils import Cluster
 from reinforce.errors import HostLost
 from reinforce.training import ray_train
 from reinforce.training.launch import launch
 from reinforce.processes.signals import Stopped
-from tests.helpers.lean_ray import prepare
 from tests.helpers.trainings import job, slow
 
-prepare(pytest.MonkeyPatch())
 folder, ended = Path(sys.argv[1]), {}
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
 nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]

@@ -21,6 +21,7 @@ from reinforce.engine.record import RunSummary
 from reinforce.errors import StorageError, UserError
 from tests.helpers.data import tree
 from tests.helpers.s3_proxy import Proxy, Request, refuse, run_first
+from tests.helpers.worker_in_process import worker_in_process
 from tests.labels.test_taking import RED, taking, write_copy, write_labels
 
 LABELS = "s3://bucket/labels"
@@ -44,12 +45,10 @@ def whole(folder: Path) -> dict[str, bytes]:
 
 
 def reinforced(folder: Path, output: str, changes: Mapping[str, Any] = NOTHING, **options: Any) -> RunSummary:
-    from tests.helpers.local_ray import local_ray
-
     failures = {"outage_seconds": 5.0, "allowed_share": 0.0}
     own = {"failures": failures, "output": f"{folder}/{output}", **changes}
     config = {**taking(folder, LABELS, teachers={"red": RED}), **own}
-    with local_ray():
+    with worker_in_process():  # these are many short runs
         return reinforce.run(config, **options)
 
 

@@ -15,6 +15,7 @@ from teachers.image_encoder import PatchEncoder, encoder_of_model, features_and_
 from teachers.protocols import ImageSpec
 from teachers.registry import load_model, teacher_spec
 from teachers.runtime.accelerator import Accelerator
+from tests.helpers.compiled_graphs import captured_graphs
 from tests.helpers.models import ColorTeacher, TextOnly, named_models, tiny_models
 from tests.helpers.models.patches import Cells
 from tests.helpers.models.tiny_coca import coca_model
@@ -201,11 +202,14 @@ def test_a_resnet_of_open_clip_gives_any_stage_beside_its_own_features(stage: in
 
 def test_compiled_blocks_give_the_grids_of_any_batch(tmp_path: Path) -> None:
     name = tiny_models.open_clip_model(tmp_path)
-    plain, compiled = (patches_of(load(name, compile=value), CPU) for value in (False, True))
-    for count in (1, 3):
-        torch.testing.assert_close(
-            compiled.encode_patches(images(count)), plain.encode_patches(images(count)), rtol=0, atol=1e-4
-        )
+    with captured_graphs() as graphs:
+        plain, compiled = (patches_of(load(name, compile=value), CPU) for value in (False, True))
+        for count in (1, 3):
+            before = graphs.calls
+            torch.testing.assert_close(
+                compiled.encode_patches(images(count)), plain.encode_patches(images(count)), rtol=0, atol=1e-4
+            )
+            assert graphs.calls > before
 
 
 class OneVector(ColorTeacher):

@@ -16,11 +16,9 @@ from reinforce.storage import Storage
 from reinforce.training import trials
 from reinforce.training.checkpoints import Checkpoints, State
 from reinforce.training.ranks import Ranks
-from reinforce.training.step import Prefetcher
 from reinforce.training.trials import Trials
 from teachers.fast_paths import recompilation, usage
 from teachers.runtime.accelerator import Accelerator
-from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.trainings import PairFeed, StaticTask, TowersTask, curve, job, run, stopped_after
 
 BATCH = next(iter(PairFeed().batches(0, 1, 16, 0)))
@@ -148,35 +146,6 @@ def test_a_compiled_training_has_the_curve_of_a_plain_one_and_one_that_resumes_s
     shown = " ".join(capsys.readouterr().out.split())
     assert "ran compiled code up to the last checkpoint and run plain code now" in shown
     np.testing.assert_allclose(curve(Path(on.output)), curve(Path(off.output)), rtol=1e-5)
-
-
-def test_on_cuda_a_student_is_compiled_by_default_in_a_long_training_without_shared_statistics() -> None:
-    """The stand-in's compiler does nothing, so that a path is registered and falls back."""
-    with stand_in_cuda():
-        accelerator = Accelerator("cuda")
-
-        def paths(suits: bool = True, once: bool = True, ranks: int = 1, **compute: Any) -> int:
-            usage.set_enabled(True)
-            task = StaticTask()
-            task.compiles_once = once
-            model = accelerator.place(task.model).train()
-            state = State(model, torch.optim.SGD(model.parameters()))
-            batches = Prefetcher([BATCH], accelerator)
-            batches.fetch()
-
-            class Alone(Ranks):
-                def start_max(self, value: int) -> Any:
-                    return lambda: value
-
-            config = job("x", batch=16 * ranks, compute=compute).training.compute
-            made = Trials(task, state, batches.peek(), 16, Alone(0, ranks, accelerator))
-            step = partial(made.step, microbatches=1, kept=0)
-            trials.compile_model(made, model, step, config, suits)
-            return len(usage.snapshot())
-
-        assert paths() == paths(ranks=2) == 1
-        assert paths(suits=False) == paths(once=False) == paths(compile=False) == 0
-        assert (paths(sync_batch_norm=True), paths(ranks=2, sync_batch_norm=True)) == (1, 0)
 
 
 def test_nothing_is_compiled_on_a_cpu_by_default_nor_where_fast_paths_are_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def captioned(folder: Path, count: int = 24, caption: str = "photo {}") -> str:
     return str(folder / "captioned")
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("ray_session")
 def test_class_folders_become_a_model_and_a_page_and_nothing_is_computed_twice(
     tmp_path: Path, released: str, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +96,7 @@ def test_class_folders_become_a_model_and_a_page_and_nothing_is_computed_twice(
     assert "5 images came after the training began and are not used" in error
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("worker_in_process")
 def test_captions_are_retrieved_and_both_kinds_of_labels_are_used_where_they_are(
     tmp_path: Path, released: str, command: Command
 ) -> None:
@@ -122,7 +122,7 @@ def test_captions_are_retrieved_and_both_kinds_of_labels_are_used_where_they_are
     assert (sample.caption, sample.metadata) == ("blue number 0", {"class": "blue"})
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("worker_in_process")
 def test_a_killed_adaptation_goes_on_with_the_step_that_was_interrupted(
     tmp_path: Path, released: str, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,9 +180,9 @@ def test_bad_input_is_one_line_before_anything_is_written(tmp_path: Path, releas
         assert not (tmp_path / "out").exists(), words
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("s3", "ray_session")
 def test_an_object_store_takes_all_that_an_adaptation_writes(tmp_path: Path, released: str, command: Command) -> None:
-    out = f"memory://{tmp_path.name}/out"
+    out = "s3://bucket/out"
     status, text, error = command("adapt", photos(tmp_path), out, "--model", released, *FAST, "--json", "-")
     assert status == 0, error
     assert json.loads(text)["page"] == f"{out}/index.html"
@@ -200,7 +200,7 @@ def test_no_file_has_the_secrets_of_a_config(tmp_path: Path) -> None:
     assert text.count("bucket/x.tar") == 2
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("worker_in_process")
 def test_too_few_images_equal_captions_and_too_many_steps_are_said(
     tmp_path: Path, released: str, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +244,7 @@ def test_the_page_advises_by_what_the_points_show() -> None:
     assert "did not help" in advised((0, 0.5, 0.5), (1, 0.6, 0.5), chosen=1, gained=-0.1), "on images not chosen by"
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.usefixtures("worker_in_process")
 def test_unequal_classes_with_copies_are_chosen_by_class_and_the_folder_loads_as_a_student(
     tmp_path: Path, released: str, command: Command
 ) -> None:

@@ -21,7 +21,7 @@ from benchmarks.gpu.sections import shards as gpu_shards
 from benchmarks.gpu.trace import Trace, limit_of
 from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import read_figures
-from tests.helpers.local_ray import local_ray
+from tests.helpers.worker_in_process import worker_in_process
 
 DEVICE = "benchmarks.gpu.probe._card_id"
 
@@ -34,7 +34,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("teachers.runtime.determinism.set_flags", lambda *_, **__: None)  # flags of the other tests
     monkeypatch.setattr(gpu_shards.Shards, "__exit__", lambda *_: None)  # closes the pool
     monkeypatch.setattr("benchmarks.gpu.__main__.run_section", measure_here)
-    with local_ray():
+    with worker_in_process():
         yield
 
 

@@ -243,16 +243,13 @@ def test_unusable_rows_are_replaced_and_logged_by_reason(tmp_path: Path, caplog:
 
 
 TRAINING = """
-import os, sys, time
+import sys, time
 from multiprocessing import active_children, forkserver
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
-from tests.helpers.forks import ADDRESS, fork_processes
 from tests.helpers.in_loaders import letters
 
 if __name__ == "__main__":
-    if ADDRESS in os.environ:
-        fork_processes()
     data = Data.model_validate({"datasets": sys.argv[1], "workers": 2, "window": 10})
     batches = StudentFeed(data, seed=5, size=20, tokenize=letters).batches(0, 1, 4, 0)
     next(batches)

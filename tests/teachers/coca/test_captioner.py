@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import open_clip
@@ -19,8 +17,6 @@ from transformers import PreTrainedTokenizerFast
 from teachers.coca.captioner import CocaCaptioner
 from teachers.coca.decoder import CocaDecoder, CocaNetwork, PlainCocaDecoder
 from teachers.decoding.decode import decode
-from teachers.fast_paths import recompilation
-from teachers.fast_paths.usage import loading, set_enabled, snapshot
 from teachers.open_clip.teacher import load_model
 from teachers.protocols import Captioner, ImageSpec
 from teachers.registry import captioner_spec
@@ -28,7 +24,6 @@ from teachers.runtime.accelerator import Accelerator
 from tests.helpers.compiled_graphs import captured_graphs
 from tests.helpers.models.tiny_captioners import seeds
 from tests.helpers.models.tiny_coca import END, IMAGE_SIZE, batch, build, coca_config, coca_model
-from tests.helpers.stand_in_cuda import stand_in_cuda
 
 START = END - 1
 
@@ -191,61 +186,3 @@ def test_a_compiled_captioner_has_the_same_captions_and_graphs_for_batches_that_
         assert torch._dynamo.config.recompile_limit == 1
     parts = "of the image tower, two kinds of blocks, the masks, the newest tokens, the logits and the choice"
     assert len(graphs.captured) == loaded <= 9, parts
-
-
-@pytest.mark.parametrize("compile_", ["auto", True])
-def test_steps_are_compiled_by_parts_and_then_captured(compile_, caplog):
-    set_enabled(True)
-    with stand_in_cuda() as cuda, loading("coca"):
-        captioner = build("cuda", compile=compile_)
-        pixels, seeds = batch(captioner, 3)
-        captioner.caption(pixels, seeds)
-        network = captioner._decoder.network
-        blocks = [*network.text_blocks, *network.decoder_blocks, *network.cross_blocks]
-        steps = [one for one in cuda.compiled if one["dynamic"] and one["fullgraph"]]
-        assert len(steps) == len(blocks) + len(("newest", "masks", "logits", "choice"))
-        assert len(cuda.compiled) - len(steps) == 3, "blocks of the image tower"
-        with cuda.counted() as counts:
-            captioner.caption(pixels, seeds)
-        assert counts.graph_launches
-        with cuda.counted() as counts:
-            assert len(captioner.encode(pixels)) == 3
-        assert counts.by_name["addmm"] == 3 * 4 + 2, "queries, keys and values of a block are one product"
-    [used] = [one for one in snapshot() if one.path == "compile"]
-    assert (used.model, used.asked, used.plain, used.reason) == ("coca", compile_ is True, 0, None)
-    assert used.used > len(cuda.compiled)
-    assert caplog.text.count("compiling the decoding steps of a captioner") == 1
-
-
-def fail(*_: Any) -> None:
-    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
-
-
-def choose_otherwise(logits: torch.Tensor, *state: torch.Tensor) -> None:
-    state[0].add_(1)
-
-
-@pytest.mark.parametrize(
-    ("function", "compiled", "message"),
-    [
-        ("_call_impl", fail, "RuntimeError: Failed to find C compiler"),
-        ("_logits", lambda x, _: x.new_zeros(1), "ValueError: results change (cosine 0.0"),
-        ("_advance", choose_otherwise, "ValueError: other tokens are chosen from equal logits"),
-    ],
-)
-def test_what_cannot_be_compiled_or_has_other_results_is_not_unless_asked_for(function, compiled, message, caplog):
-    with stand_in_cuda(), pytest.MonkeyPatch.context() as patch:
-        plain = build("cuda", compile=False)
-        pixels, seeds = batch(plain, 3)
-        wanted = plain.caption(pixels, seeds)
-
-        def inductor(*_: Any) -> Any:
-            return lambda call: compiled(*call.args) if call.func.__name__ == function else call()
-
-        patch.setattr(recompilation, "inductor", inductor)  # undone before the stand-in puts its own function back
-        captioner = build("cuda")
-        assert captioner.caption(pixels, seeds) == wanted
-        assert f"without the fast path `compile`: the decoding steps: {message}" in caplog.text
-        assert captioner._decoder.steps._graphs
-        with pytest.raises((RuntimeError, ValueError), match=re.escape(message.split(": ")[1])):
-            build("cuda", compile=True)

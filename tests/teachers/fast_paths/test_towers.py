@@ -23,7 +23,7 @@ from reinforce.student.config import Loss
 from teachers.fast_paths import towers
 from teachers.fast_paths.frozen import Float8Layers, Float8Linear, FrozenAttention, check_device
 from teachers.fast_paths.recompilation import Compiler
-from teachers.fast_paths.usage import loading, set_enabled, snapshot
+from teachers.fast_paths.usage import loading, snapshot
 from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.open_clip.text import keep_residual_in_float32
 from teachers.pixels import to_pixels
@@ -145,38 +145,6 @@ def test_attention_that_cannot_be_replaced_stays_torchs(tmp_path: Path, caplog: 
     assert all(map(torch.equal, changed, embeddings(teacher)))
 
 
-#: Config keys, and the fast paths of a teacher on CUDA with them.
-PATHS: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "default": ({}, {"held_weights", "fused_attention", "compile"}),
-    "without held weights": ({"held_weights": False}, {"fused_attention", "compile"}),
-    "without fused attention": ({"fused_attention": False}, {"held_weights", "compile"}),
-    "not compiled": ({"compile": False}, {"held_weights", "fused_attention"}),
-}
-
-
-@pytest.mark.parametrize("switch", ["config", "environment", None])
-@pytest.mark.parametrize(("keys", "expected"), PATHS.values(), ids=PATHS)
-def test_each_fast_path_of_a_teacher_has_a_key_and_one_switch_turns_all_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switch: str | None, keys: dict[str, bool], expected: set[str]
-) -> None:
-    spec = teacher_spec(model=open_clip_model(tmp_path), precision="bf16", **keys)
-    if switch == "environment":
-        monkeypatch.setenv("REINFORCE_ACCELERATOR", "plain")
-    set_enabled(switch != "config")
-    with stand_in_cuda() as cuda:
-        teacher: Any = load_model("vit", spec, "cuda")
-        modules = {type(one) for one in teacher._model.modules()}
-        found = {
-            "held_weights": bool(stored_in(teacher._model, torch.bfloat16)),
-            "fused_attention": torch.nn.MultiheadAttention not in modules,
-            "compile": bool(cuda.compiled),
-        }
-    assert {path for path, used in found.items() if used} == (set() if switch else expected)
-    assert (FrozenAttention in modules) == found["fused_attention"]
-    if switch:
-        assert snapshot() == ()
-
-
 def test_paths_that_are_asked_for_run_on_a_cpu_and_say_where_there_is_nothing_to_do(tmp_path: Path) -> None:
     keys = {"held_weights": True, "fused_attention": True}
     model = open_clip_model(tmp_path / "vit")
@@ -201,21 +169,6 @@ def test_fp8_keeps_the_attention_that_it_needs() -> None:
     assert (plain.compile, plain.held_weights, plain.precision) == (False, False, "fp8")
     with pytest.raises(ValidationError, match="`precision: fp8` needs attention without copies: remove"):
         teacher_spec(model="ViT-B-32", pretrained="openai", precision="fp8", fused_attention=False)
-
-
-@pytest.mark.parametrize(("compile_", "blocks"), [(None, 2), (True, 2), (False, 0)])
-def test_blocks_are_compiled_on_cuda_unless_the_config_says_no(
-    tmp_path: Path, compile_: bool | None, blocks: int
-) -> None:
-    spec = teacher_spec(model=open_clip_model(tmp_path), precision="bf16", compile=compile_)
-    with stand_in_cuda() as cuda:
-        teacher = OpenClipTeacher(spec, Accelerator("cuda", "bf16"))
-        assert [one["dynamic"] for one in cuda.compiled] == [False] * blocks
-        seen: list[int] = []
-        teacher._model.visual.conv1.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-        for rows in (1, 3, 33):
-            teacher.encode_images(images(rows).to("cuda"))
-    assert seen == ([32, 32, 64] if blocks else [1, 3, 33]), "few shapes"
 
 
 def test_preparing_pixels_copies_nothing_and_waits_for_nothing() -> None:
