@@ -77,7 +77,7 @@ demo-teachers: $(INSTALLED) ## train the demo's committed teachers and captioner
 
 # Units and contracts: nothing of them starts Ray.
 QUICK_TESTS := tests/schemas tests/source tests/images tests/dataset/codecs tests/engine/plan tests/engine/driver \
-	tests/teachers/decoding tests/student/test_loss.py tests/test_architecture.py tests/test_config.py \
+	tests/teachers/decoding tests/student/test_pairs.py tests/test_architecture.py tests/test_config.py \
 	tests/test_mutants.py tests/test_storage.py tests/test_terminal.py
 
 test-quick: $(INSTALLED) ## run the tests of units and contracts, while you write (a minute and a half on two cores)
