@@ -6,7 +6,7 @@ import gc
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,8 @@ def ray_session(s3_server: str, request: pytest.FixtureRequest) -> None:
         with pytest.MonkeyPatch.context() as patch:  # workers get the environment in which Ray starts
             _set_s3_environment(patch, s3_server)
             patch.setenv("RAY_metrics_report_interval_ms", "2000")  # instead of 10,000, for which a test would wait
+            # else a test that sends SIGTERM would start the deadline of the whole session
+            patch.setattr("reinforce.processes.signals.ends_after_sigterm", nullcontext)
             ray.enter_context(ray_cluster(None, log_to_driver=False))
 
 

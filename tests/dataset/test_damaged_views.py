@@ -47,8 +47,8 @@ def rewrite_rows(url: str, change: Callable[[pa.Table], pa.Table]) -> None:
     """Change each row group of the first shard's rows, and state the digest of the new file."""
     store, shard = Store(url), first_shard(url)
     view = read_view(store, "some")
-    groups = [change(table) for table in view.rows.read(store, shard)]
-    columns = [tuple(table[name].combine_chunks() for name in ("key", "left_out")) for table in groups]
+    groups = [change(table) for table in view.rows.read(store, shard, values=True)]
+    columns = [tuple(column.combine_chunks() for column in table.columns) for table in groups]
     state_digest(url, view.rows.write(store, shard, columns))  # type: ignore[arg-type]
 
 
@@ -76,9 +76,9 @@ def test_rows_of_other_samples_are_refused_by_readers_named_in_a_report_and_foun
 def test_rows_of_fewer_row_groups_than_the_samples_have_are_refused(url: str) -> None:
     store, shard = Store(url), first_shard(url)
     view = read_view(store, "some")
-    groups = view.rows.read(store, shard)
+    groups = view.rows.read(store, shard, values=True)
     assert len(groups) > 1
-    columns = [tuple(table[name].combine_chunks() for name in ("key", "left_out")) for table in groups[:-1]]
+    columns = [tuple(column.combine_chunks() for column in table.columns) for table in groups[:-1]]
     state_digest(url, view.rows.write(store, shard, columns))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=rf"view some is of other samples of {shard}\. {AGAIN}"):
         keys_of(url)
