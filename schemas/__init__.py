@@ -55,7 +55,7 @@ def image_column(images: str) -> str:
     return "image" if images == "embed" else "image_ref"
 
 
-#: Column of the digests of images that are stored by reference. Files of earlier versions do not have it.
+#: Column of the digests of images that are stored by reference.
 IMAGE_DIGEST = "image_digest"
 
 
@@ -111,9 +111,7 @@ def samples_schema(images: str, true_captions: bool = False, labels: bool = Fals
             ]
         )
         fields.append(_field("image_ref", reference, "where the encoded image lies", nullable=False))
-        fields.append(
-            _field(IMAGE_DIGEST, pa.uint64(), "BLAKE2b-64 of the encoded image, little-endian; absent in older files")
-        )
+        fields.append(_field(IMAGE_DIGEST, pa.uint64(), "BLAKE2b-64 of the encoded image, little-endian"))
     fields.append(
         _field(
             "augmentations",

@@ -19,8 +19,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 
@@ -71,7 +69,6 @@ class Patches(BaseModel):
 
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
-_LATER_KEYS = ("codec", "codec_sample", "patches")  # of teachers
 _Lengths = TypeVar("_Lengths", bound=Any)  # a model with min_length and max_length
 
 
@@ -255,13 +252,6 @@ class TeacherSpec(ModelSpec):
             raise ValueError("`codec` and `dtype` are the same: remove `dtype`")
         return self
 
-    @model_serializer(mode="wrap")
-    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out later keys at their defaults: checkpoints of earlier versions have no such key."""
-        values: dict[str, Any] = serialize(self)
-        fields = type(self).model_fields
-        unset = {key for key in _LATER_KEYS if getattr(self, key) == fields[key].default}
-        return {key: value for key, value in values.items() if key not in unset}
 
     def finer(self) -> TeacherSpec:
         patches = self.patches and self.patches.picking()

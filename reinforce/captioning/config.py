@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from reinforce.evaluation.reading import CaptionFields
 from reinforce.evaluation.report import RECALLS
@@ -72,22 +72,12 @@ class Data(Section):
     )
     threads: int | None = Field(None, ge=1, description="threads that decode held-out images; default: one per core")
     limits: Limits = Limits()
-    order: Literal["streams"] = Field(
-        "streams", description="the order of students: groups of samples are read whole, and shuffled in windows"
-    )
     window: int | None = Field(None, ge=1, description="samples of a stream that are shuffled together; default: 4,096")
     streams: int | None = Field(
         None, ge=1, description="number of streams, a multiple of ranks x workers, the default; see a student's"
     )
     workers: int | None = Field(None, ge=0, description="loader processes per rank; default: as a student has")
     prefetch: int | None = Field(None, ge=1, description="batches to prefetch; default: 4")
-
-    @field_validator("order", mode="before")
-    @classmethod
-    def _check_order(cls, order: object) -> object:
-        if order in ("table", None):
-            raise ValueError("all sources are read in streams now: remove the key, or write `streams`")
-        return order
 
     @model_validator(mode="after")
     def _check_crop(self) -> Data:

@@ -83,7 +83,6 @@ class CaptioningTask(Task):
 _READING = ("data.threads", "data.workers", "data.prefetch", "data.images_from")
 #: Folder of the output with the final weights.
 EXPORT = "captioner"
-
 _TEXTS_AT_ONCE = 1024
 #: What is trained on, and the held-out images.
 _Data: TypeAlias = "tuple[StreamedPairs, HeldOut]"
@@ -99,7 +98,6 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
     config = settings.as_config(CaptionerConfig, config)
     Storage(config.output).check_writable()
     check_captioner(config)
-
     check_trackers(config.log)
     if config.evaluate.captioned != 0:
         require("train", "evaluate.captioned (BLEU and CIDEr)", "sacrebleu")

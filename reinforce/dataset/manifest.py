@@ -111,7 +111,7 @@ class _Labels(_Part):
 
 class _Manifest(_Part):
     images: Literal["embed", "reference", "none"]
-    schema_version: int = 0
+    schema_version: int
     seed: int = 0
     augmentations: _Augmentations
     moved: dict[_Text, _Text] = Field(default_factory=dict)
@@ -352,7 +352,7 @@ def find_manifest(store: Store, *, check_digest: bool = True) -> dict[str, Any] 
         ) from error
     if manifest is None:
         return None
-    version = manifest.get("schema_version", 0)
+    version = manifest.get("schema_version")
     if isinstance(version, int) and version > schemas.SCHEMA_VERSION:
         raise UserError(f"{store.url} was written by a newer version of this program. Upgrade to read it.")
     check_manifest(manifest, store.url)

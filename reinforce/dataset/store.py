@@ -314,14 +314,12 @@ def origin_entries(footer: Mapping[str, str]) -> dict[str, str]:
     return SourceState.from_footer(footer).footer() | digests
 
 
-def other_origin(
-    samples: Mapping[str, str], footer: Mapping[str, str], recorded: SourceState | None = None
-) -> str | None:
+def other_origin(samples: Mapping[str, str], footer: Mapping[str, str]) -> str | None:
     """Why a layer's file is of another source than the samples of its shard, by their footers; None if it is not.
 
     Keys do not show it. An old file that comes back after its source has changed can have the keys of the new samples,
     and so can the file of another shard, where the samples of each tar are numbered from 0. What one of the two does
-    not record is not compared. ``recorded`` is the state of the source file of a layer's file that does not record it.
+    not record, as published labels do not record their source, is not compared.
     """
     source, of_samples = footer.get(_SOURCE), samples.get(_SOURCE)
     if source and of_samples and source != of_samples:
@@ -329,8 +327,7 @@ def other_origin(
     for key, what in ((IMAGES, "images"), (LINKED, "images or captions")):
         if key in samples and key in footer and samples[key] != footer[key]:
             return f"it is of other {what}"
-    now, own = SourceState.from_footer(samples), SourceState.from_footer(footer)
-    before = own if own.head is not None or recorded is None else recorded
+    now, before = SourceState.from_footer(samples), SourceState.from_footer(footer)
     if before.same_content(now) is False:
         return f"it is of another source file: {before.describe_change(now)}"
     return None
@@ -609,7 +606,7 @@ class LayerWriter(contextlib.ExitStack):
 def check_footer(path: str, metadata: pq.FileMetaData, fingerprint: str | None) -> None:
     """Raise UserError if a file is from a newer version or has another fingerprint than a given one."""
     footer = parse_footer(metadata)
-    version = footer.get("schema_version", "0")
+    version = footer.get("schema_version", "")
     if not re.fullmatch(r"\d{1,9}", version):
         raise RefusedFile(f"its footer has schema version {escape(version[:20])}")
     if int(version) > schemas.SCHEMA_VERSION:
@@ -623,7 +620,7 @@ def check_footer(path: str, metadata: pq.FileMetaData, fingerprint: str | None) 
 
 
 def parse_footer(metadata: pq.FileMetaData) -> dict[str, str]:
-    """Parse the footer's keys: schema_version, layer, fingerprint, source and rows; source_* only in new samples."""
+    """Parse the footer's keys: schema_version, layer, fingerprint, source, rows and others."""
     pairs = metadata.metadata or {}
     prefix = b"reinforce."
     return {

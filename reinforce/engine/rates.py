@@ -60,7 +60,7 @@ def unit_of(layer: str) -> str:
 
 
 def rate_lines(summary: Mapping[str, Any], by_layer: bool = True) -> list[str]:
-    """Lines about the speed of a run, from its summary; none if no model ran."""
+    """Lines about the speed of a run, from its summary; none where it has no rates."""
     stages, device = summary.get("stages") or {}, summary.get("device") or {}
     lines = []
     if stages:

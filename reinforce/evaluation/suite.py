@@ -188,8 +188,7 @@ class ResultFile:
     """
 
     def __init__(self, folder: str, model: str, identity: str = "") -> None:
-        folder = folder.rstrip("/")
-        self.url = f"{folder}/{file_name(model)}"
+        self.url = f"{folder.rstrip('/')}/{file_name(model)}"
         self.outdated: set[str] = set()
         self._identity = identity
         self._lines: dict[str, Line] = {}

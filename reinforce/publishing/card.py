@@ -30,7 +30,6 @@ from reinforce.labels.index import FOLDER, SHARDS, IdentityIndex, find_index
 from reinforce.reports import render_markdown
 from reinforce.storage import Storage
 from reinforce.terminal import escape, plural
-from schemas import IMAGE_DIGEST
 
 NAME = "README.md"
 UNKNOWN = "unknown"
@@ -156,10 +155,6 @@ def read_layers(store: Store, manifest: Mapping[str, Any]) -> list[LayerCard]:
         if listing:
             layer = stored_layer(name, entries[name])
             schema = layer.schema(manifest["images"], layer.dim or 1)
-            if (at := schema.get_field_index(IMAGE_DIGEST)) >= 0:
-                with store.open_layer(SAMPLES, names[0]) as file:  # absent in files without digests
-                    if IMAGE_DIGEST not in file.metadata.schema.to_arrow_schema().names:
-                        schema = schema.remove(at)
             total = sum(rows.get(shard, 0) for shard in listing)
             content, size = layer.kind.content(layer), listing.total_bytes
             shown = content.card or content.plan

@@ -50,7 +50,7 @@ class SourceState:
 
     @classmethod
     def from_footer(cls, footer: Mapping[str, str]) -> SourceState:
-        """Read the state from the footer of a samples file. Files of earlier versions do not have it."""
+        """Read the state from the footer of a layer file; None for what it does not record."""
         size = footer.get("source_bytes")
         return cls(int(size) if size and size.isdecimal() else None, footer.get("source_head"))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,8 +48,6 @@ from reinforce.training.log import check_trackers
 from reinforce.training.ranks import share_from_first
 from reinforce.training.results import Results
 from reinforce.training.task import Batch, Encoded, Metrics, Task
-from teachers.open_clip.catalog import DEFAULT_PREPROCESS
-from teachers.open_clip.family import stated_preprocess
 from teachers.open_clip.text import Tokenizer
 from teachers.protocols import Teacher
 from teachers.runtime.accelerator import Accelerator
@@ -78,11 +76,10 @@ def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str |
 
 def student_job(config: StudentConfig) -> Job:
     """The training loop's job for a student config."""
-    mutable = (*_READING, *_default_preprocess(config))
     return make_job(
         config,
         [config.student.model or "", *([config.student.text.model] if config.student.text else [])],
-        mutable,
+        _READING,
         evaluate_start=_evaluates_start(config),
         best_of_part=config.evaluate.best is not None,
     )
@@ -102,15 +99,6 @@ def _evaluates_start(config: StudentConfig) -> bool:
         return has_weights(ModelSpec(model=spec.model, pretrained=spec.pretrained))
     except (ValueError, OSError):
         return False  # reported where the model is built
-
-
-def _default_preprocess(config: StudentConfig) -> Iterator[str]:
-    """Keys that state open_clip's default preprocessing. A training run that began before they existed has it, too."""
-    teachers = {f"loss.teachers.{name}": spec for name, spec in config.loss.teachers.items()}
-    for place, spec in {"student": config.student, **teachers}.items():
-        for key, value in stated_preprocess(spec).items():
-            if value == DEFAULT_PREPROCESS[key]:
-                yield f"{place}.preprocess.{key}"
 
 
 def build(config: StudentConfig, accelerator: Accelerator) -> tuple[StudentTask, StudentFeed]:

@@ -21,7 +21,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -153,9 +153,9 @@ class Progress:
     ``seconds`` the time spent in steps. ``fixed_config`` is the part of the config that determines the training run, by
     dotted keys. ``streams`` is the number of streams that the feed reads, if the order of samples depends on one, and
     ``samples`` those of an epoch; ``model_config`` is that of the job, ``data`` that of the feed, ``files`` the hash of
-    its files, and ``division`` the parts of a batch. Older checkpoints do not have these. ``skipped_last`` is the
-    number of steps without an update since the last update, and ``part`` the samples of a part that ``accumulate:
-    auto`` has found. ``compiled`` is true where steps ran compiled code.
+    its files, and ``division`` the parts of a batch. ``skipped_last`` is the number of steps without an update since
+    the last update, and ``part`` the samples of a part that ``accumulate: auto`` has found. ``compiled`` is true where
+    steps ran compiled code.
     """
 
     step: int
@@ -204,17 +204,7 @@ class Checkpoints:
 
         The tensors are contiguous, on the CPU, and share no memory.
         """
-        # Without what older checkpoints do not have, where it has the value that they mean.
-        later = fields(progress)[4:]  # all but the step, the config, the seconds and the skipped steps
-        values = {
-            "version": _VERSION,
-            "step": progress.step,
-            "course": progress.fixed_config,
-            "seconds": progress.seconds,
-            "skipped": progress.skipped,
-            **{one.name: getattr(progress, one.name) for one in later if getattr(progress, one.name) != one.default},
-        }
-        header = json.dumps(values)
+        header = json.dumps({"version": _VERSION, **asdict(progress)})
         metadata = {_HEADER: header, _CHECKSUM: _checksum(header, tensors)}
         with self._storage.new_file(FOLDER, _file_name(progress.step)) as path:
             save_file(dict(tensors), path, metadata=metadata)
@@ -323,7 +313,7 @@ def read_config(storage: Storage) -> dict[str, Any] | None:
     try:
         with storage.fs.open(path, "rb") as file:
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _HEADER_BYTES)))
-        found: dict[str, Any] = json.loads(header["__metadata__"][_HEADER])["course"]
+        found: dict[str, Any] = json.loads(header["__metadata__"][_HEADER])["fixed_config"]
     except (KeyError, ValueError, TypeError) as error:
         raise DamagedCheckpoint(f"{path} is not a whole checkpoint ({type(error).__name__}: {error})") from error
     return found
@@ -332,12 +322,12 @@ def read_config(storage: Storage) -> dict[str, Any] | None:
 def check_resumable(before: Progress, now: Progress, steps: int, output: str) -> None:
     """Compare a checkpoint's header with that of a training run of ``steps`` steps that is about to resume from it.
 
-    ``data`` replaces the keys of the config that are resolved by the data. Older checkpoints have no ``data``. Raises
-    UserError with one line per difference, and for a checkpoint beyond the last step.
+    ``data`` replaces the keys of the config that are resolved by the data. Raises UserError with one line per
+    difference, and for a checkpoint beyond the last step.
     """
     config = (before.fixed_config, now.fixed_config)
-    data = (before.data or {}, (now.data or {}) if before.data is not None else {})
-    model = (before.model_config or now.model_config or {}, now.model_config or {})
+    data = (before.data or {}, now.data or {})
+    model = (before.model_config or {}, now.model_config or {})
     changed = describe_changes(*({**c, **d, **m} for c, d, m in zip(config, data, model, strict=True)))
     if changed:
         kind = (
@@ -409,14 +399,14 @@ def _read(local: str, shown: str) -> tuple[Progress, dict[str, torch.Tensor]]:
             metadata = file.metadata() or {}
             header = json.loads(metadata[_HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if metadata.get(_CHECKSUM) not in (None, _checksum(metadata[_HEADER], tensors)):
+        if metadata[_CHECKSUM] != _checksum(metadata[_HEADER], tensors):
             raise ValueError("its checksum is wrong, so it was damaged after it was written")
-        version, config = header.pop("version"), header.pop("course")
+        version = header.pop("version")
     except (SafetensorError, KeyError, ValueError) as error:
         raise DamagedCheckpoint(f"{shown} is not a whole checkpoint ({type(error).__name__}: {error})") from error
     if version > _VERSION or not header.keys() <= Progress.__dataclass_fields__.keys():
         raise UserError(f"{shown} was written by a newer version of this program. Upgrade to resume from it.")
-    return Progress(fixed_config=config, **header), tensors
+    return Progress(**header), tensors
 
 
 def _checksum(header: str, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -55,9 +55,8 @@ class Results:
     """The results of a finished training run; the field names are the keys of results.json.
 
     ``seconds`` is the time spent in steps, over all starts; ``export`` is a folder in ``output`` with the weights of
-    step ``exported``, of which ``metrics`` are; earlier versions exported the last step. ``parts`` says by metric what
-    part of a set or suite it is of, ``fast_paths`` has the calls of models since the last start, of all ranks. Numbers
-    that are not finite are None.
+    step ``exported``, of which ``metrics`` are. ``parts`` says by metric what part of a set or suite it is of,
+    ``fast_paths`` has the calls of models since the last start, of all ranks. Numbers that are not finite are None.
     """
 
     output: str
@@ -70,7 +69,7 @@ class Results:
     metrics: Mapping[str, float | None]
     best: BestCheckpoint | None
     skipped: int
-    exported: int | None = None
+    exported: int
     parts: Mapping[str, str] = field(default_factory=dict)
     fast_paths: tuple[Usage, ...] = ()
 
@@ -91,7 +90,7 @@ class Results:
         ]
         if self.loss is not None:
             lines.append(f"final loss: {self.loss:.4f}")
-        step = f"step {self.steps if self.exported is None else self.exported:,}"
+        step = f"step {self.exported:,}"
         shown = [(name_part(name, self.parts), metric_text(name, value)) for name, value in self.metrics.items()]
         rows = [(_METRICS, step), *shown] if shown else []
         left, right = (max((len(row[side]) for row in rows), default=0) for side in (0, 1))
@@ -143,8 +142,6 @@ def read_results(storage: Storage) -> Results | None:
     if found is None:
         return None
     best = found["best"]
-    optional = {"exported": found["steps"], "parts": {}, "fast_paths": ()}  # which earlier versions did not write
-    found = {**optional, **found}
     found["fast_paths"] = parse(found["fast_paths"])
     fields = {name: found[name] for name in Results.__dataclass_fields__}
     return Results(**{**fields, "best": BestCheckpoint(**best) if best else None})

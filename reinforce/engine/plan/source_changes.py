@@ -26,7 +26,6 @@ T = TypeVar("T")
 
 _COMPARED = 64  # new shards that share their file name with another shard, evenly spread
 _TWINS = 8  # other shards that each of them is compared with
-
 _THREADS = 16
 _SHOWN_FOLDERS = 3
 _PROBED = 64  # files of which the first bytes are read, where only the modification time differs

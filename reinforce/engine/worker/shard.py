@@ -247,8 +247,6 @@ class ShardProcess:
         of_images = next((name for name, layer in self.layers.items() if layer.sees), "")
         if lease.cells.needed and not self.config.embeds_images:
             self.source_note, replaced = referenced_source_change(self.shard, parse_footer(file.metadata))
-            if replaced and IMAGE_DIGEST not in file.footer[1]:  # else the digests decide
-                raise LayerFailure(of_images, describe_replaced(self.shard, self.source_note))
         try:
             yield from rows_from_samples(self.config, self.shard.source, file, self.labels, lease, window)
         except (ChangedImages, FileNotFoundError) as error:
@@ -373,7 +371,7 @@ class ShardProcess:
             if self.linked.digest() != hashlib.blake2b(digest_size=8).digest():
                 self.origin[LINKED] = self.linked.hexdigest()
             one = self.shard
-            stale = set_stale_aside(self.store, one.name, one.stored, self.groups, self.origin, one.recorded)
+            stale = set_stale_aside(self.store, one.name, one.stored, self.groups, self.origin)
             if any(layer in inputs for layer in stale):
                 return stale
         for name, writer in writers.items():

@@ -99,11 +99,9 @@ class ListedSample:
     files: dict[str, tuple[str, int]] = field(default_factory=dict)
     row: dict[str, Any] | None = None
 
-    def image(self, limits: Limits) -> str:
-        """The path of the image that is read, empty if there is none; lists of earlier versions have further ones."""
-        found = [extension for extension in [*self.files][: limits.members] if is_image_name(extension)]
-        read = next((one for one in found if "." not in one), found[0] if found else None)
-        return "" if read is None else self.files[read][0]
+    def image(self) -> str:
+        """The path of its image, empty if a list that somebody has changed has none."""
+        return next((path for extension, (path, _) in self.files.items() if is_image_name(extension)), "")
 
     def line(self) -> bytes:
         """The sample as a line of JSON, of a list."""

@@ -90,7 +90,7 @@ class Folder(SourceFormat):
             remedy = unread_heic(rest) or foreign_name(rest[0]) or f"name what is read: {SOURCES}"
             count = f"it has {plural(len(rest), 'other file')}, such as {rest[0]}"
             raise UserError(f"source: {shown} is a folder without images; {count}: {remedy}.")
-        before = {sample.image(spec.limits): sample for sample in listed}
+        before = {sample.image(): sample for sample in listed}
         keys = _keys_of(images, {path: sample.key for path, sample in before.items()})
         samples = [ListedSample(keys[path], {_split(path)[1]: (path, sizes[path])}) for path in images]
         others += _add_sidecars(samples, sidecars, sizes)
@@ -98,9 +98,6 @@ class Folder(SourceFormat):
         notes = _notes(root, [path for path in others if path not in known], tables, samples)
         notes += [note for path in tables if (note := _add_rows(root, path, samples, spec))]
         new = [sample for sample, path in zip(samples, images, strict=True) if path not in before]
-        if late := [path for path in images if path in known and path not in before]:
-            count, shown = plural(len(late), "image"), canonical(f"{root}/{late[0]}")
-            notes.append(f"source: {count} that an earlier version left out become samples, such as {shown}")
         return new, notes
 
 

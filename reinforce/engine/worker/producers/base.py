@@ -32,7 +32,6 @@ from reinforce.engine.worker.inference import Encoder, Outputs, Session
 from reinforce.engine.worker.models import Bound, Demand, Floats, Models, crops_per_batch, rows_per_batch
 from reinforce.engine.worker.self_test import Start, test_rows
 from reinforce.errors import UserError
-from reinforce.source.references import SourceState
 from reinforce.source.samples import Refusal
 from schemas import WHOLE_SHARD, Reason
 from teachers.protocols import ImageSpec
@@ -355,15 +354,14 @@ def set_stale_aside(
     layers: Iterable[str],
     groups: Sequence[Sequence[str]],
     origin: Mapping[str, str],
-    recorded: SourceState | None,
     *,
     new: bool = True,
 ) -> dict[str, str]:
     """Set aside the files of layers that do not fit the samples, whose row groups have the keys ``groups``.
 
     ``origin`` are the footer entries of the samples about their source file. A file whose source had another content is
-    of other images, even if the keys are the same; its own footer records that content, else ``recorded`` does. Of
-    ``new`` samples, a file that does not exist is one that an earlier attempt has set aside. Returns the reasons.
+    of other images, even if the keys are the same. Of ``new`` samples, a file that does not exist is one that an
+    earlier attempt has set aside. Returns the reasons.
     """
     reasons = {}
     for layer in layers:
@@ -371,7 +369,7 @@ def set_stale_aside(
             continue
         try:
             with store.open_layer(layer, shard) as file:
-                reason = other_origin(origin, parse_footer(file.metadata), recorded)
+                reason = other_origin(origin, parse_footer(file.metadata))
                 if not reason and _keys(file) != [*map(list, groups)]:
                     reason = _OTHER_ROWS
         except RefusedFile as error:
