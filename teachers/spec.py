@@ -252,7 +252,6 @@ class TeacherSpec(ModelSpec):
             raise ValueError("`codec` and `dtype` are the same: remove `dtype`")
         return self
 
-
     def finer(self) -> TeacherSpec:
         patches = self.patches and self.patches.picking()
         return self.model_copy(update={"codec": "float16", "patches": patches})

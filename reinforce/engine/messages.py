@@ -20,7 +20,6 @@ from reinforce.dataset.runs import ShardRecord
 from reinforce.errors import UserError
 from reinforce.source.config import DEFAULT
 from reinforce.source.formats.base import Part, Shard, find_format
-from reinforce.source.references import SourceState
 from schemas import Reason
 from teachers.fast_paths.usage import Usage
 from teachers.protocols import ServerUnavailable
@@ -87,10 +86,9 @@ def _package(frame: FrameType) -> str:
 class PendingShard:
     """A source shard and its missing layers, each after the layers it needs.
 
-    ``stored`` are layers that exist although samples are missing, also of other configs, and ``recorded`` is the state
-    of the source file when its samples were written before, if a run has recorded it. ``quarantined`` are layers that
-    may have a quarantine file of an earlier attempt. ``replaced`` are layers whose files are set aside before others
-    are committed, each before those that it was computed from.
+    ``stored`` are layers that exist although samples are missing, also of other configs. ``quarantined`` are layers
+    that may have a quarantine file of an earlier attempt. ``replaced`` are layers whose files are set aside before
+    others are committed, each before those that it was computed from.
     """
 
     name: str
@@ -98,7 +96,6 @@ class PendingShard:
     layers: tuple[str, ...]
     reinforcements: str | None = None  # URL of its published reinforcements, if a missing layer reads them
     stored: tuple[str, ...] = ()
-    recorded: SourceState | None = None
     format: str = DEFAULT
     listing: str = ""  # URL of the list of its files
     part: Part | None = None  # of a table that is divided

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +112,3 @@ def small_dataset(folder: Path, sizes: Sequence[int] = (21, 9, 14), **changes: A
     for number, size in enumerate(sizes):
         write_tar(folder / "source" / f"{number:05d}.tar", members_of(number, size))
     return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "out", **changes))
-
-
-def forget_sources(files: Iterable[Path]) -> None:
-    """Make layer files those of an earlier version, which recorded no state of their source."""
-    for path in files:
-        with pq.ParquetFile(path) as file:
-            groups = [file.read_row_group(group) for group in range(file.num_row_groups)]
-            metadata = {k: v for k, v in (file.schema_arrow.metadata or {}).items() if b"source_" not in k}
-        with pq.ParquetWriter(path, groups[0].schema.with_metadata(metadata)) as writer:
-            for group in groups:
-                writer.write_table(group.replace_schema_metadata(metadata))

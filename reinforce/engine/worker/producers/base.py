@@ -327,7 +327,7 @@ def set_inputs_aside(
                     keys, origin = _keys(file), parse_footer(file.metadata)
             except RefusedFile as refused:
                 raise UserError(f"{store.layer_path(SAMPLES, shard)} cannot be read: {refused}.") from refused
-            return set_stale_aside(store, shard, layers, keys, origin, None, new=False)
+            return set_stale_aside(store, shard, layers, keys, origin, new=False)
         set_aside(store, error.args[0], shard)  # the samples are being computed
         return {error.args[0]: _OTHER_ROWS}
     if error.file is None:
