@@ -606,7 +606,7 @@ class LayerWriter(contextlib.ExitStack):
 def check_footer(path: str, metadata: pq.FileMetaData, fingerprint: str | None) -> None:
     """Raise UserError if a file is from a newer version or has another fingerprint than a given one."""
     footer = parse_footer(metadata)
-    version = footer.get("schema_version", "")
+    version = footer.get("schema_version", "0")  # indexes of identities state none
     if not re.fullmatch(r"\d{1,9}", version):
         raise RefusedFile(f"its footer has schema version {escape(version[:20])}")
     if int(version) > schemas.SCHEMA_VERSION:

@@ -136,7 +136,7 @@ def test_a_dataset_and_the_results_of_runs_are_shown_as_tables(data: reinforce.D
         message="done", stages={"captions/a": {"inputs": 9.0}},
     )  # fmt: skip
     assert all(text in run._repr_html_() for text in ("r1: done", "2.0 KiB", "2 no_text", "captions/a", "22 samples/s"))
-    results = Results("runs/<s0>", "student", 10, 40, 5.0, 2_000_000, 1.25, {"top1": 0.5, "bad": None}, None, 0)
+    results = Results("runs/<s0>", "student", 10, 40, 5.0, 2_000_000, 1.25, {"top1": 0.5, "bad": None}, None, 0, 10)
     assert all(
         text in results._repr_html_() for text in ("runs/&lt;s0&gt;", "1.2500", "top1", "not finite", "2.0 million")
     )

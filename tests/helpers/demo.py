@@ -34,7 +34,7 @@ def read_shards(shards: list[Path]) -> Samples:
 def finish_training(folder: Path, metric: float, steps: int = 300) -> None:
     """Write the files of a finished training."""
     metrics = {name: metric for _, name in MEASURES.values()}
-    results = Results(str(folder), "student", steps, steps * 192, 60.0, 1_000_000, 1.0, metrics, None, 0)
+    results = Results(str(folder), "student", steps, steps * 192, 60.0, 1_000_000, 1.0, metrics, None, 0, steps)
     results.write(Storage(str(folder)))
     rows = [{"step": step, "metrics": dict.fromkeys(metrics, metric * step / steps)} for step in (steps // 2, steps)]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"step": 10, "loss": 5.0}, *rows]))

@@ -123,7 +123,7 @@ def test_a_row_is_one_line_with_samples_waiting_and_the_share_of_a_known_peak_si
 
 RESULTS = Results(
     output="out", export="student", steps=100, samples=3200, seconds=50.0, parameters=12_300_000, loss=1.25,
-    metrics={"top1": 0.5, "recall": None}, best=BestCheckpoint(80, "top1", 0.75), skipped=0,
+    metrics={"top1": 0.5, "recall": None}, best=BestCheckpoint(80, "top1", 0.75), skipped=0, exported=100,
 )  # fmt: skip
 
 
