@@ -194,7 +194,6 @@ def test_bad_configs_and_damaged_sources_are_reported(folder: Path, tmp_path: Pa
     path = tmp_path / "damaged" / "00001.tar"
     path.write_bytes(path.read_bytes()[:5000])
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"order": "table"}, "data.order: all sources are read in streams now: remove the key"),
         ({"source": f"{folder}/shards/none-*.tar"}, "none-"),
         ({"source": f"{folder}/none.parquet"}, r"data: .*none\.parquet cannot be read: FileNotFoundError"),
         ({"captions": ["md"]}, "0 examples are left for training"),

@@ -18,8 +18,6 @@ from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo, stored_teache
 from reinforce.student.terms.base import Models
 from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.student.train import student_job
-from reinforce.training.config import describe_changes
-from teachers.open_clip.catalog import DEFAULT_PREPROCESS
 from teachers.registry import teacher_spec
 from tests.helpers.models import ColorTeacher
 from tests.helpers.tuning import trial_student
@@ -244,15 +242,3 @@ def test_keys_that_change_what_is_learnt_may_not_change_on_resume() -> None:
     mutable = {"output", "data.workers", "data.prefetch", "train.steps", "train.compute.ranks"}
     assert not mutable & fixed.keys()
     assert not any(key.startswith("evaluate") for key in fixed)
-
-
-def test_a_training_that_began_before_preprocessing_was_stated_resumes_with_what_it_had() -> None:
-    def changes(**keys: Any) -> list[str]:
-        stated = {**CONFIG, "student": {**CONFIG["student"], "preprocess": keys}}
-        before, now = (student_job(settings.parse(StudentConfig, config)) for config in (CONFIG, stated))
-        return describe_changes(before.fixed_config, now.fixed_config)
-
-    assert changes(**DEFAULT_PREPROCESS) == []
-    assert changes(**{**DEFAULT_PREPROCESS, "interpolation": "bilinear"}) == [
-        "student.preprocess.interpolation: not set before, 'bilinear' now"
-    ]

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 import reinforce
@@ -21,8 +19,7 @@ from reinforce.engine.preflight.check_source import check_source
 from reinforce.engine.preflight.estimate import expected_bytes
 from reinforce.errors import UserError
 from reinforce.source.config import Input
-from reinforce.source.formats.base import ListedSample, Shard, read_samples
-from reinforce.source.formats.tar import split_name
+from reinforce.source.formats.base import Shard, read_samples
 from tests.helpers.data import config_of, picture, tree
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tables import samples_config as config
@@ -159,46 +156,6 @@ def test_every_image_of_a_folder_is_a_sample_with_its_caption(tmp_path: Path) ->
         "Mr. Smith 2": "of Smith 2", "a1.jpg": "of both a1", "a1.png": "of a1.png", "b.v1": "of b.v1", "d": "of d",
     }  # fmt: skip
     assert not plan(values).pending
-
-
-def earlier_list(folder: Path) -> bytes:
-    """The list of a folder as versions before keys with dots wrote it: the files of one path up to the first dot."""
-    samples: dict[str, ListedSample] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = str(path.relative_to(folder))
-        key, extension = split_name(name)
-        samples.setdefault(key, ListedSample(key)).files.setdefault(extension, (name, path.stat().st_size))
-    return b"".join(sample.line() for sample in samples.values())
-
-
-def test_a_dataset_of_earlier_keys_keeps_them_and_gets_the_images_that_were_left_out(tmp_path: Path) -> None:
-    folder = tmp_path / "photos"
-    for number, name in enumerate(("a.v1.png", "a.v2.png", "a1.jpg", "a1.png", "b.jpg", "c.v1.png")):
-        put(folder, name, picture(number))
-    put(folder, "a.txt", "of a")
-    put(folder, "a.v2.txt", "of v2")
-    values = config(folder, tmp_path / "out")
-    [shard] = plan(values).lists
-    Store(values["output"]).write_bytes(earlier_list(folder), "lists", f"{shard}.jsonl")
-    note = f"source: 2 images that an earlier version left out become samples, such as {folder}/a.v2.png"
-    assert plan(values).source_notes == [note], "a.txt is read"
-    reinforce_here(values)
-    first = Path(values["output"], "samples", f"{shard}.parquet")
-    before = {row["key"]: (row["image"], row["caption"]) for row in pq.read_table(first).to_pylist()}
-    assert before == {
-        "a": (picture(0), "of a"), "a1": (picture(2), None), "b": (picture(4), None), "c": (picture(5), None),
-    }  # fmt: skip
-    assert {row["key"]: (row["image"], row["caption"]) for row in rows(values["output"])} == {
-        **before, "a.v2": (picture(1), "of v2"), "a1.png": (picture(3), None),
-    }  # fmt: skip
-    assert not plan(values).pending
-    (folder / "a1.jpg").unlink()
-    put(folder, "c.png", picture(9))
-    reinforce_here(values)
-    reinforce_here({**values, "teachers": RED})
-    assert {row["key"] for row in rows(values["output"])} == {*before, "a.v2", "a1.png", "c.png"}, "c is taken"
-    samples = [*reinforce.open(values["output"])]
-    assert {sample.key for sample in samples if np.isfinite(sample.images["red"]).all()} == {s.key for s in samples}
 
 
 def test_a_folder_of_hugging_face_is_read_with_its_metadata(photos: Path, tmp_path: Path) -> None:
