@@ -13,8 +13,10 @@ import yaml
 
 from reinforce import settings
 from reinforce.errors import UserError
+from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.terminal import Screen
+from reinforce.training.results import Results
 from reinforce.tuning.config import (
     LAMBDA,
     BaseStudent,
@@ -223,9 +225,8 @@ def run_trials(
                 if evaluate(scheduler, configs, trial, step, value) == "STOP":
                     break
             if step == STEPS:
-                results = {"steps": STEPS, "seconds": 1.0, "best": None, "output": "", "export": "student"}
-                rest = {"samples": 96, "parameters": 1, "loss": 0.0, "metrics": {}, "skipped": 0}
-                (Path(config.output) / "results.json").write_text(json.dumps(results | rest))
+                results = Results(config.output, "student", STEPS, 96, 1.0, 1, 0.0, {}, None, 0, STEPS)
+                results.write(Storage(config.output))
 
 
 def states(configs: dict[Trial, StudentConfig]) -> dict[float, tuple[str, int]]:
