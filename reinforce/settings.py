@@ -16,6 +16,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, ParamSpec, TypeVar
 
@@ -39,14 +40,14 @@ Schema = dict[str, Any]
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
+@dataclass(frozen=True)
 class InSchema:
     """Annotation with what a validator function accepts: from the schema of the type behind it to the one to show."""
 
-    def __init__(self, change: Callable[[Schema], Schema]) -> None:
-        self._change = change
+    change: Callable[[Schema], Schema]
 
     def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
-        return self._change(dict(handler(core_schema)))
+        return self.change(dict(handler(core_schema)))
 
 
 def either(*schemas: Schema) -> Schema:
@@ -88,20 +89,19 @@ ImagesFrom = Annotated[
 ]
 
 
-def _count_of(what: str) -> BeforeValidator:
-    def check(value: Any) -> Any:
-        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"must be a number of {what}, at least 1, or auto, got {value!r}")
-        return value
-
-    return BeforeValidator(check)
+def _check_count(what: str, value: Any) -> Any:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"must be a number of {what}, at least 1, or auto, got {value!r}")
+    return value
 
 
 _COUNT_OR_AUTO = InSchema(lambda _: either({"type": "integer", "minimum": 1}, {"const": "auto"}))
 #: Images of a batch.
-Batch = Annotated[int | Literal["auto"], _count_of("images"), _COUNT_OR_AUTO]
+Batch = Annotated[int | Literal["auto"], BeforeValidator(functools.partial(_check_count, "images")), _COUNT_OR_AUTO]
 #: Microbatches of a training run's batch.
-Microbatches = Annotated[int | Literal["auto"], _count_of("microbatches"), _COUNT_OR_AUTO]
+Microbatches = Annotated[
+    int | Literal["auto"], BeforeValidator(functools.partial(_check_count, "microbatches")), _COUNT_OR_AUTO
+]
 
 
 def json_schema(model: type[BaseModel]) -> Schema:
@@ -126,25 +126,21 @@ def json_schema(model: type[BaseModel]) -> Schema:
     return {"$schema": _DIALECT, **schema}
 
 
-def partial(schema: Schema) -> Schema:
-    """A schema in which no key is required, at any depth.
+def partial(schema: Any) -> Any:
+    """A schema, or a value in one, in which no key is required, at any depth.
 
     In a mapping of sections by name, such as sets, null is accepted: it removes a section.
     """
-    found: Schema = _optional({name: value for name, value in schema.items() if name != "$schema"})
-    return found
-
-
-def _optional(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_optional(inner) for inner in value]
-    if not isinstance(value, dict):
-        return value
-    kept = {name: inner for name, inner in value.items() if not (name == "required" and isinstance(inner, list))}
+    if isinstance(schema, list):
+        return [partial(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {name: inner for name, inner in schema.items() if not (name == "required" and isinstance(inner, list))}
+    kept.pop("$schema", None)
     named = kept.get("additionalProperties")
     if isinstance(named, dict) and "$ref" in named:
         kept["additionalProperties"] = either(named, {"type": "null"})
-    return {name: _optional(inner) for name, inner in kept.items()}
+    return {name: partial(inner) for name, inner in kept.items()}
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -347,7 +343,14 @@ def parse(model: type[Model], data: Mapping[str, Any], where: str = "config") ->
             # Names that pydantic adds for members of unions, such as ``list[str]``, are left out.
             type_names = ("[key]", "str", "int", "float", "bool")
             parts = [str(part) for part in entry["loc"] if part not in type_names and "[" not in str(part)]
-            lines.append(f"  {'.'.join(parts) or '(top level)'}: {_explain(model, dict(entry))}")
+            kind, loc, what = entry["type"], entry["loc"], entry["msg"].removeprefix("Value error, ")
+            if kind == "extra_forbidden":
+                what = f"unknown key; {_name_elsewhere(model, loc) or _known_keys(model, loc)}"
+            elif kind == "missing":
+                what = "is required"
+            elif kind != "value_error" and not any(is_secret(str(part)) for part in loc):
+                what += f", got {redact_values(entry['input'])!r}"
+            lines.append(f"  {'.'.join(parts) or '(top level)'}: {what}")
         raise UserError(f"{where} has {len(lines)} error{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from None
 
 
@@ -356,18 +359,6 @@ def _example(model: type[BaseModel]) -> str:
     fields = model.model_fields.items()
     required = [(name, field) for name, field in fields if field.is_required()] or [*fields]
     return " and ".join(f"`{field.alias or name}`" for name, field in required[:2])
-
-
-def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
-    if error["type"] == "extra_forbidden":
-        return f"unknown key; {_name_elsewhere(model, error['loc']) or _known_keys(model, error['loc'])}"
-    if error["type"] == "missing":
-        return "is required"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return message
-    hidden = any(is_secret(str(part)) for part in error["loc"])
-    return message if hidden else f"{message}, got {redact_values(error['input'])!r}"
 
 
 @functools.cache
@@ -416,24 +407,18 @@ def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
     """Name the keys that are valid in the section of ``loc``."""
     annotation: Any = model
     for part in loc[:-1]:
-        annotation = _annotation_of(annotation, part)
+        fields = [field for section in _sections(annotation) for field in section.model_fields.items()]
+        inner = [field.annotation for name, field in fields if part in (name, field.alias)]
+        if "[" not in str(part):
+            members = union_members(annotation)
+            inner += [typing.get_args(m)[-1] for m in members if typing.get_origin(m) in (dict, list, tuple)]
+        if inner:  # otherwise ``part`` is the name of a member of a union
+            annotation = inner[0]
     sections = _sections(annotation)
     if not sections:
         return "remove it"
     keys = [field.alias or name for name, field in sections[0].model_fields.items()]
     return "known keys here: " + ", ".join(keys)
-
-
-def _annotation_of(annotation: Any, part: int | str) -> Any:
-    """Return the annotation of the key or index ``part`` of a value that is annotated with ``annotation``."""
-    for section in _sections(annotation):
-        for name, field in section.model_fields.items():
-            if part in (name, field.alias):
-                return field.annotation
-    for member in union_members(annotation):
-        if typing.get_origin(member) in (dict, list, tuple) and "[" not in str(part):
-            return typing.get_args(member)[-1]
-    return annotation  # ``part`` is the name of a member of a union
 
 
 def union_members(annotation: Any) -> list[Any]:

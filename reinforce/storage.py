@@ -46,7 +46,6 @@ from teachers.weights import replacing
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _JSON_BYTES = 16 * 2**20  # of a file that is read as JSON
-_EMPTY = "empty: it has 0 bytes"
 _PUTS_AT_ONCE = 16
 _TEMPORARY_FOLDER = ".tmp"
 _TEMPORARY_PREFIX = "reinforce-"
@@ -76,11 +75,6 @@ def lock_file(path: str, busy: str, fix: str) -> Iterator[None]:
         file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
-
-
-def is_ray_job() -> bool:
-    """Whether `ray job submit` started this process."""
-    return JOB_VARIABLE in os.environ
 
 
 def is_job_folder(path: str) -> bool:
@@ -120,12 +114,6 @@ def write_json(data: Mapping[str, Any], url: str) -> None:
         raise UserError(f"{url} cannot be written: {error}. Name another file.") from error
 
 
-def _parse_json(content: bytes) -> Any:
-    if not content:
-        raise ValueError(_EMPTY)
-    return json.loads(content)
-
-
 def json_bytes(data: Mapping[str, Any]) -> bytes:
     """The content of a file of JSON."""
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
@@ -134,8 +122,9 @@ def json_bytes(data: Mapping[str, Any]) -> bytes:
 class Storage:
     """The files below a folder or fsspec URI.
 
-    ``url`` has no credentials and is safe to print. ``fs`` is the fsspec file system, ``root`` the path in it, and
-    ``local`` whether it is a local disk.
+    ``url`` has no credentials and is safe to print. ``fs`` is the fsspec file system, ``root`` the path in it,
+    ``local`` whether it is a local disk, and ``relative`` whether ``url`` is a local path relative to the working
+    directory.
     """
 
     def __init__(self, url: str) -> None:
@@ -143,16 +132,12 @@ class Storage:
         self.fs, root = filesystem(url.rstrip("/"))
         self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
+        self.relative = self.local and _is_relative(self.url)
 
     def refresh(self) -> None:
         """Take the credentials that are in force now."""
         forget_credentials(self._url)
         self.fs, _ = filesystem(self._url.rstrip("/"))
-
-    @property
-    def relative(self) -> bool:
-        """Whether ``url`` is a local path relative to the working directory."""
-        return self.local and _is_relative(self.url)
 
     def path(self, *parts: str) -> str:
         return posixpath.join(self.root, *parts)
@@ -170,11 +155,12 @@ class Storage:
         small file."""
         path = self.path(*parts)
         try:
-            data = self.read_parsed(_parse_json, *parts, limit=_JSON_BYTES)
+            data = self.read_parsed(json.loads, *parts, limit=_JSON_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, RecursionError) as error:
-            raise DamagedJson(path, _EMPTY if str(error) == _EMPTY else f"not valid JSON ({error})") from error
+            empty = getattr(error, "doc", None) == ""
+            raise DamagedJson(path, "empty: it has 0 bytes" if empty else f"not valid JSON ({error})") from error
         if not isinstance(data, dict):
             raise DamagedJson(path, "not a JSON object")
         return data
@@ -290,7 +276,7 @@ class Storage:
     def check_writable(self) -> None:
         """Raise UserError if nothing can be written here, in an object store after some attempts, or if Ray deletes it
         after the job."""
-        if self.local and is_ray_job() and is_job_folder(self.url):
+        if self.local and JOB_VARIABLE in os.environ and is_job_folder(self.url):
             raise UserError(
                 f"output {self.url} is in the temporary folder of a Ray job, {os.getcwd()}, and would be lost. Set "
                 "`output` to an absolute path that every node reaches, or to a URL such as s3://BUCKET/FOLDER."
@@ -308,14 +294,17 @@ class Storage:
                     "permissions and (for an object store) the address and the credentials."
                 ) from cause
 
-        def passes(error: Exception) -> bool:
-            cause = error.__cause__
-            return not self.local and (getattr(cause, "errno", None) is not None or "expired" in str(cause))  # by s3fs
-
         def wait(error: Exception, pause: float) -> None:
             _LOG.warning("%s It is tried again in %g s.", redact(str(error)), pause)
             time.sleep(pause)
             self.refresh()
+
+        if self.local:
+            write()
+            return
+
+        def passes(error: Exception) -> bool:
+            return getattr(error.__cause__, "errno", None) is not None or "expired" in str(error.__cause__)  # by s3fs
 
         FIRST_WRITE.call(write, passes, wait)
 
@@ -411,16 +400,13 @@ class Storage:
             return
         busy = f"another run is writing to {self.url}"
         with lock_file(self.path(_TEMPORARY_FOLDER, "lock"), busy, "Wait for it, or stop it."):
-            self._remove_temporary(_TEMPORARY_PREFIX)
+            self.remove_temporary()
             yield
 
-    def remove_temporary_of(self, host: str, pid: int) -> None:
-        """Delete the temporary files that a process, which has ended, has left in a local dataset."""
-        if self.local:
-            self._remove_temporary(_temporary_prefix(host, pid))
-
-    def _remove_temporary(self, prefix: str) -> None:
-        for stale in Path(self.root, _TEMPORARY_FOLDER).glob(f"{glob.escape(prefix)}*"):
+    def remove_temporary(self, host: str | None = None, pid: int = 0) -> None:
+        """Delete the temporary files that a process, which has ended, or all have left in a local dataset."""
+        prefix = _TEMPORARY_PREFIX if host is None else _temporary_prefix(host, pid)
+        for stale in Path(self.root, _TEMPORARY_FOLDER).glob(f"{glob.escape(prefix)}*") if self.local else ():
             if stale.is_dir():
                 shutil.rmtree(stale, ignore_errors=True)
             else:

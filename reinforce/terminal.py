@@ -111,22 +111,19 @@ class _NotebookLine:
             plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False, "no_color": True}
             # Without colours, rich leaves the rest of a bar blank.
             Console(file=out, width=_NOTEBOOK_COLUMNS, **plain).print(_bar_and_line(escape(line), done, total))
-            self._show(out.getvalue().rstrip("\n"))
+            data = {"text/plain": out.getvalue().rstrip("\n")}
+            if self._handle is None:
+                from IPython.display import display  # every notebook has it
+
+                self._handle = display(data, raw=True, display_id=True)
+            else:
+                self._handle.update(data, raw=True)
 
     def clear(self) -> None:
         """Empty the output; the next update starts a new one."""
         if self._handle is not None:
-            self._show("")
+            self._handle.update({"text/plain": ""}, raw=True)
             self._handle = None
-
-    def _show(self, text: str) -> None:
-        from IPython.display import display  # every notebook has it
-
-        data = {"text/plain": text}
-        if self._handle is None:
-            self._handle = display(data, raw=True, display_id=True)
-        else:
-            self._handle.update(data, raw=True)
 
 
 def show_progress(items: Iterable[T], total: int, unit: str, label: str = "") -> Iterator[T]:

@@ -192,7 +192,13 @@ with signals.ends_after_sigterm(program=True), signals.{handled}:
 @pytest.mark.parametrize(
     ("handled", "wait", "call", "place"),
     [
-        pytest.param("StopSignal().handle_signals()", "time.sleep(60)", "hang()", "hang", id="a call that goes on"),
+        pytest.param(
+            "handled_signals(signals.StopSignal().request)",
+            "time.sleep(60)",
+            "hang()",
+            "hang",
+            id="a call that goes on",
+        ),
         pytest.param(
             "stop_requests()",
             "import ctypes; c = ctypes.CDLL(None); m = bytes(64); c.pthread_mutex_lock(m); c.pthread_mutex_lock(m)",

@@ -145,10 +145,10 @@ def test_the_files_of_a_process_that_has_ended_are_deleted_and_those_of_others_k
     assert process.wait(600) == -9
     with storage.staging() as (_, mine), storage.temporary_folder() as folder:
         assert len(storage.names(".tmp")) == 4
-        storage.remove_temporary_of(host, int(str(process.pid)[:-1]))
-        storage.remove_temporary_of(f"{host}x", process.pid)
+        storage.remove_temporary(host, int(str(process.pid)[:-1]))
+        storage.remove_temporary(f"{host}x", process.pid)
         assert len(storage.names(".tmp")) == 4
-        storage.remove_temporary_of(host, process.pid)
+        storage.remove_temporary(host, process.pid)
         assert storage.names(".tmp") == sorted(Path(path).name for path in (mine, folder))
     assert storage.names(".tmp") == []
 

@@ -19,7 +19,7 @@ from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.run import run
 from reinforce.errors import UserError
 from reinforce.processes.cluster import cause_of
-from reinforce.processes.signals import Stopped, StopSignal
+from reinforce.processes.signals import Stopped, StopSignal, handled_signals
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import build, student_job
@@ -59,7 +59,7 @@ def train_all(trainings: Sequence[Training], done: int, on_finished: Callable[[]
         training.begin()
     queue, running, errors = deque(trainings), dict[Any, Training](), list[str]()
     progress, stop = _Progress(trainings, done), StopSignal()
-    with stop.handle_signals(), screen:
+    with handled_signals(stop.request), screen:
         while running or (queue and len(errors) < _MAX_ERRORS):
             while queue and len(running) < _max_parallel(queue[0].config) and len(errors) < _MAX_ERRORS:
                 training = queue.popleft()

@@ -114,11 +114,8 @@ def resizing_digest(resize: Resize) -> str:
     return digest.hexdigest()
 
 
-def _rounded(operation: Operation) -> Operation:
-    def apply(image: Image.Image, magnitude: float) -> Image.Image:
-        return operation(image, round(magnitude * _FACTOR_STEPS) / _FACTOR_STEPS)
-
-    return apply
+def _blend(operation: Operation, image: Image.Image, magnitude: float) -> Image.Image:
+    return operation(image, round(magnitude * _FACTOR_STEPS) / _FACTOR_STEPS)
 
 
 def _exact_affine(image: Image.Image, *matrix: float) -> Image.Image:
@@ -136,7 +133,7 @@ def _rotate(image: Image.Image, magnitude: float) -> Image.Image:
 #: Every operation by torchvision's name.
 OPERATIONS: Mapping[str, Operation] = {
     **TORCHVISION,
-    **{name: _rounded(TORCHVISION[name]) for name in ("Brightness", "Color", "Contrast", "Sharpness")},
+    **{name: functools.partial(_blend, TORCHVISION[name]) for name in ("Brightness", "Color", "Contrast", "Sharpness")},
     "ShearX": lambda image, magnitude: _exact_affine(image, 1, magnitude, 0, 0, 1, 0),
     "ShearY": lambda image, magnitude: _exact_affine(image, 1, 0, 0, magnitude, 1, 0),
     "Rotate": _rotate,

@@ -60,9 +60,10 @@ def _resize(pixels: torch.Tensor, records: Sequence[CellRecord], size: int, widt
     across = torch.minimum(torch.arange(other, device=device), second[:, None] - 1) * of_second[:, None]
     places = (along[:, :, None] + across[:, None, :]).reshape(n, -1, 1).expand(-1, -1, 3)
     crops = pixels.gather(1, places).float().reshape(n, longest, other * 3)
-    half = _rounded(torch.bmm(_weights(first, longest, size), crops)).reshape(n, size, other, 3)
-    half = half.transpose(1, 2).reshape(n, other, size * 3)
-    whole = _rounded(torch.bmm(_weights(second, other, size), half)).reshape(n, size, size, 3).to(torch.uint8)
+    half = torch.bmm(_weights(first, longest, size), crops).add_(0.5).floor_().clamp_(0, _LEVELS - 1)
+    half = half.reshape(n, size, other, 3).transpose(1, 2).reshape(n, other, size * 3)
+    whole = torch.bmm(_weights(second, other, size), half).add_(0.5).floor_().clamp_(0, _LEVELS - 1)
+    whole = whole.reshape(n, size, size, 3).to(torch.uint8)
     return whole if width_first else whole.transpose(1, 2)
 
 
@@ -79,10 +80,6 @@ def _weights(sides: torch.Tensor, longest: int, size: int) -> torch.Tensor:
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0)) * (place < sides[:, None, None])
     weights = weights / weights.sum(dim=2, keepdim=True)
     return ((weights * 2**22).round() / 2**22).float()  # Pillow's fixed point
-
-
-def _rounded(values: torch.Tensor) -> torch.Tensor:
-    return values.add_(0.5).floor_().clamp_(0, _LEVELS - 1)
 
 
 def _grey(images: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,7 @@ IMAGE_POLICIES = f"{IMAGE_POLICY}, {IMAGE_POLICY}-reduced-N and {PUBLISHED_POLIC
 
 #: Accepted formats, by Pillow's names, in the order in which they are tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+_JPEGS = ("JPEG", "MPO")
 #: The format of HEIC, by pillow-heif, and how the brands of its files begin: images and sequences in HEVC.
 _HEIF, _HEIC_BRANDS = "HEIF", (b"hei", b"hev")
 _BRAND_BYTES = 64
@@ -131,9 +132,9 @@ def decode(data: bytes, limits: Limits, strict: bool = False, policy: str = IMAG
     try:
         image = _open(data)
         _check_size(image.size, limits)
-        if strict and _is_jpeg(image) and (scans := data.count(_JPEG_START_OF_SCAN)) > limits.scans:
+        if strict and image.format in _JPEGS and (scans := data.count(_JPEG_START_OF_SCAN)) > limits.scans:
             raise ImageRefused(Reason.IMAGE_SCANS, f"{scans} scans, above limits.scans of {limits.scans}")
-        if _is_jpeg(image) and (reduced := _REDUCED_POLICY.fullmatch(policy)):
+        if image.format in _JPEGS and (reduced := _REDUCED_POLICY.fullmatch(policy)):
             image.draft(None, (int(reduced[1]),) * 2)  # chooses the scale at which it is decoded
         with large_image_lock if image.width * image.height > _LARGE_PIXELS else contextlib.nullcontext():
             if not jpeg.load(image, data):
@@ -279,10 +280,6 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
         raise ImageRefused(Reason.IMAGE_ASPECT, f"{width}x{height} pixels, above limits.aspect of {limits.aspect:g}")
 
 
-def _is_jpeg(image: Image.Image) -> bool:
-    return image.format in ("JPEG", "MPO")
-
-
 def _check_complete(image: Image.Image, data: bytes, strict: bool) -> None:
     """Refuse a loaded image whose missing pixels Pillow has filled in without an error."""
     if image.format == "PNG":
@@ -292,7 +289,7 @@ def _check_complete(image: Image.Image, data: bytes, strict: bool) -> None:
             raise ImageRefused(Reason.IMAGE_BROKEN, fault)
     elif strict and image.format == _HEIF and data.endswith(_ZEROS):
         raise ImageRefused(Reason.IMAGE_BROKEN, f"the HEIC ends in {len(_ZEROS):,} zeros or more")
-    elif strict and _is_jpeg(image):
+    elif strict and image.format in _JPEGS:
         if jpeg.ends_in_zeros(data):
             raise ImageRefused(Reason.IMAGE_BROKEN, "the JPEG ends in zeros, without an end mark")
         if jpeg.lacks_scan_data(image, data, _load):
@@ -325,19 +322,17 @@ def _to_rgb(image: Image.Image, depth: int) -> Image.Image:
     if transparency is None and image.mode not in ("LA", "PA", "RGBA", "RGBa"):
         return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
     if transparency is not None and depth != 8 and image.mode in ("L", "RGB"):
-        image.info["transparency"] = _to_8_bits(transparency, depth)
+        # The transparent colour of a PNG, in the 8 bits that Pillow decodes pixels to.
+        if isinstance(transparency, tuple):
+            transparency = tuple(sample >> 8 if depth == 16 else sample for sample in transparency)
+        else:
+            transparency = transparency * 255 // (2**depth - 1)
+        image.info["transparency"] = transparency
     white = Image.new("RGB", image.size, _WHITE)
     for top, strip in _strips(image):
         rgba = strip.convert("RGBA")
         white.paste(rgba, (0, top), mask=rgba.getchannel("A"))
     return white
-
-
-def _to_8_bits(colour: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:
-    """Scale a PNG's transparent colour to the 8 bits that Pillow decodes pixels to."""
-    if isinstance(colour, tuple):
-        return tuple(sample >> 8 if depth == 16 else sample for sample in colour)
-    return colour * 255 // (2**depth - 1)
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:

@@ -37,19 +37,14 @@ def affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=(0, 0, 0))
 
 
-def _shear_x(magnitude: float) -> tuple[float, ...]:
-    # To degrees and back as torchvision does, for the same double.
-    return 1, math.tan(math.radians(math.degrees(math.atan(magnitude)))), 0, 0, 1, 0
-
-
 def _shear_y(magnitude: float) -> tuple[float, ...]:
-    angle = math.radians(math.degrees(math.atan(magnitude)))
+    angle = math.radians(math.degrees(math.atan(magnitude)))  # and back, as torchvision does, for the same double
     return 1, 0, 0, math.sin(angle) / math.cos(angle), 1, 0
 
 
 #: Pillow's affine matrix of the operations that move pixels, by the magnitude.
 MATRICES: Mapping[str, Callable[[float], tuple[float, ...]]] = {
-    "ShearX": _shear_x,
+    "ShearX": lambda magnitude: (1, math.tan(math.radians(math.degrees(math.atan(magnitude)))), 0, 0, 1, 0),
     "ShearY": _shear_y,
     "TranslateX": lambda magnitude: (1, 0, -int(magnitude), 0, 1, 0),
     "TranslateY": lambda magnitude: (1, 0, 0, 0, 1, -int(magnitude)),
@@ -70,11 +65,6 @@ def contrast(image: Image.Image, magnitude: float) -> Image.Image:
     """``ImageEnhance.Contrast``."""
     counts = np.array(image.convert("L").histogram())
     return _blend_with(int(int(counts @ np.arange(256)) / int(counts.sum()) + 0.5), image, magnitude)
-
-
-def color(image: Image.Image, magnitude: float) -> Image.Image:
-    """``ImageEnhance.Color``."""
-    return Image.blend(image.convert("L").convert("RGB"), image, 1.0 + magnitude)
 
 
 def sharpness(image: Image.Image, magnitude: float) -> Image.Image:
@@ -105,7 +95,7 @@ TORCHVISION: Mapping[str, Operation] = {
     **{name: partial(_move, name) for name in MATRICES},
     "Rotate": lambda image, magnitude: image.rotate(magnitude, Image.Resampling.NEAREST, fillcolor=(0, 0, 0)),
     "Brightness": lambda image, magnitude: _blend_with(0, image, magnitude),
-    "Color": color,
+    "Color": lambda image, magnitude: Image.blend(image.convert("L").convert("RGB"), image, 1.0 + magnitude),
     "Contrast": contrast,
     "Sharpness": sharpness,
     "Posterize": lambda image, magnitude: ImageOps.posterize(image, int(magnitude)),

@@ -159,7 +159,8 @@ class RayletWatch(_Watch):
     """
 
     def __init__(self) -> None:
-        path = getattr(_node(), "raylet_socket_name", None)
+        node = getattr(ray._private.worker, "_global_node", None)  # None for a client of a remote cluster
+        path = getattr(node, "raylet_socket_name", None)
         super().__init__(socket.AF_UNIX, path if path is not None and os.path.isabs(path) else None)
 
 
@@ -168,14 +169,10 @@ class ControlWatch(_Watch):
     minute, without an exception."""
 
     def __init__(self) -> None:
-        host, _, port = (getattr(_node(), "gcs_address", None) or "").rpartition(":")
+        node = getattr(ray._private.worker, "_global_node", None)  # None for a client of a remote cluster
+        host, _, port = (getattr(node, "gcs_address", None) or "").rpartition(":")
         host = host.strip("[]")
         super().__init__(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, int(port)) if host else None)
-
-
-def _node() -> Any:
-    """Ray's record of the node that this process belongs to; None for a client of a remote cluster."""
-    return getattr(ray._private.worker, "_global_node", None)
 
 
 def live_nodes() -> frozenset[str]:

@@ -25,7 +25,7 @@ from typing import Any, Generic, TypeVar
 
 from reinforce.errors import StorageError, UserError
 from reinforce.processes.attempts import MAPPED_ITEMS
-from reinforce.processes.children import ProcessEnded, connect_to_parent, describe_exit, start_process
+from reinforce.processes.children import connect_to_parent, describe_exit, start_process
 from reinforce.processes.cores import Node, available_cores
 from reinforce.terminal import show_progress
 
@@ -88,17 +88,25 @@ class _Item(Generic[T]):
 class MapWorkers(contextlib.ExitStack):
     """The workers of one or more maps: this process alone. A context manager, which ends them.
 
-    A worker has a copy of the function that it computes with, which may keep state there.
+    A worker has a copy of the function that it computes with, which may keep state there. ``start`` makes a worker for
+    a function, ``kill`` ends one that computes. Idle ones are ended when no item waits, unless they are ``kept``.
     """
 
-    def __init__(self, count: int = 1) -> None:
+    def __init__(
+        self,
+        count: int = 1,
+        start: Callable[[Callable[[Any], Any]], Any] = lambda function: None,
+        kill: Callable[[Any], object] = lambda worker: None,
+        kept: bool = True,
+    ) -> None:
         super().__init__()
-        self._count = count
+        self._count, self._start, self._kill, self._kept = count, start, kill, kept
         self._idle: list[Any] = []
         self._busy: dict[Future[Any], Any] = {}
 
     def __exit__(self, *details: Any) -> bool | None:
-        self._end()
+        for worker in [*self._busy.values()]:
+            self._kill(worker)
         return super().__exit__(*details)
 
     def limit(self) -> int:
@@ -145,7 +153,7 @@ class MapWorkers(contextlib.ExitStack):
             limit = self.limit()
             while len(running) < limit and (again or not ordered or len(running) + len(early) < _AHEAD * limit):
                 if (one := again.popleft() if again else next(waiting, None)) is None:
-                    self._release_idle()
+                    self._idle[:] = self._idle if self._kept else []
                     break
                 future = self._submit(function, one.item)
                 running[future] = one
@@ -195,9 +203,6 @@ class MapWorkers(contextlib.ExitStack):
         elif error.for_good and self._count > 1:
             self._count -= 1
 
-    def _start(self, function: Callable[[Any], Any]) -> Any:
-        """Start a worker."""
-
     def _call(self, worker: Any, function: Callable[[T], R], item: T) -> Future[R]:
         """Begin ``function(item)``. The future raises WorkerLost if the worker dies, else what the function raises."""
         future: Future[R] = Future()
@@ -206,12 +211,6 @@ class MapWorkers(contextlib.ExitStack):
         except Exception as error:
             future.set_exception(error)
         return future
-
-    def _release_idle(self) -> None:
-        """Called when no item waits."""
-
-    def _end(self) -> None:
-        """End all workers."""
 
 
 def open_workers(address: str | None = None, use_ray: bool = True, processes: int | None = None) -> MapWorkers:
@@ -242,7 +241,7 @@ class WorkerProcess:
     def call(self, function: Callable[[Any], Any], item: Any) -> Any:
         """Return ``function(item)``. The function is sent unless it is that of the call before.
 
-        Raises ProcessEnded, and what the function raises.
+        Raises WorkerLost, and what the function raises.
         """
         try:
             self._connection.send((None if function is self._function else function, item))
@@ -250,7 +249,8 @@ class WorkerProcess:
             result, error = self._connection.recv()
         except (EOFError, OSError):
             self._process.kill()
-            raise ProcessEnded(f"its process ended with {describe_exit(self._process.wait())}") from None
+            reason = f"its process ended with {describe_exit(self._process.wait())}"
+            raise WorkerLost(reason, for_good=True) from None
         if error is not None:
             raise error
         return result
@@ -285,32 +285,17 @@ class _Processes(MapWorkers):
     """Processes of this machine. One that dies is not replaced unless it was the last: most die for lack of memory."""
 
     def __init__(self, count: int) -> None:
-        super().__init__(count)
+        super().__init__(count, lambda function: WorkerProcess(), WorkerProcess.kill)
         self._threads = ThreadPoolExecutor(count, "worker-process")  # each waits for a process
+        self.callback(lambda: [process.kill() for process in self._idle])  # after the threads
+        self.callback(self._threads.shutdown)
 
     def map(self, function: Callable[[T], R], items: Iterable[T], **options: Any) -> Iterator[tuple[T, R]]:
         alone = isinstance(items, Sequence) and len(items) < 2  # to start a process would take longer
         return MapWorkers().map(function, items, **options) if alone else super().map(function, items, **options)
 
-    def _start(self, function: Callable[[Any], Any]) -> WorkerProcess:
-        return WorkerProcess()
-
     def _call(self, worker: WorkerProcess, function: Callable[[T], R], item: T) -> Future[R]:
-        def call() -> R:
-            try:
-                result: R = worker.call(function, item)
-            except ProcessEnded as error:
-                raise WorkerLost(str(error), for_good=True) from None
-            return result
-
-        return self._threads.submit(call)
-
-    def _end(self) -> None:
-        for process in [*self._busy.values()]:
-            process.kill()
-        self._threads.shutdown()
-        for process in self._idle:
-            process.kill()
+        return self._threads.submit(worker.call, function, item)
 
 
 class _Tasks(MapWorkers):
@@ -319,7 +304,8 @@ class _Tasks(MapWorkers):
     def __init__(self) -> None:
         import ray
 
-        super().__init__()
+        # A worker is the task that is running.
+        super().__init__(1, lambda function: [], lambda running: ray.cancel(*running, force=True))
         self._ray: Any = ray
         self._task = ray.remote(num_cpus=1, max_retries=0)(_call)
         self._function: tuple[Any, Any] = (None, None)  # and Ray's copy of it
@@ -327,18 +313,11 @@ class _Tasks(MapWorkers):
     def limit(self) -> int:
         return max(1, round(_PER_CORE * self._ray.cluster_resources().get("CPU", 1)))
 
-    def _start(self, function: Callable[[Any], Any]) -> list[Any]:
-        return []  # the task that is running
-
     def _call(self, worker: list[Any], function: Callable[[T], R], item: T) -> Future[R]:
         if self._function[0] is not function:
             self._function = function, self._ray.put(function)
         worker[:] = [self._task.remote(self._function[1], item)]
         return _future_of(*worker)
-
-    def _end(self) -> None:
-        for running in [*self._busy.values()]:
-            self._ray.cancel(*running, force=True)
 
 
 def _call(function: Callable[[T], R], item: T) -> R:
@@ -354,23 +333,13 @@ class Actors(MapWorkers):
     def __init__(self, count: int, gpus: float) -> None:
         import ray
 
-        super().__init__(count)
-        self._ray: Any = ray
-        self._actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_MapActor)
-
-    def _start(self, function: Callable[[Any], Any]) -> Any:
-        return self._actor.remote(function)
+        actor: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_MapActor)
+        # Ray ends idle ones that are not kept, and has a place for an actor that waits for one with its item.
+        super().__init__(count, actor.remote, ray.kill, kept=False)
+        self.callback(self._idle.clear)
 
     def _call(self, worker: Any, function: Callable[[T], R], item: T) -> Future[R]:
         return _future_of(worker.call.remote(item))
-
-    def _release_idle(self) -> None:
-        self._idle.clear()  # Ray ends them, and has a place for an actor that waits for one with its item
-
-    def _end(self) -> None:
-        self._release_idle()
-        for actor in [*self._busy.values()]:
-            self._ray.kill(actor)
 
 
 class _MapActor:

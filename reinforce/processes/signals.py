@@ -100,11 +100,9 @@ def handled_signals(handle: Callable[[int], None]) -> Iterator[None]:
         yield
         return
 
-    def call(signum: int, frame: FrameType | None) -> None:
-        handle(signum)
-
     with ends_after_sigterm():
-        before = {number: signal.signal(number, call) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, lambda signum, _: handle(signum)) for number in numbers}
         try:
             yield
         finally:
@@ -195,7 +193,3 @@ class StopSignal:
             yield
         finally:
             self._interruptible = False
-
-    def handle_signals(self) -> contextlib.AbstractContextManager[None]:
-        """Call ``request`` on SIGINT and SIGTERM, inside the main thread."""
-        return handled_signals(self.request)

@@ -29,7 +29,7 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.processes.cores import arithmetic_threads, describe_share, loader_processes
-from reinforce.processes.signals import Stopped, StopSignal
+from reinforce.processes.signals import Stopped, StopSignal, handled_signals
 from reinforce.settings import use_accelerator
 from reinforce.storage import Storage
 from reinforce.terminal import Screen, plural
@@ -88,7 +88,7 @@ def run_rank(
     use_accelerator(job.accelerator)
     task, feed = build(ranks.accelerator)
     try:
-        with stop.handle_signals():
+        with handled_signals(stop.request):
             return _Loop(task, feed, job, ranks, stop, screen or Screen(), on_evaluation).run()
     except RuntimeError as error:
         if cause := describe_failure(error, job.training.compute, ranks.accelerator):

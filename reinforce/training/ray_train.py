@@ -38,7 +38,7 @@ from reinforce.processes.cluster import (
 )
 from reinforce.processes.cores import capacity, cores_per_process, default_gpus, describe_share
 from reinforce.processes.imports import no_garbage_collection
-from reinforce.processes.signals import Stopped, StopSignal
+from reinforce.processes.signals import Stopped, StopSignal, handled_signals
 from reinforce.storage import Storage
 from reinforce.terminal import Screen, plural
 from reinforce.training.config import Compute, Job
@@ -222,7 +222,7 @@ class Supervisor:
         """
         thread = threading.Thread(target=self._call, args=(fit,), daemon=True)
         try:
-            with self._stop.handle_signals(), Screen() as screen:
+            with handled_signals(self._stop.request), Screen() as screen:
                 thread.start()
                 while thread.is_alive():
                     thread.join(_TICK)

@@ -23,7 +23,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from reinforce.errors import UserError
 from reinforce.processes.cluster import live_resources
 from reinforce.processes.cores import capacity
-from reinforce.processes.signals import Stopped, StopSignal
+from reinforce.processes.signals import Stopped, StopSignal, handled_signals
 from reinforce.settings import with_accelerator
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
@@ -103,7 +103,7 @@ class Search:
         work = tune.with_parameters(run, configs=configs)
         resources = {name.lower(): number for name, number in each.resources.items()}
         stop = StopSignal()
-        with stop.handle_signals(), _scratch_folder(Storage(self.config.output)) as storage, self.screen:
+        with handled_signals(stop.request), _scratch_folder(Storage(self.config.output)) as storage, self.screen:
             tuner = tune.Tuner(
                 tune.with_resources(work, resources),
                 param_space={"name": tune.grid_search(list(configs))},

@@ -181,7 +181,7 @@ class Driver:
             self._report(last=True)
             self.pool.close()
             for worker in self.processes:
-                self.store.remove_temporary_of(worker.host, worker.pid)
+                self.store.remove_temporary(worker.host, worker.pid)
             self.raylet.close()
             self.control.close()
             with contextlib.suppress(StorageError):  # a cache

@@ -48,7 +48,7 @@ from reinforce.source.urls import (
     split_view,
     with_fingerprint,
 )
-from reinforce.storage import is_job_folder, is_ray_job
+from reinforce.storage import JOB_VARIABLE, is_job_folder
 
 _SPECIAL = re.compile(r"[*?\[{]")
 _WRITTEN = ("parquet", "json", "jsonl")
@@ -150,7 +150,7 @@ def source_shards(config: Config, listed: dict[str, Info] | None = None) -> Sour
     """
     source, notes = expand_folders(config.source, config.input.format)
     urls = expand(source, listed, find_format("csv").recognises)
-    for url in urls if is_ray_job() else ():
+    for url in urls if JOB_VARIABLE in os.environ else ():
         path = canonical(url)
         if path.startswith(os.sep) and (is_job_folder(url) or is_job_folder(path)):
             raise UserError(  # in the next job the shard would have another name
