@@ -145,8 +145,8 @@ def evaluate(database: DuckDBPyConnection, texts: Sequence[str], rows: pa.Table)
     try:
         found = database.from_arrow(rows).project(values).to_arrow_table()
     except Exception as error:  # as above
-        reason = str(error).splitlines()[0]
-        raise UserError(f"an expression fails on a sample: {reason} Use try_cast, or try().") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"an expression fails on a sample: {reason}. Use try_cast, or try().") from error
     if len(found) != len(rows):
         named = ", ".join(map(repr, texts))
         raise UserError(f"{named}: {len(found):,} values of {len(rows):,} rows. An expression gives one value a row.")

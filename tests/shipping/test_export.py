@@ -128,16 +128,24 @@ def pictures() -> dict[str, bytes]:
     }
 
 
+def example(folder: Path) -> str:
+    """The code of a README, to be run in another folder."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    assert 'folder = "."\n' in code
+    return code.replace('folder = "."', f"folder = {str(folder)!r}")
+
+
 def test_readme_example_runs_without_torch_and_open_clip(exported: Exported) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (exported.folder / "README.md").read_text(), flags=re.DOTALL)
+    code = example(exported.folder)
     lines = [line for line in code.splitlines() if line and not line.startswith(("import", "from"))]
-    assert len(lines) <= 12
+    assert len(lines) <= 13
     hide = "import sys; sys.modules.update(dict.fromkeys(['torch', 'open_clip', 'transformers', 'reinforce']))\n"
     for name, data in pictures().items():
         (exported.folder.parent / name).write_bytes(data)
-    each = f"for name in {[*pictures()]}: exec({code!r}.replace('cat.jpg', f'../{{name}}'))"
+    each = f"for name in {[*pictures()]}: exec({code!r}.replace('cat.jpg', name))"
     program = [sys.executable, "-I", "-c", hide + each]
-    out = subprocess.run(program, cwd=exported.folder, check=True, capture_output=True, text=True).stdout
+    elsewhere = exported.folder.parent
+    out = subprocess.run(program, cwd=elsewhere, check=True, capture_output=True, text=True).stdout
 
     model, _, preprocess = open_clip.create_model_and_transforms(exported.model)
     model.eval()
@@ -213,10 +221,9 @@ def test_image_tower_alone_is_judged_with_the_text_tower_of_the_model(
     assert report["metrics"] == both["metrics"]
     (tower,) = report["towers"].values()
     assert (tower["file"], tower["cosine"]["inputs"]) == ("image.onnx", both["towers"]["image"]["cosine"]["inputs"])
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     (tmp_path / "cat.jpg").write_bytes(picture(3))
-    program = [sys.executable, "-I", "-c", code.replace("cat.jpg", "../cat.jpg")]
-    done = subprocess.run(program, cwd=folder, check=True, capture_output=True, text=True)
+    program = [sys.executable, "-I", "-c", example(folder)]
+    done = subprocess.run(program, cwd=tmp_path, check=True, capture_output=True, text=True)
     assert done.stdout == "(1, 16)\n"
     printed(*ONNX, str(folder), "--check")
 

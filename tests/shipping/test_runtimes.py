@@ -46,9 +46,10 @@ def test_exported_towers_agree_with_torch_and_the_readme_runs(target: str, comma
     if target == "executorch":
         assert all(0.4 < tower["delegate"]["share"] < 1 for tower in towers.values())
         assert f"image.pte: XNNPACK computes {towers['image']['delegate']['operations']} of " in out
-    (folder / "cat.jpg").write_bytes(picture(0))
+    (tmp_path / "cat.jpg").write_bytes(picture(0))
     (example,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    shown = subprocess.run([sys.executable, "-c", example], cwd=folder, capture_output=True, text=True, check=True)
+    elsewhere = example.replace('folder = "."', f"folder = {str(folder)!r}")
+    shown = subprocess.run([sys.executable, "-c", elsewhere], cwd=tmp_path, capture_output=True, text=True, check=True)
     numbers = re.findall(r"[0-9.e-]+", shown.stdout.strip().splitlines()[-1])
     assert sum(map(float, numbers)) == pytest.approx(1, abs=1e-4)
     assert command("export", target, str(folder), "--check")[0] == 0

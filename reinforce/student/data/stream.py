@@ -41,7 +41,7 @@ from reinforce.student.data.examples import (
     make_examples,
 )
 from reinforce.training.order import GroupChunk, Mixture, Order, Window, share
-from schemas import image_columns
+from schemas import Reason, image_columns
 
 _ALIGNMENT = 64  # bytes
 #: Broken images in a row after which a training run fails.
@@ -164,6 +164,11 @@ class PartMaker:
                     replaced.append(f"{example.file.path}, key {example.key} is replaced by another example: {error}")
                     examples[i] = self._replace(i, pixels, partial(spare, i))
                     continue
+                if isinstance(error, ImageRefused) and error.reason is Reason.IMAGE_PIXELS:
+                    raise UserError(
+                        f"{example.file.path}, key {example.key}: {error.detail}. If you trust the dataset, allow more "
+                        "pixels: data.limits.pixels in a config, limits={'pixels': ...} in reinforce.open."
+                    ) from error
                 raise UserError(
                     f"{example.file.path}, key {example.key}: this is not the image that was augmented ({error}). "
                     "If images are stored by reference, restore the tar that was changed. Otherwise the file is "

@@ -169,17 +169,24 @@ def example(number: int) -> Example:
 
 
 def test_an_image_that_is_not_the_augmented_one_or_has_a_damaged_record_is_named() -> None:
-    strict = FILE._replace(limits=Limits(pixels=100))  # of the file that has the image
     ops = (Op("Posterize", 9.0), Op("Melt", 1.0), Op("Rotate", float("nan")))
     for device, damaged in (
         (False, example(0)._replace(image=b"not an image")),
         (False, example(0)._replace(image=picture(0, width=8, height=6))),
-        (False, example(0)._replace(file=strict)),
         *((True, example(0)._replace(augmentation=Augmentation(CROP.crop, 16, (op,)))) for op in ops),
     ):
         maker = PartMaker(12, TARGETS, letters, device=device)
         with pytest.raises(UserError, match=r"samples/x\.parquet, key k0: this is not the image that was augmented"):
             maker.make([damaged], maker.allocate(1), Counter())
+
+
+def test_an_image_above_the_limits_of_its_dataset_is_named_with_the_limit_and_is_not_called_changed() -> None:
+    strict = example(0)._replace(file=FILE._replace(limits=Limits(pixels=100)))
+    maker = PartMaker(12, TARGETS, letters)
+    with pytest.raises(
+        UserError, match=r"x\.parquet, key k0: \d+x\d+ pixels, above limits\.pixels of 100\. .*data\.limits"
+    ):
+        maker.make([strict], maker.allocate(1), Counter())
 
 
 def test_translations_are_scaled_or_shift_by_the_stored_pixels() -> None:
