@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 _REPEAT_SECONDS = 2.0  # a second signal that comes earlier is one that torchrun has forwarded
-#: From SIGTERM until the process ends in any case; a training run on Ray ends before: it kills its ranks after 45 s.
+#: From SIGTERM until the process ends in any case; a training run on Ray ends before: it kills its ranks after 40 s.
 _TERMINATION_SECONDS = 55.0
 _TERMINATED = 128 + signal.SIGTERM  # the exit status by which shells report it
 _written: list[int] = []  # the file descriptor to which signals are written, inside `ends_after_sigterm`

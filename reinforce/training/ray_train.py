@@ -57,7 +57,7 @@ _WAITING_SECONDS = 30.0  # between messages while the cluster is too small
 _RECEIPT_SECONDS = 30.0  # from a signal until a rank has received it; later, none runs
 #: From SIGINT and other signals until the step and its checkpoint are finished. Whoever sends SIGTERM ends the machine
 #: soon after, so what takes longer is left to the last checkpoint. A second SIGINT ends the training run at once.
-_STOP_SECONDS, _TERMINATION_SECONDS = 600.0, 45.0
+_STOP_SECONDS, _TERMINATION_SECONDS = 600.0, 40.0
 _CONTROL_SECONDS = 20.0  # without Ray's control service; Ray itself ends this process after 60
 #: Callbacks of Ray Train that are not used. The cleaner is for long-lived drivers, and without a dashboard it delays
 #: the end by 10 s. The others, of several versions, start an actor for Ray Data and import that in each rank.
