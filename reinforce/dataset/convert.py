@@ -56,7 +56,7 @@ def sample_vectors(layer: Layer, finer: Store, fingerprint: str | None, shards: 
             every = every[np.sort(np.argsort(bits, kind="stable")[:most])]
         parts.append(every[: wanted - read])
         read += len(parts[-1])
-    return np.concatenate([part for part in parts if len(part)] or parts).astype(np.float32)
+    return np.concatenate([part for part in parts if len(part)] or parts[-1:]).astype(np.float32)
 
 
 def fit_codebook(layer: Layer, values: Floats, target: Store, seed: int) -> str:

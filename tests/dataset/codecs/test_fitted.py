@@ -268,6 +268,13 @@ def test_a_codec_that_does_not_fit_the_vectors_or_their_number_is_refused(
         reinforce_here(values, 64)
 
 
+def test_a_layer_without_a_vector_has_too_few_for_a_codebook(tmp_path: Path) -> None:
+    members = [member for member in members_of(0, 140, width=9, height=8) if not member[0].endswith(".txt")]
+    write_tar(tmp_path / "source" / "00000.tar", members)
+    with pytest.raises(UserError, match=r"pq4 is fitted to 256 .* embeddings/red/caption has 0\."):
+        reinforce_here({**config(tmp_path, red="pq4"), "captioners": {}}, 64)
+
+
 def test_a_codec_without_its_encoder_ends_a_run_and_not_the_reading(
     stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
