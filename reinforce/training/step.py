@@ -191,4 +191,5 @@ def _encode(model: Any, microbatch: Batch, seed: int, accelerator: Accelerator) 
 
 
 def _detached(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.detach() for name, value in values.items()}
+    """Copies, since a value may be a view of a parameter, which the step updates before the log reads it."""
+    return {name: value.detach().clone() for name, value in values.items()}

@@ -153,6 +153,10 @@ def test_a_student_with_sigmoid_learns_from_softmax_teachers_and_mixed_captions_
     assert losses.keys() == {f"{term}/{kind}" for term in ("clip", "distill") for kind in ("caption", "synthetic")}
     torch.stack(list(losses.values())).sum().backward()
     assert task.model.clip.logit_bias.grad.abs() > 0
+    output = backpropagate(task, task.model, batch, PAIRS, [0], Accelerator("cpu"))
+    with torch.no_grad():
+        task.model.clip.logit_bias.add_(1.0)
+    assert output.scalars["logit_bias"] == task.model.clip.logit_bias - 1, "as it was in the step"
     task, batch = first_batch(config({"features": "none"}, data={"captions": "mixed"}))
     assert losses_of(task, batch).keys() == {"distill/caption"}
 
