@@ -124,7 +124,10 @@ class Student(torch.nn.Module):
         losses = self.terms.losses_of_rows({**features, **of_images}, batch.get("targets", {}), self.heads)
         if self.start:
             losses |= self.terms.losses_of_weights(dict(self.named_parameters()), self.start)
-        return Encoded({**features, **self.terms.projections(features, self.heads)}, losses, scalars)
+        projections = self.terms.projections(features, self.heads)
+        if not (IMAGE in batch and kinds):  # nothing is contrasted: DistributedDataParallel waits for what has a graph
+            features = {name: rows.detach() for name, rows in features.items()}
+        return Encoded({**features, **projections}, losses, scalars)
 
     def quantize(self, kind: Quantize) -> None:
         """Train with rounded values from now on; see ``reinforce.student.layers``."""
