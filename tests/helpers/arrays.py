@@ -1,0 +1,79 @@
+"""Covering arrays: few cases in which each two values of each two dimensions meet."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+#: A value of each dimension by its name.
+Case = Mapping[str, Any]
+#: Two dimensions with a value of each.
+Pair = frozenset[tuple[str, Any]]
+#: Values by dimension. A case that has one of them in each of these dimensions does not exist.
+Exclusion = Mapping[str, Sequence[Any]]
+
+_DRAWN = 12  # cases of which the one with most new pairs is taken
+
+
+class Array(NamedTuple):
+    """Cases, and the pairs that they have to meet: all but those that no allowed case has, ``impossible``."""
+
+    cases: list[dict[str, Any]]
+    pairs: set[Pair]
+    impossible: set[Pair]
+
+
+def pairs_of(case: Case) -> set[Pair]:
+    return {frozenset(two) for two in itertools.combinations(case.items(), 2)}
+
+
+def covering_array(dimensions: Mapping[str, Sequence[Any]], excluded: Sequence[Exclusion], seed: int) -> Array:
+    """Draw cases until all pairs of values that an allowed case can have are met; the same ones for a ``seed``."""
+    rng, cases, impossible = random.Random(seed), list[dict[str, Any]](), set[Pair]()
+    every = [frozenset(two) for names in itertools.combinations(dimensions, 2) for two in _values(dimensions, names)]
+    left = dict.fromkeys(every)
+    while left:
+        first = dict(rng.choice([*left]))
+        drawn = [_complete(first, dimensions, excluded, left, rng) for _ in range(_DRAWN)]
+        if drawn[0] is None:
+            impossible.add(frozenset(first.items()))
+            del left[frozenset(first.items())]
+            continue
+        best = max((case for case in drawn if case is not None), key=lambda case: len(pairs_of(case) & left.keys()))
+        cases.append({name: best[name] for name in dimensions})
+        left = {pair: None for pair in left if pair not in pairs_of(best)}
+    return Array(cases, {*every} - impossible, impossible)
+
+
+def is_allowed(case: Case, excluded: Sequence[Exclusion]) -> bool:
+    """Whether no exclusion holds for a case, which may lack dimensions."""
+    return not any(all(name in case and case[name] in values for name, values in one.items()) for one in excluded)
+
+
+def _values(dimensions: Mapping[str, Sequence[Any]], names: Sequence[str]) -> Iterator[Sequence[tuple[str, Any]]]:
+    return itertools.product(*([(name, value) for value in dimensions[name]] for name in names))
+
+
+def _complete(
+    case: Case,
+    dimensions: Mapping[str, Sequence[Any]],
+    excluded: Sequence[Exclusion],
+    left: Mapping[Pair, None],
+    rng: random.Random,
+) -> dict[str, Any] | None:
+    """The case with values of its other dimensions that meet many of the pairs ``left``; None if there are none."""
+    if not is_allowed(case, excluded):
+        return None
+    others = [name for name in dimensions if name not in case]
+    if not others:
+        return dict(case)
+    if not all(any(is_allowed({**case, name: one}, excluded) for one in dimensions[name]) for name in others):
+        return None  # at once, since no values of the dimensions between would help
+    name = rng.choice(others)
+    new = {value: sum(frozenset([(name, value), one]) in left for one in case.items()) for value in dimensions[name]}
+    for value in sorted(new, key=lambda value: (-new[value], rng.random())):
+        if (found := _complete({**case, name: value}, dimensions, excluded, left, rng)) is not None:
+            return found
+    return None
