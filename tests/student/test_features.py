@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +16,10 @@ from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.base import Models
 from reinforce.student.terms.moments import Fit, Moments
 from reinforce.student.terms.registry import make_terms
-from reinforce.student.train import StudentTask, build
+from reinforce.student.train import StudentTask
 from reinforce.training.task import Batch
-from teachers.runtime.accelerator import Accelerator
 from tests.helpers.models import ColorTeacher
-from tests.helpers.ranks import results_of_ranks
 from tests.helpers.students import PAIRS, first_batch, losses_of
-from tests.helpers.trainings import curve
 
 
 @pytest.fixture
@@ -106,19 +101,6 @@ def test_similarities_are_with_the_batch_and_the_newest_vectors_of_earlier_ones(
     assert torch.equal(queue.filled(), torch.cat([stored, earlier])[:8]), "the oldest are dropped"
 
 
-def test_a_resumed_training_has_the_queue_and_the_moments_of_an_uninterrupted_one(
-    features_config: Any, tmp_path: Path
-) -> None:
-    features = {"distance": "similarities", "queue": 20, "standardise": True}
-    curves = []
-    for output, lengths in (("whole", [4]), ("parts", [2, 4])):
-        for steps in lengths:
-            made = features_config(features, steps=steps, optimizer={"warmup": 0, "hold": 4})
-            reinforce.train(made.model_copy(update={"output": str(tmp_path / output)}))
-        curves.append(curve(tmp_path / output))
-    assert curves[0] == curves[1]
-
-
 def test_moments_are_those_of_all_parts_and_need_vectors_that_differ() -> None:
     found, rows = Fit(), 50 + torch.randn(3, 40, 5, generator=torch.Generator().manual_seed(0))
     rows[:, :, 4] = 7.0
@@ -159,59 +141,6 @@ def test_settings_that_do_not_fit_are_refused_before_a_model_is_built() -> None:
             settings.parse(Loss, {"features": features})
 
 
-def buffers(task: StudentTask) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in task.model.heads.state_dict().items() if "standardise" in name}
-
-
-@pytest.mark.parametrize("captions", ["both", "mixed"])
-def test_stored_and_online_vectors_are_standardised_alike_each_kind_of_text_by_its_own(
-    config: Any, dataset: str, teachers: dict[str, dict[str, Any]], captions: str
-) -> None:
-    features, data = {"teachers": "all", "standardise": True}, {"captions": captions, "synthetic": 0.3}
-    online = {"targets": "online", "teachers": {name: teachers[name] for name in ("red", "ears")}}
-    stored = StudentTask(config({"features": features}, data={**data, "teachers": ["red", "ears"]}))
-    computed = StudentTask(config({"features": features, **online}, data=data))
-    kinds = ("caption", "synthetic") if captions == "both" else ("caption",)
-    found = buffers(stored)
-    assert {name.rpartition(".")[0] for name in found} == {
-        *(f"{name}/standardise-{kind}" for name in ("red", "ears") for kind in kinds), "red/standardise-image"
-    }  # fmt: skip
-    torch.testing.assert_close(buffers(computed), found, rtol=1e-4, atol=1e-5)
-    for kind in kinds:
-        z = torch.from_numpy(vectors(dataset, "ears", kind, **data)).float()
-        z = stored.model.heads[f"ears/standardise-{kind}"](z)
-        deviation, mean = torch.std_mean(z, dim=0, correction=0)
-        torch.testing.assert_close(mean, torch.zeros(6), rtol=0, atol=1e-3)
-        torch.testing.assert_close(deviation, torch.ones(6), rtol=1e-3, atol=0)
-
-
-RANKS = 2
-ON_RANKS = {"teachers": "all", "standardise": True, "distance": "similarities", "queue": 20}
-
-
-def features_on_rank(rank: int, configs: Any) -> list[Any]:
-    """Of each config, the losses of the first batch of a rank, and the statistics of its targets."""
-    found = []
-    for config in configs:
-        task, feed = build(config, Accelerator("cpu"))
-        batch = task.prepare(next(iter(feed.batches(rank, RANKS, PAIRS, 0))))
-        with torch.no_grad():
-            found.append((losses_of(task, batch), buffers(task)))
-    return found
-
-
-def test_standardised_features_of_stored_and_online_targets_are_alike_on_two_ranks(
-    config: Any, teachers: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
-    online = {"targets": "online", "teachers": {name: teachers[name] for name in ("red", "ears")}}
-    stored = config({"features": ON_RANKS}, data={"teachers": ["red", "ears"]})
-    computed = config({"features": ON_RANKS, **online})
-    ranks = results_of_ranks(partial(features_on_rank, configs=[stored, computed]), RANKS, tmp_path)
-    for of_stored, of_computed in ranks:
-        torch.testing.assert_close(of_computed, of_stored, rtol=5e-3, atol=1e-4)
-    torch.testing.assert_close(ranks[1][1][1], ranks[0][1][1], rtol=0, atol=0, msg="one fit for all ranks")
-
-
 class Failing(ColorTeacher):
     """Gives NaN for the images that are brighter than the mean of a batch, and zeros for texts with the letter k."""
 
@@ -241,13 +170,3 @@ def test_rows_of_which_an_online_teacher_gives_nan_or_zeros_are_in_no_loss_as_st
         assert torch.equal(batch[name], whole[name][rows])
         assert torch.equal(batch["targets"]["red"][name], whole["targets"]["red"][name][rows])
     assert torch.equal(batch["targets"]["red"]["image"], whole["targets"]["red"]["image"][rows])
-
-
-def test_queues_of_true_and_synthetic_captions_are_apart(config: Any) -> None:
-    features = {"teachers": "all", "distance": "similarities", "queue": 50}
-    task, batch = first_batch(config({"features": features}, data={"teachers": ["red", "ears"]}))
-    losses_of(task, batch)
-    for name in ("red", "ears"):
-        for kind in ("caption", "synthetic"):
-            queue: Any = task.model.heads[f"{name}/queue-{kind}"]
-            torch.testing.assert_close(queue.filled(), batch["targets"][name][kind])

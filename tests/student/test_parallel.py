@@ -77,14 +77,6 @@ def test_a_parallel_text_has_the_vector_of_the_true_caption_of_its_row(
     assert torch.equal(mixed["caption"][:, 0], letters(["Ding"] * 10)[:, 0])
 
 
-def test_parallel_texts_with_online_targets_are_refused_since_teachers_would_encode_other_texts(
-    dataset: str, tmp_path: Path, teacher: str
-) -> None:
-    online = {"targets": "online", "teachers": {"vit": {"model": teacher}}}
-    with pytest.raises(UserError, match=r"data\.parallel: .*set loss\.targets to stored, or remove `parallel`"):
-        student_config(tmp_path, dataset, data={"parallel": ["json:de"]}, loss=online)
-
-
 def test_a_text_tower_learns_a_teachers_space_from_texts_alone(dataset: str, tmp_path: Path, teacher: str) -> None:
     small = student_folder(tmp_path / "small", "hf", embed_dim=9)
 

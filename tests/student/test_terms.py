@@ -152,19 +152,6 @@ def test_targets_keep_their_rows_in_batches_of_any_size(teachers: Any, monkeypat
     torch.testing.assert_close(whole["both"]["caption"], each)
 
 
-def test_online_vectors_have_unit_norm_in_half_precision_as_stored_ones_have(teachers: Any) -> None:
-    class Half(ColorTeacher):
-        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-            return super().encode_images(pixels).bfloat16()
-
-        def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-            return super().encode_texts(texts).bfloat16()
-
-    found = online.add_targets(batch(11), {"both": Half(torch.device("cpu"))})["targets"]["both"]
-    for what in ("image", "caption"):
-        torch.testing.assert_close(found[what].norm(dim=1), torch.ones(11), rtol=0, atol=1e-6)
-
-
 def test_targets_do_not_change_when_a_teacher_reuses_the_memory_of_its_output(
     teachers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

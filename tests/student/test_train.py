@@ -101,22 +101,6 @@ def test_a_batch_that_is_larger_than_the_dataset_is_reported(config: Any) -> Non
         assert reported == (batch > 12)
 
 
-def test_online_teachers_give_the_stored_targets(config: Any, teachers: dict[str, dict[str, Any]]) -> None:
-    loss = {"features": "all", "lambda": 0.5}
-    stored_task, stored = first_batch(config(loss))
-    online_task, online = first_batch(config({**loss, "targets": "online", "teachers": teachers}))
-    assert torch.equal(stored["image"], online["image"])
-    assert {name: set(of) for name, of in stored["targets"].items()} == {
-        name: set(of) for name, of in online["targets"].items()
-    }
-    for name, of in stored["targets"].items():
-        for what, vectors in of.items():
-            torch.testing.assert_close(online["targets"][name][what], vectors, rtol=0, atol=2e-6)
-    found, expected = losses_of(online_task, online), losses_of(stored_task, stored)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    torch.stack(list(found.values())).sum().backward()
-
-
 def test_lambda_0_is_plain_clip_without_teachers(config: Any, teachers: dict[str, dict[str, Any]]) -> None:
     for online in ({}, {"targets": "online", "teachers": teachers}):
         task, batch = first_batch(config({"lambda": 0.0, **online}))
