@@ -41,7 +41,7 @@ from reinforce.dataset.store import (
     parse_footer,
 )
 from reinforce.errors import StorageError, UserError
-from reinforce.source.config import DEFAULT, Limits
+from reinforce.source.config import DEFAULT, Input, Limits
 from reinforce.source.formats.base import find_format, format_of_name
 from reinforce.source.parquet_file import check_together
 from reinforce.source.references import ImageRoots, SourceState, current_url, probe_state
@@ -539,12 +539,13 @@ class ShardReader:
         keys = {row["key"] for row in refused if row["key"] is not None}
         others = np.unique(hash_keys(pa.array(sorted(keys), pa.string())))
         stored = checked.rows + len(np.setdiff1d(others, checked.keys.hashes))
-        if table:
+        recorded = self._manifest.get("input", {})
+        known = {name: value for name, value in recorded.get("limits", {}).items() if name in Limits.model_fields}
+        known = {name: value for name, value in recorded.items() if name in Input.model_fields} | {"limits": known}
+        if table and recorded.get("captions_per_sample") is None:  # its rows are counted
             stored += sum(row["reason"] == Reason.DUPLICATE_KEY and row["key"] is not None for row in refused)
-        known = self._manifest.get("input", {}).get("limits", {})
-        known = {name: value for name, value in known.items() if name in Limits.model_fields}
         try:
-            there = (format_ or find_format(DEFAULT)).count(url, Limits.model_validate(known))
+            there = (format_ or find_format(DEFAULT)).count(url, Input.model_validate(known))
         except Exception:  # each driver has its own exceptions
             return None
         if there is None:

@@ -280,3 +280,23 @@ def test_samples_are_counted_in_the_source(tmp_path: Path, kind: str) -> None:
     quarantine.unlink()
     [error] = validate(url, [str(tmp_path)], count=True).errors
     assert f"has 5 samples, the dataset has {found.rows} rows and 0 samples in the quarantine" in error
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_rows_of_one_image_are_counted_as_the_sample_that_they_become(kind: str, tmp_path: Path) -> None:
+    images = [image for n in range(3) for image in [picture(n, 8, 8)] * (n + 1)]
+    keys, texts = ["a", "b", "b", "c", "c", "c"], [f"text {n}" for n in range(6)]
+    path = tmp_path / f"x.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"image": pa.array(images, pa.binary()), "key": keys, "text": texts}), path)
+    else:
+        rows = zip([base64.b64encode(image).decode() for image in images], keys, texts, strict=True)
+        path.write_text(
+            "".join(f"{json.dumps(dict(zip(('image', 'key', 'text'), row, strict=True)))}\n" for row in rows)
+        )
+    url = reinforce_here({
+        "source": str(path), "output": f"{tmp_path}/out", "augmentations": {"count": 1, "size": 8},
+        "input": {"captions": ["text"], "captions_per_sample": 3},
+    })  # fmt: skip
+    found = validate(url, [str(tmp_path)], count=True)
+    assert (found.counted, found.errors, found.rows) == (1, [], 3)

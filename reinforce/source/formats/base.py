@@ -193,10 +193,13 @@ class SourceFormat:
         """
         return urls
 
-    def count(self, url: str, limits: Limits) -> int | None:
-        """Number of samples of a file, or None if it cannot be read. Raises the errors of the storage."""
-        keys = {item.key for item in self.read(Shard(url, format=self.name), Input(limits=limits), images=False)}
-        return len(keys - {None}) or None
+    def count(self, url: str, spec: Input) -> int | None:
+        """Number of samples of a file, or None if it cannot be read. Raises the errors of the storage.
+
+        Of a table its rows, unless those of one image become one sample.
+        """
+        keys = {item.key for item in self.read(Shard(url, format=self.name), spec, images=False)}
+        return min(len(keys - {None}), spec.limits.shard_samples) or None
 
     def parts(self, url: str, rows: int, last: Part | None = None) -> Iterator[Part]:
         """Of a table: yield its parts of ``rows`` rows, or more where it cannot be divided there, but the last one.

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from reinforce.source.config import Limits
+from reinforce.source.config import Input
 from reinforce.source.formats.base import Part, divided
 from reinforce.source.formats.jsonl import BrokenRow, LinesFormat, Row
 from reinforce.source.urls import filesystem, read_whole, report_opened
@@ -38,9 +38,11 @@ class Coco(LinesFormat):
         first, last = (part.first, part.first + part.rows) if part else (0, len(rows))
         yield from itertools.islice(enumerate(rows), first, last)
 
-    def count(self, url: str, limits: Limits) -> int | None:
+    def count(self, url: str, spec: Input) -> int | None:
+        if spec.captions_per_sample is not None:
+            return super().count(url, spec)
         try:
-            return min(len(_rows_of(url)), limits.shard_samples)
+            return min(len(_rows_of(url)), spec.limits.shard_samples)
         except EOFError:
             return None
 

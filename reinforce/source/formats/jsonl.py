@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from reinforce.source.config import Input, Limits
+from reinforce.source.config import Input
 from reinforce.source.formats.base import (
     NoColumn,
     Part,
@@ -100,9 +100,11 @@ class LinesFormat(SourceFormat):
             detail = f"no line is {self.line} with an image; {item.detail}"  # type: ignore[union-attr]
             yield Refusal(None, Reason.SHARD_UNREADABLE, detail)
 
-    def count(self, url: str, limits: Limits) -> int | None:
+    def count(self, url: str, spec: Input) -> int | None:
+        if spec.captions_per_sample is not None:
+            return super().count(url, spec)
         try:
-            return min(sum(1 for _ in self.rows(url, _COUNTED_LINE_BYTES)), limits.shard_samples)
+            return min(sum(1 for _ in self.rows(url, _COUNTED_LINE_BYTES)), spec.limits.shard_samples)
         except EOFError:
             return None
 

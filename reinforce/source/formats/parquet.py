@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reinforce.source.config import Input, Limits
+from reinforce.source.config import Input
 from reinforce.source.formats.base import (
     Columns,
     NoColumn,
@@ -165,10 +165,12 @@ class Parquet(SourceFormat):
         except (RefusedFile, NoColumn) as error:
             yield Refusal(None, Reason.SHARD_UNREADABLE, f"a Parquet file that cannot be used: {error}")
 
-    def count(self, url: str, limits: Limits) -> int | None:
+    def count(self, url: str, spec: Input) -> int | None:
+        if spec.captions_per_sample is not None:
+            return super().count(url, spec)
         try:
             with ParquetFile(url) as file:
-                return min(int(file.footer.num_rows), limits.shard_samples)
+                return min(int(file.footer.num_rows), spec.limits.shard_samples)
         except RefusedFile:
             return None
 
