@@ -213,7 +213,7 @@ def _crops(sample: Any, spec: Any) -> torch.Tensor:
 
 
 def _whole(sample: Any, spec: Any) -> torch.Tensor:
-    return to_pixels(torch.from_numpy(fit(sample.pil(), spec))[None], spec)
+    return to_pixels(torch.from_numpy(fit(sample.pil(), spec).copy())[None], spec)
 
 
 def _vectors(run: Run, layer: Layer, stored: Any, direct: Any) -> Compared:
