@@ -208,20 +208,6 @@ class Score(Section):
         return ClassScorerSpec(class_=self.own, options=self.options, inputs=self.inputs, names=names)
 
 
-class Estimate(Section):
-    """Assumptions of `reinforce plan` for hours and costs. A run does not read them."""
-
-    rate: float | None = Field(
-        None,
-        gt=0,
-        description="source images a second that the models of one worker compute, as `reinforce status` shows after a "
-        "run on such a machine; default: as the last run of the dataset measured",
-    )
-    price: float | None = Field(None, ge=0, description="price of one worker, a GPU with its cores, for an hour")
-    storage_price: float | None = Field(None, ge=0, description="price of a gigabyte (1e9 bytes) for a month")
-    currency: str = Field("USD", min_length=1, description="currency of the prices")
-
-
 class Config(Section):
     """A run, which computes the layers of a dataset from source shards."""
 
@@ -263,7 +249,6 @@ class Config(Section):
     accelerator: Accelerated = "fast"
     workers: Workers = Workers()
     failures: Failures = Failures()
-    estimate: Estimate | None = Field(None, description="rates and prices for the estimates of `reinforce plan`")
 
     @property
     def embeds_images(self) -> bool:

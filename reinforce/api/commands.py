@@ -179,28 +179,38 @@ def plan(
     config: Config | Content | None = None,
     *,
     address: str | None = None,
+    rate: float | None = None,
+    price: float | None = None,
+    storage_price: float | None = None,
+    currency: str = "USD",
     hours: float | None = None,
     **keys: Any,
 ) -> Planned:
     """What a run would compute: layers, bytes, and time where a rate is known. Starts and writes nothing.
 
-    ``hours`` asks how many workers finish in this time; the key ``estimate={"rate": ..., "price": ...}`` has what it
-    assumes. Reads one sample of the source, and raises UserError where a run would before it starts.
+    ``rate`` is the number of source images a second that the models of one worker compute, by default as the last run
+    of the dataset measured. ``price`` is that of a worker for an hour, ``storage_price`` that of a gigabyte (1e9 bytes)
+    for a month, both in ``currency``. ``hours`` asks how many workers finish in this time. Reads one sample of the
+    source, and raises UserError where a run would before it starts.
     """
     from reinforce.engine.preflight.check_machines import config_uses
 
     checked = settings.as_config(Config, config, **keys)
-    return plan_config(checked, config_uses(checked), address, hours)
+    assumed = {"rate": rate, "price": price, "storage_price": storage_price, "currency": currency, "hours": hours}
+    return plan_config(checked, config_uses(checked), address, assumed)
 
 
 def plan_config(
     config: Config,
     used: Any,
     address: str | None,
-    hours: float | None,
+    assumed: Mapping[str, Any],
     show: Callable[[Planned], None] = lambda planned: None,
 ) -> Planned:
-    """``plan`` of a config, whose ``used`` classes and places are known; ``show`` gets it before the last checks."""
+    """``plan`` of a config, whose ``used`` classes and places are known; ``show`` gets it before the last checks.
+
+    ``assumed`` has the rate, prices and hours of ``plan`` by name.
+    """
     from reinforce.dataset.manifest import check_classes
     from reinforce.dataset.store import Store
     from reinforce.engine.plan.plan import make_plan
@@ -208,14 +218,15 @@ def plan_config(
     from reinforce.engine.plan.source_shards import check_output
     from reinforce.engine.preflight.check_machines import machines_of_plan
     from reinforce.engine.preflight.check_source import check_source
-    from reinforce.engine.preflight.estimate import make_report, source_statistics
+    from reinforce.engine.preflight.estimate import Assumed, make_report, source_statistics
 
+    given = settings.parse(Assumed, assumed, "plan")
     with contextlib.ExitStack() as connection:
         check_output(config)
         machines = connection.enter_context(machines_of_plan(address))
         current = make_plan(config)
         sample, notes = check_source(current)
-        report = make_report(current, used, source_statistics(current), machines(), hours)
+        report = make_report(current, used, source_statistics(current), machines(), given)
         notes += report.effort.warnings if report.effort is not None else ()
         planned = Planned(report, sample, notes)
         show(planned)

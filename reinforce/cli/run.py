@@ -81,6 +81,8 @@ def plan(
         float | None, typer.Option(help="Images a second of one worker's models. Default: as the last run measured.")
     ] = None,
     price: Annotated[float | None, typer.Option(help="Price of a worker (a GPU and its cores) for an hour.")] = None,
+    storage_price: Annotated[float | None, typer.Option(help="Price of a gigabyte (1e9 bytes) for a month.")] = None,
+    currency: Annotated[str, typer.Option(help="Currency of the prices.")] = "USD",
     hours: Annotated[float | None, typer.Option(help="Also estimate how many workers finish in this time.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -92,10 +94,9 @@ def plan(
     from reinforce.config import load_config
     from reinforce.engine.preflight.check_machines import config_uses
 
-    given = {"rate": rate, "price": price}
-    options = [f"estimate.{key}={value}" for key, value in given.items() if value is not None]
+    assumed = {"rate": rate, "price": price, "storage_price": storage_price, "currency": currency, "hours": hours}
     with only_json(as_json) as print_json:
-        checked = load_config(config, [*(set_ or []), *options])
+        checked = load_config(config, set_)
         used = config_uses(checked)
         if as_json and uses:
             print_json(asdict(used))
@@ -103,7 +104,7 @@ def plan(
             typer.echo(escape(redact(line)))
         if uses:
             return
-        planned = plan_config(checked, used, address, hours, lambda found: _show_plan(found, as_json))
+        planned = plan_config(checked, used, address, assumed, lambda found: _show_plan(found, as_json))
         if as_json:
             print_json(planned.as_json())
 

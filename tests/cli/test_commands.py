@@ -72,6 +72,7 @@ def test_plan_run_and_status_report_the_state_of_the_dataset(
     assert {"tests.helpers.models:ColorTeacher"} <= {*planned["classes"]}
     assert planned["estimate"]["hours"] is None, "no model was measured"
     assert json.loads(command("plan", path, "--rate", "10", "--price", "3600", "--json")[1])["estimate"]["cost"] == 0.8
+    assert "plan has 1 error:\n  rate: Input should be greater than 0" in command("plan", path, "--rate", "0")[2]
     [node] = cluster_machines()
     assert (node.shm_bytes is not None, node.reads_heic) == (True, reads_heic()), "the node was asked"
     assert planned["estimate"]["workers"] == 1, "workers.max of the config"

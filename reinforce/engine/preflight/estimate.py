@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pydantic import Field
 from rich.table import Table
 
-from reinforce.config import Config, Estimate
+from reinforce.config import Config
 from reinforce.dataset.codecs.codebooks import CODECS, find_codec
 from reinforce.dataset.index import describe_damaged
 from reinforce.dataset.kinds.registry import stored_layer
@@ -26,6 +27,7 @@ from reinforce.engine.plan.plan import Plan
 from reinforce.engine.preflight.check_machines import Machine, Uses, count_workers, machine_warnings
 from reinforce.engine.preflight.check_source import FirstSample
 from reinforce.engine.record import not_in_source_lines
+from reinforce.settings import Section
 from reinforce.source.formats.base import Shard, find_format, read_samples
 from reinforce.source.samples import RawSample
 from reinforce.source.urls import canonical, filesystem
@@ -170,6 +172,19 @@ OWN_MS = {2: 0.76, 10: 0.92}
 _GIGA = 1e9
 
 
+class Assumed(Section):
+    """Rate and prices of a plan, and the hours in which it should be done. A run does not read them."""
+
+    rate: float | None = Field(None, gt=0)  # of the models of one worker; None: as an earlier run measured
+    price: float | None = Field(None, ge=0)  # of one worker, a GPU with its cores, for an hour
+    storage_price: float | None = Field(None, ge=0)  # of a gigabyte (1e9 bytes) for a month
+    currency: str = Field("USD", min_length=1)
+    hours: float | None = Field(None, gt=0)  # in which so many workers as needed finish
+
+
+NOTHING_ASSUMED = Assumed()
+
+
 @dataclass(frozen=True)
 class Rate:
     """Source images a second that the models of one worker compute, and where the number comes from."""
@@ -237,10 +252,9 @@ def estimate_effort(
     rate: Rate | None,
     workers: int,
     share: tuple[float, int],
-    hours: float | None = None,
+    assumed: Assumed = NOTHING_ASSUMED,
 ) -> Effort:
     """The effort of a plan with so many workers, each with a ``share`` of (GPUs, CPUs)."""
-    prices = plan.config.estimate or Estimate()
     gpus, cpus = share
     samples = round(statistics.rows * len(plan.pending))
     cpu_ms, cpu_text = _cpu_of_sample(plan)
@@ -257,11 +271,11 @@ def estimate_effort(
         cpus=cpus,
         read_bytes=round(samples * statistics.image_bytes),
         written_bytes=written_bytes,
-        currency=prices.currency,
+        currency=assumed.currency,
         assumptions=assumptions,
     )
-    if written_bytes is not None and prices.storage_price is not None:
-        found = replace(found, storage_cost=written_bytes / _GIGA * prices.storage_price)
+    if written_bytes is not None and assumed.storage_price is not None:
+        found = replace(found, storage_cost=written_bytes / _GIGA * assumed.storage_price)
     if rate is None:
         return found
     cores, possible = rate.value * cpu_ms / 1000, cpus * 1000 / cpu_ms
@@ -280,8 +294,8 @@ def estimate_effort(
         limited=limited,
         hours=worker_hours / max(1, workers),
         worker_hours=worker_hours,
-        wanted_workers=None if hours is None else max(1, math.ceil(worker_hours / hours)),
-        cost=None if prices.price is None else worker_hours * prices.price,
+        wanted_workers=None if assumed.hours is None else max(1, math.ceil(worker_hours / assumed.hours)),
+        cost=None if assumed.price is None else worker_hours * assumed.price,
         warnings=[warning] if gpus and cores > cpus else [],
     )
 
@@ -385,7 +399,11 @@ class PlanReport:
 
 
 def make_report(
-    plan: Plan, uses: Uses, statistics: SourceStatistics | None, machines: Sequence[Machine], hours: float | None = None
+    plan: Plan,
+    uses: Uses,
+    statistics: SourceStatistics | None,
+    machines: Sequence[Machine],
+    assumed: Assumed = NOTHING_ASSUMED,
 ) -> PlanReport:
     """The report of a plan on these machines; ``statistics`` are those of its source."""
     codecs = bytes_by_codec(plan, statistics)
@@ -396,9 +414,8 @@ def make_report(
     models = any(plan.layers[name].loads_model for name in needed)
     workers = plan.config.workers.fitted_to([machine.resources for machine in machines], models)
     share = (workers.gpus or 0.0, workers.cores)
-    given = plan.config.estimate
-    if given is not None and given.rate is not None:
-        rate: Rate | None = Rate(given.rate, "estimate.rate")
+    if assumed.rate is not None:
+        rate: Rate | None = Rate(assumed.rate, "as given")
     elif not models:
         images = share[1] * 1000 / _cpu_of_sample(plan)[0]
         rate = Rate(images, f"decoding with {share[1]} cores, as docs/performance.md has it")
@@ -406,6 +423,6 @@ def make_report(
         store = Store(plan.config.output)
         summaries = (read_summary(store, run) for run in list_runs(store)[:3])
         rate = next(filter(None, (measured_rate(plan, summary) for summary in summaries)), None)
-    effort = estimate_effort(plan, statistics, report.bytes, rate, count_workers(machines, workers), share, hours)
+    effort = estimate_effort(plan, statistics, report.bytes, rate, count_workers(machines, workers), share, assumed)
     lacking = machine_warnings(machines, workers, plan.config.output, report.bytes)
-    return replace(report, effort=replace(effort, warnings=[*effort.warnings, *lacking]), hours=hours)
+    return replace(report, effort=replace(effort, warnings=[*effort.warnings, *lacking]), hours=assumed.hours)

@@ -18,6 +18,7 @@ from reinforce.engine.preflight.check_machines import Machine, config_uses, heic
 from reinforce.engine.preflight.estimate import (
     DECODE_MS,
     OWN_MS,
+    Assumed,
     Effort,
     Rate,
     SourceStatistics,
@@ -39,12 +40,12 @@ STATISTICS = SourceStatistics(10_000, 80_000, 100)
 
 @pytest.fixture
 def plan(shards: Callable[..., str], tmp_path: Path) -> Plan:
-    return make_plan(parse_config(config_of(shards(3, 3), tmp_path / "out", estimate={"price": 2.0})))
+    return make_plan(parse_config(config_of(shards(3, 3), tmp_path / "out")))
 
 
-def effort(plan: Plan, rate: float | None = 400.0, gpus: float = 1.0, cpus: int = 12, **options: Any) -> Effort:
+def effort(plan: Plan, rate: float | None = 400.0, gpus: float = 1.0, cpus: int = 12, **assumed: Any) -> Effort:
     given = None if rate is None else Rate(rate, "a test")
-    return estimate_effort(plan, STATISTICS, 5 * 10**9, given, 8, (gpus, cpus), **options)
+    return estimate_effort(plan, STATISTICS, 5 * 10**9, given, 8, (gpus, cpus), Assumed(price=2.0, **assumed))
 
 
 def test_hours_and_cost_follow_from_rate_workers_and_price_and_are_unknown_without_a_rate(plan: Plan) -> None:
@@ -61,6 +62,9 @@ def test_hours_and_cost_follow_from_rate_workers_and_price_and_are_unknown_witho
                  "400 images a second for the models of a worker (a test)",
                  "ms of CPU an image with 2 augmentations"):  # fmt: skip
         assert part in text, text
+    monthly = effort(plan, storage_price=0.02, currency="EUR")
+    assert monthly.storage_cost == pytest.approx(0.02 * 5)
+    assert "  0.10 EUR a month for what is written" in monthly.lines()
     found = effort(plan, rate=None)
     assert (found.hours, found.cost, found.cores) == (None, None, None)
     assert "hours are not known: give --rate" in found.lines()[0]
