@@ -94,7 +94,7 @@ def evaluate(config: StudentConfig, evaluator: Evaluator) -> dict[str, Any]:
     kept = Path(config.output, "rounded.json")
     if kept.exists():
         return dict(json.loads(kept.read_text(encoding="utf-8")))
-    kinds: list[Quantize] = ["int8-weights", "int8"] if config.student.quantize is None else [config.student.quantize]
+    kinds: list[Quantize] = ["int8-weights", "int8"] if config.student.quantize is None else [*config.student.quantize]
     spec = ModelSpec(model=f"local-dir:{config.output}/student")
     found: dict[str, Any] = {}
     clips: dict[str, Any] = {"float32": reparameterize(load_model(spec))}

@@ -26,7 +26,7 @@ class Published(ModelSpec):
 
 
 class PublishedTeacherSpec(Published, TeacherSpec):
-    used = ("columns", "logit_scale", "dtype", "codec", "codec_sample")
+    used = ("columns", "logit_scale", "codec", "codec_sample")
 
     columns: tuple[int, int] | None = Field(
         None,

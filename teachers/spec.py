@@ -214,13 +214,10 @@ class TeacherSpec(ModelSpec):
     logit_scale: float | None = Field(
         None, gt=0, description="1/temperature used in distillation; default: the model's own"
     )
-    dtype: Literal["float16", "float32", "int8"] = Field(
-        "float16", description="data type in which embeddings are stored; the same as `codec`"
-    )
-    codec: str | None = Field(
-        None,
+    codec: str = Field(
+        "float16",
         description="how embeddings are stored: float16, float32, int8, or smaller as in docs/codecs.md: first256, "
-        "pca128, pq96, rq32 and others; default: `dtype`",
+        "pca128, pq96, rq32 and others",
     )
     codec_sample: int = Field(
         32_768,
@@ -248,18 +245,11 @@ class TeacherSpec(ModelSpec):
     def _check_fp8(self) -> TeacherSpec:
         if self.precision == "fp8" and self.fused_attention is False:
             raise ValueError("`precision: fp8` needs attention without copies: remove `fused_attention: false`")
-        if {"dtype", "codec"} <= self.model_fields_set and self.codec is not None:
-            raise ValueError("`codec` and `dtype` are the same: remove `dtype`")
         return self
 
     def finer(self) -> TeacherSpec:
         patches = self.patches and self.patches.picking()
         return self.model_copy(update={"codec": "float16", "patches": patches})
-
-    @property
-    def storage(self) -> str:
-        """Name of the codec in which embeddings are stored."""
-        return self.codec or self.dtype
 
     @property
     def stated(self) -> Mapping[str, Any]:
@@ -280,8 +270,12 @@ class Clean(BaseModel):
     first_sentence: bool = Field(False, description="keep only the first sentence")
     words: int | None = Field(None, ge=1, description="maximum words; longer captions are cut")
     characters: int | None = Field(None, ge=1, description="maximum characters; longer captions are cut between words")
-    drop_repetitive: bool = Field(True, description="drop captions in which a phrase occurs three times in a row")
-    drop_duplicates: bool = Field(True, description="drop repeated captions of an image, ignoring case")
+    drop: tuple[Literal["repetitive", "duplicates"], ...] = Field(
+        ("repetitive", "duplicates"),
+        strict=False,
+        description="repetitive: drop captions in which a phrase occurs three times in a row; duplicates: repeated "
+        "captions of an image, ignoring case",
+    )
 
 
 def check_lengths(spec: _Lengths) -> _Lengths:
@@ -324,9 +318,6 @@ class CaptionerSpec(ModelSpec):
     top_k: int = Field(50, ge=1, description="top_k: number of tokens")
     beams: int = Field(6, ge=2, le=64, description="beams and diverse_beams: number of beams")
     groups: int = Field(3, ge=2, description="diverse_beams: number of groups of equal size")
-    diversity: float = Field(
-        0.5, gt=0, description="diverse_beams: log-probability penalty per beam of an earlier group with the same token"
-    )
     length_penalty: float = Field(
         1.0,
         description="beams and diverse_beams: the score is log-probability / length ** length_penalty; 0 favors short "
@@ -399,30 +390,31 @@ class CaptionerSpec(ModelSpec):
         return self.beams if "beams" in _STRATEGIES[self.strategy] else self.captions
 
     def decoding(self) -> dict[str, Any]:
-        """Options that determine the chosen tokens, as part of the model's identity.
-
-        Options added later appear only where they are used, so that older fingerprints stay valid.
-        """
+        """Options that determine the chosen tokens, as part of the model's identity."""
         used = {field: getattr(self, field) for field in ("captions", *_STRATEGIES[self.strategy], *_LENGTHS)}
+        used |= {"diversity": DIVERSITY} if "groups" in used else {}
         strategy = {} if self.strategy == "nucleus" else {"strategy": self.strategy}
         penalty = {} if self.repetition_penalty == 1 else {"repetition_penalty": self.repetition_penalty}
         return {**used, **strategy, **penalty}
 
 
+#: Log-probability that a token costs a group for each beam of an earlier group that chose it; the middle of the range
+#: that the paper of diverse beams recommends.
+DIVERSITY = 0.5
 #: Fields that apply to some strategies only.
 _STRATEGIES: dict[str, tuple[str, ...]] = {
     "nucleus": ("temperature", "top_p"),
     "top_k": ("temperature", "top_k"),
     "greedy": (),
     "beams": ("beams", "length_penalty"),
-    "diverse_beams": ("beams", "groups", "diversity", "length_penalty"),
+    "diverse_beams": ("beams", "groups", "length_penalty"),
 }
 _LENGTHS = ("min_length", "max_length")
 #: Fields that only chat models use.
 CHAT_FIELDS = ("prompt", "image_size")
 #: All decoding fields; custom classes do not use them.
 DECODING_FIELDS = (
-    *("strategy", "temperature", "top_p", "top_k", "beams", "groups", "diversity", "length_penalty"),
+    *("strategy", "temperature", "top_p", "top_k", "beams", "groups", "length_penalty"),
     *("repetition_penalty", *_LENGTHS, "compile", "graphs", "fused_attention"),
 )
 

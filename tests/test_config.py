@@ -39,7 +39,7 @@ def test_the_default_augmentations_are_those_of_datacompdr() -> None:
             {"teachers": {"t": {"model": "m", "scale": 3}}},
             "teachers.t.scale: unknown key; known keys here: family, model",
         ),
-        ({"input": {"limits": {"pixel": 1}}}, "input.limits.pixel: unknown key; known keys here: image_bytes, pixels"),
+        ({"input": {"limits": {"pixels": 1}}}, "input.limits: must be standard or wide, got {'pixels': 1}"),
         ({"augmentations": {"count": "3"}}, "augmentations.count: Input should be a valid integer, got '3'"),
         ({"augmentations": {"scale": [0.5, 2.0]}}, "augmentations: scale: a crop cannot be larger than the image"),
         ({"workers": {"min": 9, "max": 2}}, "min (9) is above max (2)"),
@@ -217,9 +217,8 @@ def test_the_page_of_names_has_every_name_beside_its_key_and_every_key_exists() 
         assert None not in row.values(), row
         key = row["key"].split(".")
         assert not row["key"] or any(settings.has_key(model, key) for model in models), row
-        if row["library"] != "earlier versions":
-            of_name = [cell for cell in cells if re.search(rf"(?<!\w)(?:__)?{row['name']}(?!\w)", cell[0])]
-            assert any(not row["key"] or re.search(rf"(?<!\w){key[-1]}(?!\w)", cell[-1]) for cell in of_name), row
+        of_name = [cell for cell in cells if re.search(rf"(?<!\w)(?:__)?{row['name']}(?!\w)", cell[0])]
+        assert any(not row["key"] or re.search(rf"(?<!\w){key[-1]}(?!\w)", cell[-1]) for cell in of_name), row
     known = {row["name"] for row in settings.names_elsewhere()}
     flags = re.findall(r"`--([a-z0-9-]+)", "\n".join(rows))
     assert {flag.replace("-", "_") for flag in flags} <= known

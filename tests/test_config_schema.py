@@ -145,7 +145,7 @@ FORMS = [
     ("student", {**STUDENT, "data": {"datasets": ["d"], "captioners": {"coca": 0}}}, False),
     ("student", {**STUDENT, "evaluate": {"zero_shot": {"a b": {"images": "x"}}}}, False),
     ("student", {**STUDENT, "loss": {"lamda": 1}}, False),
-    ("tune", {**TUNE, "scales": {"a": {"from": 1, "to": 9, "count": 3}}, "early_stopping": None}, True),
+    ("tune", {**TUNE, "scales": {"a": {"from": 1, "to": 9, "count": 3}}, "early_stopping": False}, True),
     ("tune", {**TUNE, "scales": {"a": {"from": 1, "to": 9}}}, False),
     ("tune", {**TUNE, "lambda": [0.5, 0.7], "seeds": [0]}, True),
     ("tune", {**TUNE, "lambda": [0.5, 1.7]}, False),

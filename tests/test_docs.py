@@ -23,7 +23,7 @@ from reinforce import settings
 from reinforce.cli.run import model_of
 from reinforce.config import Config
 from reinforce.images.policy import decode
-from reinforce.source.config import Limits
+from reinforce.source.config import LIMITS, Limits
 from reinforce.student.config import StudentConfig
 from reinforce_docs.check import GENERATED
 from reinforce_docs.keys import groups
@@ -287,7 +287,7 @@ def test_a_config_makes_the_layers_that_its_recipe_promises(block: Block, worksp
     shown, base = yaml.safe_load(block.text), yaml.safe_load(Path("my.yaml").read_text(encoding="utf-8"))
     for kind in ("teachers", "captioners"):  # small models in place of the named ones
         model = next(iter(base[kind].values()))
-        shown |= {kind: {name: model | {k: v for k, v in one.items() if k in ("dtype", "captions")}
+        shown |= {kind: {name: model | {k: v for k, v in one.items() if k in ("codec", "captions")}
                          for name, one in shown.get(kind, {}).items()}} if kind in shown else {}  # fmt: skip
     recipe = {**base, **shown, "output": str(tmp_path / "data"), "scores": {}}
     settings.parse(Config, recipe)
@@ -313,9 +313,12 @@ def known_keys() -> set[str]:
 
 
 def test_the_tables_of_limits_and_reasons_are_those_of_the_code() -> None:
-    table = re.findall(r"^\| `(\w+)` \| ([\d,]+)( MiB)? \|", prose("docs/data.md"), flags=re.MULTILINE)
-    listed = {name: float(value.replace(",", "")) * (2**20 if mib else 1) for name, value, mib in table}
-    assert listed == {name: field.default for name, field in Limits.model_fields.items()}
+    cell = r" ([\d,]+)( MiB)? \|"
+    table = re.findall(rf"^\| `(\w+)` \|{cell}{cell}", prose("docs/data.md"), flags=re.MULTILINE)
+    for place, policy in enumerate(LIMITS.values()):
+        values = {name: cells[2 * place : 2 * place + 2] for name, *cells in table}
+        listed = {name: float(value.replace(",", "")) * (2**20 if mib else 1) for name, (value, mib) in values.items()}
+        assert listed == policy.model_dump()
     rows = [line.partition(" | ")[0] for line in prose("docs/bad-data.md").splitlines() if line.startswith("| `")]
     reasons = [reason for cell in rows for reason in re.findall(r"`(\w+)`", cell)]
     assert sorted(reasons) == sorted(reason.value for reason in Reason)

@@ -136,5 +136,5 @@ def test_the_recipe_of_the_labels_has_the_values_of_the_published_generator() ->
     lengths = tuple(defaults[name].default for name in ("min_seq_len", "seq_len"))
     assert (captioner.min_length, captioner.max_length) == lengths
     assert captioner.clean.first_sentence
-    assert not captioner.clean.drop_duplicates
+    assert captioner.clean.drop == ()
     assert [(spec.precision, spec.logit_scale) for spec in config.teachers.values()] == [("fp32", 70), ("fp32", 60)]

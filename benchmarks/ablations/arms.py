@@ -184,13 +184,11 @@ class Study:
     def add_codec_arm(self, label: str) -> Arm:
         """Add the demo's student with the vectors of all teachers stored in one of CODECS."""
         (bits, codec), teachers = CODECS[label], {}
-        key = "dtype" if bits >= 8 else "codec"  # as in results that are stored
         for name, teacher in self.demo.teachers.items():
             config = folder_config(teacher.model or "")
             assert config is not None, name
             dim = config["model_cfg"]["embed_dim"]
-            others = {other: value for other, value in model_mapping(teacher).items() if other != "dtype"}
-            teachers[name] = {**others, key: codec.format(bytes=round(bits * dim / 8))}
+            teachers[name] = {**model_mapping(teacher), "codec": codec.format(bytes=round(bits * dim / 8))}
         name = label if bits >= 8 else f"codec-{bits:g}"
         return self.add_arm(label, name, dataset=self.add_dataset(name, override("teachers", teachers)), x=bits)
 

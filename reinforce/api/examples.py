@@ -312,7 +312,7 @@ def _sources(datasets: Any) -> tuple[Any, dict[str, Any]]:
         return datasets, {}
     source = {"url": datasets.store.url, **({} if datasets.view is None else {"view": datasets.view.name})}
     keys = {section: names for section, names in datasets.models.items() if section in Data.model_fields}
-    return [source], {**keys, "images_from": [*datasets.roots.urls], "limits": datasets.limits}
+    return [source], {**keys, "images_from": [*datasets.roots.urls]}
 
 
 def _models(data: Data) -> dict[str, Sequence[str] | None]:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from reinforce.evaluation.reading import CaptionFields
 from reinforce.evaluation.report import RECALLS
 from reinforce.settings import Accelerated, ImagesFrom, LayerName, Section
-from reinforce.source.config import Format, Limits
+from reinforce.source.config import LIMITS, Format, NamedLimits
 from reinforce.training.config import TrackersOfRun, Training
 from teachers.spec import CaptionerSpec, check_lengths
 
@@ -71,7 +71,7 @@ class Data(Section):
         (0.9, 1.0), strict=False, description="RandomResizedCrop: area of the crop / area of the image"
     )
     threads: int | None = Field(None, ge=1, description="threads that decode held-out images; default: one per core")
-    limits: Limits = Limits()
+    limits: NamedLimits = LIMITS["standard"]
     window: int | None = Field(None, ge=1, description="samples of a stream that are shuffled together; default: 4,096")
     streams: int | None = Field(
         None, ge=1, description="number of streams, a multiple of ranks x workers, the default; see a student's"

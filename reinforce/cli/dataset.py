@@ -158,7 +158,7 @@ def _reports(store: Store, run: str) -> Iterator[RunProgress]:
         progress = read_progress(store, run)
         if progress is None:
             if time.monotonic() - begun > _FIRST_SECONDS:
-                raise UserError(f"run {run} does not report its progress: it has ended, or is of an earlier version.")
+                raise UserError(f"run {run} does not report its progress: it has ended.")
         elif progress.time != seen or progress.silent_for() is not None:
             seen = progress.time
             yield progress

@@ -298,7 +298,6 @@ def export_labels(
     ] = None,
     urls: Annotated[bool, typer.Option("--urls/--no-urls", help="Publish URLs.")] = True,
     license_: Licence = "unknown",
-    images_from: ImagesFrom = None,
     view: ViewName = None,
     address: Address = None,
     no_ray: NoRay = False,
@@ -313,7 +312,7 @@ def export_labels(
 
     result = write(
         dataset, output, layers=split_names(layers), identities=split_names(identities), urls=urls, licence=license_,
-        images_from=images_from or (), view=view, use_ray=not no_ray, address=address,
+        view=view, use_ray=not no_ray, address=address,
     )  # fmt: skip
     print_lines(result.lines())
 

@@ -165,7 +165,7 @@ class LayerFile:
         """Read a row group, or some of its columns. Raises RefusedFile if it is above the bounds or damaged."""
         names = [name for name in self._names if columns is None or name in columns]
         with naming_refused(self._name):
-            if missing := set(columns or ()) - set(names) - {schemas.IMAGE_DIGEST, schemas.TRUE_CAPTIONS}:
+            if missing := set(columns or ()) - set(names) - {schemas.TRUE_CAPTIONS}:
                 raise RefusedFile(f"it has no column {', '.join(sorted(missing))}")
             group = self._row_group(number)
             leaves = self._leaves(group, names)

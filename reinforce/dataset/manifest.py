@@ -215,7 +215,7 @@ class ClassCode:
         section, model: of the model in the config.
         identity: ``class``, ``version`` and options.
         now: hash of the file.
-        recorded: its hashes in dataset.json; none in datasets of earlier versions.
+        recorded: its hashes in dataset.json; none before the first run.
         stored: whether a layer of the model has files.
         computed: whether the run computes a layer of the model.
     """

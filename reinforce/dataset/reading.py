@@ -36,7 +36,7 @@ from reinforce.dataset.sample import ImagePolicies, Sample, Samples, read_sample
 from reinforce.dataset.store import Listing, Store
 from reinforce.dataset.view import View, open_view
 from reinforce.errors import UserError
-from reinforce.images.policy import ReadLimits
+from reinforce.source.config import LIMITS
 from reinforce.source.references import ChangedImages, ImageRoots
 from reinforce.terminal import escape, format_bytes, plural
 from schemas.seeds import Ints
@@ -58,7 +58,6 @@ def open(
     view: str | None = None,
     strict: bool = False,
     images_from: settings.Names = (),  # type: ignore[assignment]
-    limits: Mapping[str, int] | None = None,
     **models: Sequence[str] | None,
 ) -> Dataset:
     """Open the dataset at a folder or fsspec URI with the layers of some teachers and captioners; default: all.
@@ -74,17 +73,16 @@ def open(
     counts them.
 
     If the dataset stores its images by reference, ``images_from`` are the folders or URLs of tars that it may read them
-    from, such as the folder of its ``source``. ``limits`` are ``image_bytes`` and ``pixels`` of
-    ``reinforce.images.policy.ReadLimits``, above which an image is not read.
+    from, such as the folder of its ``source``.
 
     Published labels have no images: ``image`` of their samples is empty, and to decode it raises UserError.
     """
     every: dict[str, Sequence[str] | None] = dict.fromkeys(SECTIONS)
     if unknown := models.keys() - every:
-        known = ", ".join(("view", "strict", "images_from", "limits", *every))
+        known = ", ".join(("view", "strict", "images_from", *every))
         raise UserError(f"open: got an unexpected keyword argument {min(unknown)!r}. It takes: url, {known}.")
     chosen = {**every, **models, "teachers": teachers, "captioners": captioners}
-    return Dataset(url, chosen, view=view, strict=strict, images_from=images_from, limits=limits)
+    return Dataset(url, chosen, view=view, strict=strict, images_from=images_from)
 
 
 class Dataset:
@@ -104,7 +102,6 @@ class Dataset:
         view: the view whose samples these are, None for all.
         store: the dataset's files.
         roots: where images that are stored by reference may be read.
-        limits: bounds on the images that are read.
     """
 
     def __init__(
@@ -115,12 +112,10 @@ class Dataset:
         view: str | None = None,
         strict: bool = False,
         images_from: str | Sequence[str] = (),
-        limits: Mapping[str, int] | None = None,
         images_key: str = 'images_from=["{}"]',
     ) -> None:
         self.store = Store(url)
-        self.limits = settings.parse(ReadLimits, limits or {}, "limits")
-        self.roots = ImageRoots.named(images_from, images_key, self.limits.image_bytes)
+        self.roots = ImageRoots.named(images_from, images_key, LIMITS["wide"].image_bytes)
         self.manifest = read_manifest(self.store)
         models = dict.fromkeys(SECTIONS) if models is None else models
         self.models = {one: select_names(self.store.url, one, models.get(one, []), self.manifest) for one in SECTIONS}
@@ -344,7 +339,7 @@ class Dataset:
 
     @cached_property
     def _policies(self) -> ImagePolicies:
-        return ImagePolicies.from_manifest(self.manifest, self.store.url, self.limits)
+        return ImagePolicies.from_manifest(self.manifest, self.store.url)
 
     def _samples(self, shard: str, tables: Mapping[str, pa.Table], with_images: bool = True) -> Iterator[Sample]:
         try:

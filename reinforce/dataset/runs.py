@@ -373,7 +373,7 @@ def read_summary(store: Storage, run: str) -> dict[str, Any] | None:
 
 
 def read_progress(store: Storage, run: str) -> RunProgress | None:
-    """The progress of a run, None if it has none, as those of earlier versions."""
+    """The progress of a run, None if it has none."""
     found = store.read_json("runs", run, PROGRESS_FILE)
     if found is None:
         return None

@@ -33,7 +33,7 @@ from reinforce.dataset.layers import (
 )
 from reinforce.errors import UserError
 from reinforce.images.backends import BACKENDS, load_backend
-from reinforce.images.policy import IMAGE_POLICIES, ImageRefused, ReadLimits, decode, is_image_policy
+from reinforce.images.policy import IMAGE_POLICIES, ImageRefused, decode, is_image_policy, limits_of_reader
 from reinforce.images.records import Augmentation, Crop, from_records
 from reinforce.source.config import Limits
 from reinforce.source.references import ImageRoots, referenced_images
@@ -62,8 +62,8 @@ class ImagePolicies:
     limits: Limits
 
     @classmethod
-    def from_manifest(cls, manifest: Mapping[str, Any], url: str, bounds: ReadLimits | None = None) -> ImagePolicies:
-        """Read them from a manifest, with its limits lowered to ``bounds``.
+    def from_manifest(cls, manifest: Mapping[str, Any], url: str) -> ImagePolicies:
+        """Read them from a manifest, with its limits as ``limits_of_reader``.
 
         Raises UserError if it does not record them.
         """
@@ -72,7 +72,7 @@ class ImagePolicies:
             image, augmentation = policies["image"], policies["augmentation"]
             if not isinstance(image, str) or not isinstance(augmentation, str):
                 raise TypeError
-            return cls(url, image, augmentation, (bounds or ReadLimits()).applied_to(limits))
+            return cls(url, image, augmentation, limits_of_reader(limits))
         except (KeyError, TypeError, ValidationError) as error:
             raise UserError(f"{url}: dataset.json does not record image policies and limits. Restore it.") from error
 
@@ -161,10 +161,7 @@ class Sample:
 
     def _image_error(self, error: Exception) -> UserError:
         if isinstance(error, ImageRefused) and error.reason is Reason.IMAGE_PIXELS:
-            return UserError(
-                f"{self.policies.url}, key {escape(self.key)}: {error.detail}. If you trust the dataset, open it with "
-                'limits={"pixels": ...}.'
-            )
+            return UserError(f"{self.policies.url}, key {escape(self.key)}: {error.detail}. It is not decoded.")
         return UserError(
             f"{self.policies.url}, key {escape(self.key)}: this is not the image that was augmented ({error}). If "
             "images are kept by reference, restore the tar that was changed. Otherwise drop the samples of its shard "
@@ -336,7 +333,7 @@ def read_samples(
     elif manifest["images"] == "embed":
         images = (row["image"] for row in rows)
     else:
-        digests = [row.get(IMAGE_DIGEST) for row in rows]
+        digests = [row[IMAGE_DIGEST] for row in rows]
         images = referenced_images([row["image_ref"] for row in rows], roots, digests=digests)
     for i, (row, image) in enumerate(zip(rows, images, strict=True)):
         with row_errors(policies.url):

@@ -455,7 +455,7 @@ PROCESS_FILES, PROCESS_BYTES = 4096, 2**30
 STATES = {
     "same": "as when their samples were written",
     "touched": "with another modification time or ETag, but the same size and first 64 KiB",
-    "unknown": "that were not recorded, by an earlier version or because they are images of a folder",
+    "unknown": "that were not recorded, because they are images of a folder",
     "unreadable": "that cannot be read now, which only `images: reference` needs",
     "elsewhere": "outside of the folders of --sources, which were not looked at",
 }

@@ -18,7 +18,7 @@ from reinforce.evaluation.kinds.retrieval import RetrievalSet
 from reinforce.evaluation.kinds.segmentation import SegmentationSet
 from reinforce.evaluation.registry import Suite, SuiteSet, select_sets
 from reinforce.settings import ImagesFrom, OneOrMore, Section, keys_match
-from reinforce.source.config import Limits
+from reinforce.source.config import LIMITS, NamedLimits
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -86,7 +86,7 @@ class Evaluation(Section):
         description="bytes of decoded images kept between evaluations; a set that does not fit is decoded each time",
     )
     images_from: ImagesFrom = None
-    limits: Limits = Field(default=Limits(), description="bounds on images and captions, as in a run's input")
+    limits: NamedLimits = LIMITS["standard"]
 
     @property
     def own_sets(self) -> dict[str, tuple[SetKind, OwnSet]]:

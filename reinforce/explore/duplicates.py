@@ -112,7 +112,7 @@ class Duplicates:
         if self.rule.layer is not None:
             values, valid = neighbours.mean_vectors(group.tables[self.rule.layer])
         else:
-            values, valid = digests(group.tables[SAMPLES], group.shard)
+            values, valid = digests(group.tables[SAMPLES])
         group.codes[group.kept & ~valid] = 2 * self.rule.number + 1
         kept = np.flatnonzero(group.kept)
         records = np.zeros(len(kept), self.buckets.dtype)
@@ -182,15 +182,10 @@ def training_places(
     return [(shards[shard], int(index)) for shard, index in sorted(map(tuple, groups[order[:enough], :2].tolist()))]
 
 
-def digests(samples: pa.Table, shard: str) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
-    """Digest of each image [rows], and whether there is one [rows], of rows of the samples of a shard."""
+def digests(samples: pa.Table) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+    """Digest of each image [rows], and whether there is one [rows], of rows of samples."""
     if "image" in samples.column_names:
         found = np.array([image_digest(image.as_buffer()) for image in samples["image"]], np.uint64)
         return found, np.ones(len(found), np.bool_)
-    if schemas.IMAGE_DIGEST not in samples.column_names:
-        raise UserError(
-            f"{SAMPLES}/{shard}.parquet has no digests of images: an earlier version made it. Make the dataset "
-            "again, or deduplicate by a `teacher`: copies of an image have other crops, so set a `threshold` below 1."
-        )
     column = samples[schemas.IMAGE_DIGEST].combine_chunks()
     return column.fill_null(0).to_numpy(), np.asarray(column.is_valid())

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageFile
-from pydantic import Field
 
 from reinforce.errors import UserError
 from reinforce.images import jpeg
 from reinforce.processes.imports import HEIC_HINT, reads_heic
-from reinforce.settings import Section
-from reinforce.source.config import Limits
+from reinforce.source.config import LIMITS, Limits
 from schemas import Reason
 
 if TYPE_CHECKING:
@@ -62,16 +60,11 @@ _TRANSPOSE_BY_ORIENTATION = {
 }
 
 
-class ReadLimits(Section):
-    """Limits on the images of a dataset that is read; larger ones in its dataset.json do not apply."""
-
-    image_bytes: int = Field(256 * 2**20, ge=1, description="bytes of an encoded image that is stored by reference")
-    pixels: int = Field(178_956_970, ge=1, description="width x height of an image")
-
-    def applied_to(self, recorded: Limits) -> Limits:
-        """The limits of a dataset, lowered to these."""
-        lowered = {name: min(getattr(self, name), getattr(recorded, name)) for name in ("image_bytes", "pixels")}
-        return recorded.model_copy(update=lowered)
+def limits_of_reader(recorded: Limits) -> Limits:
+    """The limits that a dataset records, whoever made it, with those of its images lowered to ``wide`` ones."""
+    most = LIMITS["wide"]
+    lowered = {name: min(getattr(most, name), getattr(recorded, name)) for name in ("image_bytes", "pixels")}
+    return recorded.model_copy(update=lowered)
 
 
 def reads_crops(config: Config) -> bool:

@@ -163,7 +163,7 @@ def _with_models(where: str, config: Config, manifest: Mapping[str, Any], taken:
                     f"{section}.{name} is not the model of {where} ({shown}), and their outputs would be mixed. Give "
                     "it another name, or remove it: samples without labels are null then"
                 )
-            if section == "teachers" and spec.storage != entry["dtype"]:
+            if section == "teachers" and spec.codec != entry["dtype"]:
                 raise UserError(f"{section}.{name}.codec: set {entry['dtype']}, as {where} has it")
             continue
         if section == "captioners":  # a model that only labels have

@@ -155,7 +155,7 @@ def _rows(export: ShardExport, shard: str) -> Iterator[tuple[str, dict[str, Any]
             if export.reads_images and export.images == "embed":
                 images = iter([row["image"] for row in rows])
             elif export.reads_images:
-                digests = [row.get(IMAGE_DIGEST) for row in rows]
+                digests = [row[IMAGE_DIGEST] for row in rows]
                 images = referenced_images([row["image_ref"] for row in rows], export.source.roots, digests=digests)
             for index, row in enumerate(rows):
                 values = {name: array[index] for name, array in arrays.items()}

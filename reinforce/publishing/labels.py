@@ -41,10 +41,9 @@ from reinforce.publishing.shards import (
     public_url,
     without_paths,
 )
-from reinforce.source.references import image_digest, referenced_images
 from reinforce.storage import as_seen_by_workers
 from reinforce.terminal import escape, format_bytes, plural
-from schemas import IMAGE_DIGEST, TRUE_CAPTIONS, Reason
+from schemas import TRUE_CAPTIONS, Reason
 
 _PUBLIC = {"uid": public_text, "sha256": public_text, "url": public_url}
 
@@ -81,13 +80,10 @@ def export_shard(export: LabelsExport, shard: str) -> ShardLabels:
     layers = [layer for layer in export.layers if layer.name in wanted]
     fingerprints = {SAMPLES: export.layers[0].fingerprint} | {layer.name: layer.fingerprint for layer in layers}
     source = replace(export.source, fingerprints=fingerprints)
-    # Images are read only where the digests are computed from them.
     with store.open_layer(SAMPLES, shard, whole=False) as file:
         stored = file.metadata.schema.to_arrow_schema().names
     columns = ["key", "caption", TRUE_CAPTIONS, "width", "height", "augmentations"]
     columns += columns_of_identities(stored, images=DIGEST in export.identities)
-    if DIGEST in export.identities and IMAGE_DIGEST not in stored and source.roots.urls:
-        columns.append("image_ref")
     columns = [name for name in columns if name in stored]
     with source.open(shard, columns) as opened, contextlib.ExitStack() as stack:
         writers = {
@@ -127,9 +123,6 @@ def _labels(export: LabelsExport, store: Store, shard: str, table: pa.Table, wri
             "published. Make the dataset with keys from another column, by `input.key`."
         )
     stated = identities(table)
-    if DIGEST in export.identities and DIGEST not in stated and "image_ref" in table.column_names:
-        images = referenced_images(table["image_ref"].to_pylist(), export.source.roots)
-        stated[DIGEST] = pa.array(map(image_digest, images), pa.uint64())
     for kind, column in COLUMNS.items():
         type_ = pa.uint64() if kind == DIGEST else pa.string()
         values = stated.get(kind) if kind in export.identities else None
@@ -196,7 +189,6 @@ def export_labels(
     identities: Sequence[str] | None = None,
     urls: bool = True,
     licence: str = "unknown",
-    images_from: Sequence[str] = (),
     view: str | None = None,
     use_ray: bool = True,
     address: str | None = None,
@@ -205,7 +197,6 @@ def export_labels(
 
     ``layers`` are names of layers or folders of these, with ``*``; default: all. What a layer is computed from is
     published with it. ``identities`` are kinds of ``COLUMNS``, default: all, without ``urls`` all but URLs.
-    ``images_from`` is that of ``reinforce.open``: where images by reference may be read whose digests are not stored.
     With ``view``, only the samples that it keeps are published.
     """
     for name in identities or ():
@@ -213,13 +204,13 @@ def export_labels(
             raise UserError(f"--identities: there is no {name!r}; there are: {', '.join(COLUMNS)}.")
     stated = [*COLUMNS] if identities is None else identities
     kinds = tuple(kind for kind in COLUMNS if kind in stated and (urls or kind != "url"))
-    whole = Dataset(url, view=view, images_from=images_from, images_key="--images-from {}")
+    whole = Dataset(url, view=view)
     wanted = _chosen(whole, layers)
     data = whole
     if layers is not None:  # so that only these layers decide which shards are complete
         owners = {stored_layer(name, whole.manifest["layers"][name]).owner for name in wanted}
         models = {section: [name for name in of if (section, name) in owners] for section, of in whole.models.items()}
-        data = Dataset(url, models, view=view, images_from=images_from, images_key="--images-from {}")
+        data = Dataset(url, models, view=view)
     names = [name for name in data.layers if name in wanted]
     store, out = Store(as_seen_by_workers(url)), Store(as_seen_by_workers(output))
     check_output(store, out)
@@ -262,18 +253,12 @@ def export_labels(
     result.repeated = {kind: count for kind, count in found.repeated.items() if kind in COLUMNS}
     result.rows = sum(map(sum, found.groups))
     result.bytes = sum(listing.total_bytes for listing in out.listings(names).values())
-    result.notes += _notes(result, data, kinds, manifest)
+    result.notes += _notes(result, manifest)
     return result
 
 
-def _notes(result: ExportedLabels, data: Dataset, kinds: Sequence[str], manifest: Mapping[str, Any]) -> list[str]:
+def _notes(result: ExportedLabels, manifest: Mapping[str, Any]) -> list[str]:
     notes = []
-    lacking = result.rows - result.identities.get(DIGEST, 0)
-    if DIGEST in kinds and lacking and data.manifest["images"] == "reference":
-        notes.append(
-            f"{plural(lacking, 'sample')} without a digest: earlier versions stored none. Name the folder of the tars "
-            "by --images-from, in a new folder, and they are computed"
-        )
     if not result.identities:
         notes.append("no sample states what its image is: others can join these labels by key alone, without proof")
     several = mapping_at(manifest, "layers", SAMPLES).get("count", 1)

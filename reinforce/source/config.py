@@ -6,12 +6,12 @@ Where a folder has files of several formats, the first of them is read.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
 from reinforce.errors import UserError
-from reinforce.settings import LAYER_NAME, OneOrMore, Section
+from reinforce.settings import LAYER_NAME, InSchema, OneOrMore, Section
 
 MODULES = {
     "tar": "reinforce.source.formats.tar",
@@ -36,23 +36,65 @@ else:
 
 
 class Limits(Section):
-    """Limits on samples. Samples, or parts of samples, above a limit are quarantined; captions are cut."""
+    """Limits on samples. Samples, or parts of samples, above a limit are quarantined; captions are cut.
 
-    image_bytes: int = Field(64 * 2**20, ge=1, description="bytes of an encoded image")
-    pixels: int = Field(
-        89_478_485, ge=1, description="width x height of an image, checked against its header before decoding"
-    )
-    aspect: float = Field(50.0, ge=1, description="aspect ratio of an image: longer side / shorter side")
-    scans: int = Field(
-        500, ge=1, description="scans of a progressive JPEG; ten are usual, and each takes time to decode"
-    )
-    caption_chars: int = Field(2_000, ge=1, description="characters of a caption; longer captions are cut")
-    sidecar_bytes: int = Field(
-        2**20, ge=1, description="bytes of a caption or json member; larger members are not read"
-    )
-    members: int = Field(64, ge=1, description="members of a sample; further members are not read")
-    key_chars: int = Field(1_000, ge=1, description="characters of a key")
-    shard_samples: int = Field(1_000_000, ge=1, description="samples of a shard; the rest of the shard is not read")
+    Attributes:
+        image_bytes: bytes of an encoded image.
+        pixels: width x height of an image, checked against its header before decoding.
+        aspect: aspect ratio of an image: longer side / shorter side.
+        scans: scans of a progressive JPEG; ten are usual, and each takes time to decode.
+        caption_chars: characters of a caption; longer captions are cut.
+        sidecar_bytes: bytes of a caption or json member; larger members are not read.
+        members: members of a sample; further members are not read.
+        key_chars: characters of a key.
+        shard_samples: samples of a shard; the rest of the shard is not read.
+    """
+
+    image_bytes: int = Field(64 * 2**20, ge=1)
+    pixels: int = Field(89_478_485, ge=1)
+    aspect: float = Field(50.0, ge=1)
+    scans: int = Field(500, ge=1)
+    caption_chars: int = Field(2_000, ge=1)
+    sidecar_bytes: int = Field(2**20, ge=1)
+    members: int = Field(64, ge=1)
+    key_chars: int = Field(1_000, ge=1)
+    shard_samples: int = Field(1_000_000, ge=1)
+
+
+#: The limits that a config names. What ``wide`` allows costs a worker up to a gigabyte for one image.
+LIMITS = {
+    "standard": Limits(),
+    "wide": Limits(
+        image_bytes=256 * 2**20,
+        pixels=178_956_970,
+        aspect=1_000.0,
+        caption_chars=20_000,
+        sidecar_bytes=64 * 2**20,
+        members=1_024,
+    ),
+}
+
+
+def _limits_by_name(value: object) -> object:
+    if isinstance(value, Limits):
+        return value
+    if not isinstance(value, str) or value not in LIMITS:
+        raise ValueError(f"must be {' or '.join(LIMITS)}, got {value!r}")
+    return LIMITS[value]
+
+
+def _name_of_limits(limits: Limits) -> Any:
+    return next((name for name, known in LIMITS.items() if known == limits), limits.model_dump())
+
+
+#: The limits of a section of a config, by their name.
+NamedLimits = Annotated[
+    Limits,
+    BeforeValidator(_limits_by_name),
+    PlainSerializer(_name_of_limits),
+    Field(description="bounds on a sample: standard, the default, or wide, for larger images and longer captions"),
+    InSchema(lambda _: {"enum": [*LIMITS], "type": "string"}),
+]
 
 
 def _check_template(text: str) -> str:
@@ -115,7 +157,7 @@ class Input(Section):
         description="view of the dataset in `source` (see `reinforce select`) whose samples are read, or "
         "NAME@FINGERPRINT for that state of it; default: all samples",
     )
-    limits: Limits = Limits()
+    limits: NamedLimits = LIMITS["standard"]
     reduce_to: int | None = Field(
         None,
         ge=8,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -12,7 +12,6 @@ from pydantic import (
 )
 
 from reinforce.evaluation.config import Evaluation
-from reinforce.images.policy import ReadLimits
 from reinforce.settings import Accelerated, ImagesFrom, InSchema, Named, OneOrMore, Section, either
 from reinforce.training.config import TrackersOfRun, Training
 from teachers.backbone_spec import BackboneSpec
@@ -89,14 +88,12 @@ class DenseLoss(TeacherTerm):
     stage: int = Field(
         -1, description="stage or block of the image tower whose output is the map, from the end if negative"
     )
-    cosine: float = Field(0.9, ge=0, description="weight of 1 - cosine of each patch")
-    smooth_l1: float = Field(0.1, ge=0, description="weight of the smooth L1 distance of each number")
-
-    @model_validator(mode="after")
-    def _some_distance(self) -> DenseLoss:
-        if not self.cosine + self.smooth_l1:
-            raise ValueError("`cosine` and `smooth_l1` are both 0, so nothing would be learnt; set one")
-        return self
+    cosine: float = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description="share of 1 - cosine of each patch; the rest is the smooth L1 distance of each number",
+    )
 
 
 class FeatureLoss(Section):
@@ -296,9 +293,6 @@ class Data(Section):
         "syn_* stands for each whose name begins so",
     )
     images_from: ImagesFrom = None
-    limits: ReadLimits | None = Field(
-        None, description="bounds on images, instead of those that a dataset records; default: those of `ReadLimits`"
-    )
     captions: Literal["both", "mixed", "none"] = Field(
         "both",
         description="`both`: a true and a synthetic caption per example; `mixed`: one of them, see `synthetic`; "
@@ -362,8 +356,15 @@ class Data(Section):
 
 BatchNorm = Literal["train", "keep", "merge"]
 Quantize = Literal["int8-weights", "int8"]
-#: Share of the steps that train with fake quantisation, unless `student.quantize_share` says otherwise.
+#: Share of the steps that train with fake quantisation, unless `student.quantize` has another share.
 QUANTIZE_SHARE = 0.2
+#: How a student is quantised, with the share of the steps; a config may have the name alone.
+QuantizeShare = Annotated[
+    dict[Quantize, Annotated[float, Field(gt=0, le=1)]],
+    Field(max_length=1),
+    BeforeValidator(lambda value: {value: QUANTIZE_SHARE} if isinstance(value, str) else value),
+    InSchema(lambda shares: either({"enum": [*get_args(Quantize)]}, shares)),
+]
 
 
 class TextTower(Section):
@@ -431,16 +432,11 @@ class Student(Section):
     image_size: int | None = Field(
         None, ge=16, description="side of its square images in pixels; default: as in the model's config"
     )
-    quantize: Quantize | None = Field(
+    quantize: QuantizeShare | None = Field(
         None,
         description="train the last part with weights rounded to int8 (`int8-weights`), or inputs of layers as well "
-        "(`int8`), so that an int8 export keeps its accuracy; the result is in float32",
-    )
-    quantize_share: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description=f"share of the steps, the last ones, that `quantize` is for; default: {QUANTIZE_SHARE}",
+        "(`int8`), so that an int8 export keeps its accuracy; the result is in float32. {int8: 1.0}: with the share of "
+        f"the steps, the last ones, that it is for; default: {QUANTIZE_SHARE}",
     )
 
     @field_validator("freeze", mode="before")
@@ -480,8 +476,6 @@ class Student(Section):
         given = [key for key in ("freeze", "text", "dim") if getattr(self, key)]
         if given and self.images_alone:
             raise ValueError(f"`{given[0]}` is for models of open_clip, which have two towers; remove it")
-        if self.quantize_share is not None and self.quantize is None:
-            raise ValueError("`quantize_share` needs `quantize`: set it to int8-weights or int8, or remove the share")
         return self
 
 
@@ -536,10 +530,10 @@ class StudentConfig(Section):
             raise ValueError(
                 f"data.images: none reads stored vectors of texts alone: remove {', '.join(loss.of_images)}"
             )
-        if student.quantize is not None and student.quantize_share != 1 and self.evaluate.export == "best":
+        if self.evaluate.export == "best" and any(share < 1 for share in (student.quantize or {}).values()):
             raise ValueError(
                 "with `student.quantize`, `evaluate.export: best` may choose a step before the weights were rounded; "
-                "set it to last, or `student.quantize_share` to 1"
+                "set it to last, or the share of `student.quantize` to 1"
             )
         return self
 

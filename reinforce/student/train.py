@@ -21,7 +21,7 @@ from reinforce.images.device import augment
 from reinforce.processes.cores import available_cores
 from reinforce.storage import Storage
 from reinforce.student import online
-from reinforce.student.config import QUANTIZE_SHARE, StudentConfig
+from reinforce.student.config import StudentConfig
 from reinforce.student.data.feed import StudentFeed
 from reinforce.student.layers import batch_norms
 from reinforce.student.model import Student, build_student, export, load_tokenizer
@@ -54,7 +54,7 @@ from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec
 
 #: Keys that may change when a training run resumes: how fast it reads.
-_READING = ("data.workers", "data.prefetch", "data.images_from", "data.limits")
+_READING = ("data.workers", "data.prefetch", "data.images_from")
 
 
 def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str | None = None) -> Results:
@@ -91,7 +91,7 @@ def _evaluates_start(config: StudentConfig) -> bool:
     Not if the best step is exported and must have been trained with rounded values.
     """
     spec, sets = config.student, config.evaluate
-    if not (sets.own_sets or sets.suite) or (spec.quantize is not None and sets.export == "best"):
+    if not (sets.own_sets or sets.suite) or (spec.quantize and sets.export == "best"):
         return False
     try:
         if spec.images_alone:
@@ -199,12 +199,12 @@ class StudentTask(Task):
             )
 
     def begin_step(self, step: int, steps: int) -> str | None:
-        """Train with rounded values in the last ``student.quantize_share`` of the steps, at least in one."""
-        kind, share = self._config.student.quantize, self._config.student.quantize_share or QUANTIZE_SHARE
-        if kind is None or kind == self.model.quantized or step < steps - max(1, round(share * steps)):
-            return None
-        self.model.quantize(kind)
-        return f"step {step + 1:,} and later ones train with {kind}, and keep their batch statistics"
+        """Train with rounded values in the share of the steps of ``student.quantize``, at least in the last one."""
+        for kind, share in (self._config.student.quantize or {}).items():
+            if kind != self.model.quantized and step >= steps - max(1, round(share * steps)):
+                self.model.quantize(kind)
+                return f"step {step + 1:,} and later ones train with {kind}, and keep their batch statistics"
+        return None
 
     def prepare(self, batch: Batch) -> Batch:
         """Keep images, tokens and targets; add the targets of online teachers, and augment what the loaders left to do.

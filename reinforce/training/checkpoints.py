@@ -358,7 +358,7 @@ def describe_length(before: Progress, steps: int, optimizer: Optimizer) -> list[
     return [
         f"the training has {steps:,} steps now and had {before.steps:,} at the last checkpoint, so its learning rate "
         f"decays otherwise: it was {last:.3g} in step {before.step:,} and is {following:.3g} in the next one. What "
-        "else depends on the length, such as student.quantize_share, follows the new one, too"
+        "else depends on the length, such as the part of student.quantize, follows the new one, too"
     ]
 
 

@@ -199,16 +199,17 @@ def cooldown_start(steps: int, share: float) -> int:
 
 
 class Wandb(Section):
-    """A run of Weights & Biases; WANDB_API_KEY or `wandb login` gives access."""
+    """A run of Weights & Biases; WANDB_API_KEY or `wandb login` gives access.
+
+    The package reads WANDB_ENTITY and WANDB_DIR where the training runs, as it reads the key.
+    """
 
     project: str = Field("reinforce", min_length=1, description="project that the run belongs to")
     name: str | None = Field(None, min_length=1, description="name of the run; default: that of the output folder")
-    entity: str | None = Field(None, description="user or team; default: that of the account")
     tags: list[str] = Field(default_factory=list, description="tags of the run")
     mode: Literal["online", "offline"] = Field(
-        "online", description="offline: write to `folder`, to be sent later by `wandb sync`"
+        "online", description="offline: write to WANDB_DIR, to be sent later by `wandb sync`"
     )
-    folder: str | None = Field(None, description="folder for files of the package; default: WANDB_DIR, else ./wandb")
 
 
 class Mlflow(Section):

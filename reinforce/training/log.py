@@ -189,8 +189,8 @@ def _open_wandb(section: Wandb, run: str, title: str, config: Mapping[str, Any])
     import wandb
 
     begun = wandb.init(
-        project=section.project, entity=section.entity, name=title, tags=section.tags or None, id=run,
-        resume="allow", mode=section.mode, config=dict(config), dir=section.folder, reinit="create_new",
+        project=section.project, name=title, tags=section.tags or None, id=run, resume="allow", mode=section.mode,
+        config=dict(config), reinit="create_new",
         settings=wandb.Settings(console="off", silent=True, init_timeout=60),
     )  # fmt: skip
     begun.define_metric("*", step_metric="step")  # steps that are repeated after a crash are not refused

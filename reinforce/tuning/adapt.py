@@ -253,7 +253,7 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
         specs = {RELEASED: released, "trained": found_models[trained]}
         mixtures = Mixtures(specs, out, sets, precision=training.train.compute.precision)
         rule = adapt_config.rule_of(config, domain, division.unequal)
-        found = sweep(mixtures, specs, out, rule, config.alphas or GRID, log)
+        found = sweep(mixtures, specs, out, rule, GRID, log)
     held_out_sets = {name: HeldOut(sets, name) for name in (CLASSES, CAPTIONS) if name in sets.own_sets}
     answers = {
         point.alpha: _answers(mixtures, shares(found.models, point.alpha), held_out_sets) for point in found.points
@@ -352,7 +352,7 @@ def _log_estimate(config: AdaptConfig, plan: Any, student: Student, general: int
     if statistics is None:
         return
     images = round(statistics.rows * len(plan.pending))
-    crops, shares = plan.config.augmentations.count, len(config.alphas or GRID)
+    crops, shares = plan.config.augmentations.count, len(GRID)
     log(
         f"about {plural(images, 'image')}, {crops} crops of each for {plural(teachers, 'teacher')}; then training, "
         f"and evaluation of {plural(shares, 'share')} of its weights, with {plural(general, 'general image')}"

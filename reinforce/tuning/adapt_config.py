@@ -56,9 +56,6 @@ class AdaptConfig(Section):
         0.95, gt=0, le=1, description="cosine of the released model's vectors from which two images are near copies"
     )
     allow: float = Field(0.5, ge=0, description="points (%) that the mean of the general metrics may lose")
-    alphas: list[float] | None = Field(
-        None, min_length=1, description="shares of the trained weights to evaluate; default: 0, 0.1, ... 1"
-    )
     teachers: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="teachers besides the released model, as in a run's config"
     )
@@ -87,8 +84,6 @@ class AdaptConfig(Section):
         for sets in (self.general.zero_shot, self.general.retrieval):
             if DOMAIN in sets:
                 raise ValueError(f"general: {DOMAIN!r} is the name of the held-out images; choose another")
-        if any(not 0 <= alpha <= 1 for alpha in self.alphas or ()):
-            raise ValueError("alphas: a share is between 0 and 1")
         return self
 
 

@@ -42,7 +42,7 @@ from reinforce.tuning.results import (
     make_rows,
 )
 from reinforce.tuning.screening import TeacherScreening, screen
-from reinforce.tuning.search import Search
+from reinforce.tuning.search import Search, first_rung
 from teachers.redact import redact
 from teachers.runtime.accelerator import Accelerator
 
@@ -142,11 +142,11 @@ def check_config(config: TuneConfig) -> CheckedConfig:
     first = next(iter(scale_settings(config) or lambda_settings(config, current_scales)))
     _, feed = build(base.trial_config(Trial(first, config.seeds[0])), Accelerator("cpu"))
     steps = total_steps(short.train, feed.samples, 1)
-    early, every = config.early_stopping, short.evaluate.every
-    if early is not None and (every is None or every >= steps):
+    every = short.evaluate.every
+    if config.early_stopping and (every is None or every >= steps):
         raise UserError(
             f"config {base.origin}: a trial of {steps:,} steps is only evaluated at its end, so it cannot be stopped "
-            f"early. Set evaluate.every to {max(1, round(early.grace * steps))} in `trial`, or `early_stopping: null`."
+            f"early. Set evaluate.every to {first_rung(steps)} in `trial`, or `early_stopping: false`."
         )
     return CheckedConfig(base, steps, metric, current_scales, origins)
 
@@ -274,7 +274,7 @@ def _run_stage(base: BaseStudent, search: Search, settings: list[Setting]) -> di
     config = base.config
     if not settings:
         return {}
-    if config.early_stopping is None:
+    if not config.early_stopping:
         return run(settings, config.seeds, stop_early=False)
     first, *others = config.seeds
     outcomes = run(settings, [first], stop_early=True)

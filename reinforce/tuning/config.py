@@ -48,19 +48,6 @@ Scale = Annotated[float, Field(gt=0)]
 Scales = Annotated[list[Scale], BeforeValidator(_expand_grid), InSchema(lambda values: either(values, _GRID))]
 
 
-class EarlyStopping(Section):
-    """ASHA (arXiv 1810.05934): a trial continues past a rung if it is among the best there so far.
-
-    ASHA applies to the trials of the first seed. The settings that it does not stop are then trained to the end with
-    every seed, and so are the neighbours of the best, because the plateau cannot be measured without them.
-    """
-
-    grace: float = Field(0.3, gt=0, lt=1, description="the first rung, as a share of a trial's steps")
-    reduction: float = Field(
-        2.0, gt=1, description="1 / the share of trials that continue past a rung, and the ratio of steps between rungs"
-    )
-
-
 class Screening(Section):
     """Measures of the scales from stored embeddings, without training."""
 
@@ -98,14 +85,8 @@ class TuneConfig(Section):
         [0, 1, 2], min_length=1, description="seeds with which each setting is trained"
     )
     metric: str | None = Field(None, description="metric to maximize; default: the student's evaluate.best")
-    early_stopping: EarlyStopping | None = Field(
-        EarlyStopping(), description="ends trials that fall behind (ASHA); null: every trial is trained to the end"
-    )
-    concurrent: int | None = Field(
-        None,
-        ge=1,
-        description="trials at a time; default: as many as the cluster can hold; without `train.compute.cpus`, they "
-        "share its cores",
+    early_stopping: bool = Field(
+        True, description="end trials that fall behind (ASHA); false: every trial is trained to the end"
     )
     screening: Screening = Screening()
 

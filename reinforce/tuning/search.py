@@ -37,7 +37,15 @@ from reinforce.tuning.results import Outcome, begin_trial, mark_stopped, read_ou
 
 _RAY = ".ray"
 _LOCK_SECONDS = 60.0  # how long the trials of a killed search may keep their locks
+#: ASHA (arXiv 1810.05834): a trial continues past a rung if it is among the best half there so far, and has twice the
+#: steps at the next one. The first rung is at three tenths of the steps, when a warm-up is over.
+_GRACE, _REDUCTION = 0.3, 2.0
 _STEP, _VALUE, _ERROR = "step", "value", "trial_error"  # keys of the results that trials report to Tune
+
+
+def first_rung(steps: int) -> int:
+    """The step of a trial of so many at which ASHA compares it first."""
+    return max(1, round(_GRACE * steps))
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Search:
         scheduler = _Scheduler(self, trials, stop_early)
         for trial, outcome in outcomes.items():
             scheduler.replay(trial, outcome)
-        if not stop_early or self.config.early_stopping is None:
+        if not (stop_early and self.config.early_stopping):
             # a trial that was stopped under another config continues
             open_ = [trial for trial, outcome in outcomes.items() if outcome.state != "finished"]
         else:
@@ -94,10 +102,9 @@ class Search:
         configs = {name: with_accelerator(config) for name, config in configs.items()}
         training = next(iter(configs.values())).train
         # By default trials share the cores of the cluster; a trial of one core wastes least.
-        at_once = min(trials, self.config.concurrent or trials)
-        each = reserve(training.compute, at_once)
+        each = reserve(training.compute, trials)
         check_capacity(each, can_grow=True)
-        at_once = min(at_once, capacity(live_resources(), each.cpus, each.gpus))
+        at_once = min(trials, capacity(live_resources(), each.cpus, each.gpus))
         self.screen.log(f"{plural(at_once, 'trial')} at a time, {each} each")
         run = partial(_run_trial, folder=os.getcwd(), metric=self.metric, each=each)
         work = tune.with_parameters(run, configs=configs)
@@ -109,7 +116,6 @@ class Search:
                 param_space={"name": tune.grid_search(list(configs))},
                 tune_config=tune.TuneConfig(
                     scheduler=scheduler,
-                    max_concurrent_trials=self.config.concurrent,
                     reuse_actors=True,  # importing the libraries takes longer than a short trial
                 ),
                 run_config=tune.RunConfig(
@@ -155,16 +161,15 @@ class _Scheduler(FIFOScheduler):
         self._configs = {trial.name: config for trial, config in trials.items()}
         self._curves = {trial.name: trial.setting.curve for trial in trials}
         self._schedulers: dict[str, ASHAScheduler] = {}
-        early = search.config.early_stopping
-        if stop_early and early is not None:
+        if stop_early and search.config.early_stopping:
             for curve in dict.fromkeys(self._curves.values()):
                 self._schedulers[curve] = ASHAScheduler(
                     time_attr=_STEP,
                     metric=_VALUE,
                     mode="max",
                     max_t=search.steps,
-                    grace_period=max(1, round(early.grace * search.steps)),
-                    reduction_factor=early.reduction,
+                    grace_period=first_rung(search.steps),
+                    reduction_factor=_REDUCTION,
                     stop_last_trials=False,
                 )
         for name, curve in self._curves.items():

@@ -14,7 +14,7 @@ import torch
 from teachers.decoding.device_sampling import DeviceDecoder, DeviceSampler
 from teachers.decoding.sampling import Decoder, DecodingRules, TokenChooser, compact, uniforms
 from teachers.runtime.accelerator import Accelerator, upload
-from teachers.spec import CaptionerSpec
+from teachers.spec import DIVERSITY, CaptionerSpec
 
 Tensor = torch.Tensor
 
@@ -181,7 +181,7 @@ def decode(
     """
     images, captions = seeds.shape[:2]
     if spec.strategy in BEAMS:
-        groups, diversity = (spec.groups, spec.diversity) if spec.strategy == "diverse_beams" else (1, 0.0)
+        groups, diversity = (spec.groups, DIVERSITY) if spec.strategy == "diverse_beams" else (1, 0.0)
         options = BeamOptions(spec.beams, groups, diversity, spec.length_penalty)
         texts = beam_search(decoder, rules, images, captions, options)
     else:

@@ -29,8 +29,11 @@ _TRAILING = " ,;:-–—(\"'"
 
 
 def cleaning_identity(rules: Clean | None) -> dict[str, Any]:
-    """Part of a captioner's identity; empty without rules, so that captions made before they existed stay valid."""
-    return {"clean": {"policy": POLICY, **rules.model_dump()}} if rules else {}
+    """Part of a captioner's identity; empty without rules."""
+    if rules is None:
+        return {}
+    dropped = {f"drop_{what}": what in rules.drop for what in ("repetitive", "duplicates")}
+    return {"clean": {"policy": POLICY, **rules.model_dump(exclude={"drop"}), **dropped}}
 
 
 def clean(captions: Sequence[str], rules: Clean) -> tuple[list[str] | None, Counter[str]]:
@@ -46,9 +49,9 @@ def clean(captions: Sequence[str], rules: Clean) -> tuple[list[str] | None, Coun
         same = short.casefold().rstrip(" .!?")
         if not short:
             reason = "empty"
-        elif rules.drop_repetitive and is_repetitive(short):
+        elif "repetitive" in rules.drop and is_repetitive(short):
             reason = "repetitive"
-        elif rules.drop_duplicates and same in seen:
+        elif "duplicates" in rules.drop and same in seen:
             reason = "duplicate"
         else:
             kept.append(short)

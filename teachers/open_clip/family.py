@@ -106,7 +106,7 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
         else:
             identity["pretrained"] = catalog.canonical_tag(pretrained)
     if changed := catalog.changed_preprocess(model, pretrained, stated_preprocess(spec)):
-        identity["preprocess"] = changed  # absent without changes, so that older fingerprints stay valid
+        identity["preprocess"] = changed
     return identity
 
 

@@ -36,7 +36,7 @@ from PIL import Image
 
 from teachers.protocols import ImageSpec, NoCaptions, ServerUnavailable
 from teachers.redact import REDACTED, redact
-from teachers.server.family import ServerCaptionerSpec
+from teachers.server.family import QUALITY, ServerCaptionerSpec
 from teachers.spec import CAPTION
 
 if TYPE_CHECKING:
@@ -263,14 +263,14 @@ class ServerCaptioner:
         self.captions = spec.captions
         self.reads_captions = spec.sees is not None
         self.image = ImageSpec(spec.side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), resize="squash")
-        self._spec, self._key, self._quality = spec, key, spec.quality
+        self._spec, self._key = spec, key
         self._servers = Servers(name, [Server(url, self._client(url)) for url in spec.addresses], spec.wait or _WAIT)
         self._threads = ThreadPoolExecutor(spec.concurrency or _CONCURRENCY, thread_name_prefix="captions")
         fields = spec.sampling()
         # What the protocol does not have goes into the body as it is.
         self._body = {**spec.options, **({"top_k": fields.pop("top_k")} if "top_k" in fields else {})}
         self._fields = {**fields, "model": spec.model}
-        self._plain = Request(_data_url(np.full((spec.side, spec.side, 3), 127, np.uint8), self._quality), _PLAIN)
+        self._plain = Request(_data_url(np.full((spec.side, spec.side, 3), 127, np.uint8), QUALITY), _PLAIN)
 
     def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str] | NoCaptions]:
         """RGB [B, 3, H, W] in 0 to 1, uint64 seeds [B, captions] -> captions of each image, or why it has none."""
@@ -291,7 +291,7 @@ class ServerCaptioner:
                 if caption is None:
                     futures.append(NoCaptions("the sample has no true caption"))
                     continue
-                request = Request(_data_url(image, self._quality), caption)
+                request = Request(_data_url(image, QUALITY), caption)
                 futures.append([self._threads.submit(self._ask, request, int(seed)) for seed in seeds])
             captions: list[list[str] | NoCaptions] = []
             for row in futures:

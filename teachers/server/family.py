@@ -25,7 +25,8 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 #: Fields of a request that other options set.
 _RESERVED = ("model", "messages", "max_tokens", "temperature", "top_p", "top_k", "seed", "n", "stream")
 _SIDE = 448  # pixels
-_QUALITY = 90
+#: Quality of the JPEGs that are sent. Captions depend on it, so it is one for all datasets.
+QUALITY = 90
 
 
 class ServerCaptionerSpec(CaptionReaderSpec):
@@ -36,9 +37,6 @@ class ServerCaptionerSpec(CaptionReaderSpec):
         None, description="openai: address of the server, such as http://HOST:8000/v1, or a list of equal servers"
     )
     api_key_env: str | None = Field(None, description="openai: environment variable that holds the API key")
-    image_quality: int | None = Field(
-        None, ge=1, le=100, description="openai: quality of the JPEG that is sent; default: 90"
-    )
     concurrency: int | None = Field(
         None, ge=1, le=1024, description="openai: requests of a worker under way at a time; default: 32"
     )
@@ -61,11 +59,6 @@ class ServerCaptionerSpec(CaptionReaderSpec):
     def side(self) -> int:
         """Side in pixels of the images that are sent."""
         return self.image_size or _SIDE
-
-    @property
-    def quality(self) -> int:
-        """Quality of their JPEGs."""
-        return self.image_quality or _QUALITY
 
     def sampling(self) -> dict[str, Any]:
         """Sampling fields of a request. ``top_k`` is not part of OpenAI's protocol; vLLM, SGLang and others take it."""
@@ -91,10 +84,10 @@ class ServerCaptionerSpec(CaptionReaderSpec):
             "captions": self.captions,
             "sampling": self.sampling(),
             "options": redact_values(self.options),
-            "image": {"format": "jpeg", "size": self.side, "quality": self.quality},
+            "image": {"format": "jpeg", "size": self.side, "quality": QUALITY},
             "repeatable": False,
             **cleaning_identity(self.clean),
-            **({"sees": self.sees} if self.sees else {}),  # absent without it, so that older fingerprints stay valid
+            **({"sees": self.sees} if self.sees else {}),
         }
         return ModelInfo(dim=None, images=True, texts=self.sees is not None, identity=identity)
 

@@ -223,7 +223,7 @@ class TransformersTeacherSpec(_Transformers, TeacherSpec):
         dim = embedding_dim(config, self.pooling)
         if texts:
             self.check_tokenizer()
-        # Absent where they are not set, so that older fingerprints stay valid. ``lowercase: false`` is the default.
+        # ``lowercase: false`` is the default.
         keys = ("image_size", "pooling", "lowercase", "trust_remote_code")
         given = {key: value for key in keys if (value := getattr(self, key))}
         code = sorted(Path(self.name).expanduser().glob("*.py")) if self.trust_remote_code else ()
@@ -271,7 +271,6 @@ class TransformersCaptionerSpec(_Transformers, CaptionReaderSpec):
             raise ValueError(f"`{fast[0]}` works only with CoCa; remove it")
         self.check_config(self.read_config())
         self.check_tokenizer()
-        # Absent where they are not set, so that older fingerprints stay valid.
         keys = (*CHAT_FIELDS, "sees", *LANGUAGES)
         given = {key: value for key in keys if (value := getattr(self, key)) is not None}
         translates = self.sees is not None

@@ -79,7 +79,7 @@ def of_all_terms(tmp_path_factory: pytest.TempPathFactory, released: str) -> str
     write_tar(folder / "source" / "0.tar", members_of(0, 12))
     patches = {"grid": 4, "codec": "float16", "sample": 400}
     teachers = {
-        "released": {"model": released, "logit_scale": 20.0, "dtype": "float32"},
+        "released": {"model": released, "logit_scale": 20.0, "codec": "float32"},
         "red": {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16}, "logit_scale": 50.0},
         "dino": {
             "class": "tests.helpers.models.patches:PatchTeacher", "options": {"size": 16}, "patches": patches,

@@ -235,7 +235,7 @@ def test_row_groups_are_counted_by_the_index_or_else_by_footers(copy: Path, monk
     index = Path(store.path("index", "samples.parquet"))
     index.write_bytes(b"PAR1 no")
     assert read_table(store, monkeypatch) == (3, TABLE), "a damaged index"
-    index.unlink()  # a dataset of an earlier version
+    index.unlink()
     assert read_table(store, monkeypatch) == (3, TABLE)
     assert row_group_table(store, "", {}).tolist() == []
     monkeypatch.setattr(row_counts, "TAIL_BYTES", 100)

@@ -203,7 +203,7 @@ def interrupted_drop(dataset: Path, pattern: str, step: int) -> None:
 def other(made: Path) -> tuple[dict[str, Any], tuple[dict[str, bytes], Any]]:
     """Teachers of another config, and the content of a dataset that was made with it."""
     teachers = config_of("", "")["teachers"]
-    teachers["red"] = {**teachers["red"], "dtype": "int8"}
+    teachers["red"] = {**teachers["red"], "codec": "int8"}
     return teachers, content(Path(reinforce_here(config(made, made.parent / "other", teachers=teachers))))
 
 

@@ -22,6 +22,7 @@ from reinforce.dataset.store import MANIFEST, Store
 from reinforce.dataset.validate import validate
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
+from reinforce.source.config import Limits
 from tests.helpers.data import config_of
 from tests.helpers.models.tiny_models import open_clip_model
 from tests.helpers.reinforced import config_for as config
@@ -140,15 +141,15 @@ def test_a_changed_seed_is_named_once_with_the_number_of_layers_that_follow_from
             "augmentations.rand_augment.ops: 2 in the dataset, 1 in this config",
         ),
         (
-            {"input": {"limits": {"pixels": 9}}},
+            {"input": {"limits": Limits(pixels=9)}},
             "input.limits.pixels: 89478485 in the dataset, 9 in this config",
         ),
-        ({"input": {"limits": {"scans": 9}}}, "input.limits.scans: not set in the dataset, 9 in this config"),
+        ({"input": {"limits": "wide"}}, "input.limits.members: 64 in the dataset, 1024 in this config"),
         (
             {"input": {"captions": ["txt"]}},
             'input.captions: ["txt", "json:caption"] in the dataset, ["txt"] in this config',
         ),
-        ({"teachers": teachers(dtype="int8")}, 'dtype: "float16" in the dataset, "int8" in this config'),
+        ({"teachers": teachers(codec="int8")}, 'dtype: "float16" in the dataset, "int8" in this config'),
         (
             {"teachers": teachers(options={"size": 16, "dim": 8, "seed": 4})},
             "options.seed: not set in the dataset, 4 in this config",
@@ -174,7 +175,7 @@ def test_the_command_of_a_changed_captioner_names_the_layers_that_depend_on_its_
 def test_every_changed_model_is_in_one_message(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.helpers.models import ColorTeacher
 
-    both = teachers(dtype="int8")
+    both = teachers(codec="int8")
     both["blue"] = {**both["blue"], "options": {"size": 24, "dim": 12, "seed": 2}}
     text = "\n".join(refusal(config(made, teachers=both)))
     assert re.search(
@@ -211,7 +212,7 @@ def test_a_difference_that_the_manifest_does_not_explain_is_named_and_a_missing_
     entry = manifest["layers"].pop("embeddings/red/images")
     (dataset / "dataset.json").write_text(json.dumps(manifest))
     assert make_plan(parse_config(config(made, dataset))).pending == []
-    lines = refusal(config(made, dataset, teachers=teachers(dtype="int8")))
+    lines = refusal(config(made, dataset, teachers=teachers(codec="int8")))
     assert f"embeddings/red/images: fingerprint {entry['fingerprint']} in the dataset, " in "\n".join(lines)
     manifest["layers"]["embeddings/red/images"] = {**entry, "fingerprint": "0123"}
     (dataset / "dataset.json").write_text(json.dumps(manifest))

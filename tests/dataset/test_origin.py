@@ -344,7 +344,7 @@ def test_a_file_of_a_dataset_with_another_seed_is_of_another_recipe(embedded: Pa
 
 
 def test_what_one_of_two_files_does_not_record_is_not_compared() -> None:
-    """Files of earlier versions record less, and published labels no source."""
+    """Published labels record no source, and files of tables less than those of tars."""
     footer = {"source": "a.tar", "source_bytes": "9", "source_head": "f", "images_digest": "1"}
     footer["linked_digest"] = "2"
     assert other_origin(footer, footer) is None

@@ -123,7 +123,7 @@ def test_nothing_is_moved_where_dataset_json_is_wrong_and_not_the_files(
     dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = json.loads((dataset / "dataset.json").read_text())
-    del manifest["digest"]  # of an earlier version, whose other values nothing covers
+    del manifest["digest"]  # so that nothing covers its other values
     before = tree(dataset, layers_only=False)
     for change, reason in (
         ({"seed": 5}, "nothing was moved, because dataset.json is at fault"),

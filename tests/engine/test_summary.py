@@ -159,7 +159,7 @@ def test_shards_that_are_not_in_the_source_are_reported_with_what_to_do() -> Non
     summary = summary_of(totals_of(RESULT), replace(plan(), not_in_source=absent))
     assert summary.text("out").splitlines()[-2:] == lines
     assert summary.not_in_source["finished"] == 3, "for `reinforce status`"
-    assert not_in_source_lines({}) == [], "of runs of earlier versions"
+    assert not_in_source_lines({}) == [], "of a run that has not ended"
 
 
 def test_nothing_to_do_is_a_failure_where_too_many_shards_are_quarantined() -> None:

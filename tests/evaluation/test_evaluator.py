@@ -19,6 +19,7 @@ from PIL import Image
 from reinforce.errors import UserError
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.evaluation.report import Report, Result
+from reinforce.source.config import Limits
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of
@@ -223,7 +224,7 @@ def test_no_usable_image_and_a_model_of_texts_are_errors(names: dict[str, str], 
     with pytest.raises(UserError, match=r"zero_shot/set: every image is refused, the first \(k\) for image_format"):
         make_evaluator(zero_shot={"set": {"images": url}}).evaluate_module(model, load_spec(model), tokenizer, CPU)
     assert all(module.training for module in model.modules()), "modes are restored"
-    large = make_evaluator(zero_shot={"set": {"images": folder}}, limits={"image_bytes": 10})
+    large = make_evaluator(zero_shot={"set": {"images": folder}}, limits=Limits(image_bytes=10))
     with pytest.raises(UserError, match=r"every image is refused, the first \(blue/0\.png\) for image_bytes: \d+"):
         large.evaluate(ColourOracle(), CPU)
 

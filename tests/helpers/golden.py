@@ -48,14 +48,14 @@ def _families() -> dict[str, Config]:
     owned = {"class": "tests.helpers.custom_models:Radiology", "options": {"weights": "s3://me:secret@b/a.pt"}}
     server = {"family": "openai", "url": "http://host:8000", "model": "m", "prompt": "Describe.", "captions": 2}
     teachers: dict[str, Any] = {
-        "tag": {**clip, "dtype": "int8"},
-        "bf16": {**clip, "precision": "bf16", "dtype": "float32"},
+        "tag": {**clip, "codec": "int8"},
+        "bf16": {**clip, "precision": "bf16", "codec": "float32"},
         "hub": {"model": "hf-hub:org/repo", "logit_scale": 7.0},
         "transformers": hub,
         "keys": {**hub, "image_size": 64, "pooling": "mean", "lowercase": True, "precision": "fp16"},
         "defaults": {**hub, "lowercase": False},
         "versioned": owned,
-        "sight": {"class": f"{MODELS}:ImageOnly", "dtype": "float32"},
+        "sight": {"class": f"{MODELS}:ImageOnly", "codec": "float32"},
         "reader": {"class": f"{MODELS}:TextOnly"},
     }
     captioners: dict[str, Any] = {
@@ -65,7 +65,7 @@ def _families() -> dict[str, Config]:
         "chat": {**hub, "prompt": "Describe.", "image_size": 64, "strategy": "top_k", "precision": "bf16"},
         "server": server,
         "sampled": {
-            **server, "strategy": "top_k", "options": {"min_p": 0.1}, "image_size": 64, "image_quality": 70,
+            **server, "strategy": "top_k", "options": {"min_p": 0.1}, "image_size": 64,
             "clean": {"first_sentence": True},
         },
         "class": {"class": "tests.helpers.custom_models:Writer", "captions": 3, "clean": {"characters": 50}},
@@ -101,8 +101,8 @@ def small_config(folder: Path) -> dict[str, Any]:
         memory.pipe_file(f"/golden/{name}", write_tar(folder / name, members).read_bytes())
     teachers = {
         "red": {"class": f"{MODELS}:ColorTeacher", "options": {"size": 16, "dim": 8}, "logit_scale": 50.0},
-        "blue": {"class": f"{MODELS}:ColorTeacher", "options": {"size": 24, "dim": 12, "seed": 1}, "dtype": "float32"},
-        "small": {"class": f"{MODELS}:ColorTeacher", "options": {"size": 24, "dim": 6, "seed": 2}, "dtype": "int8"},
+        "blue": {"class": f"{MODELS}:ColorTeacher", "options": {"size": 24, "dim": 12, "seed": 1}, "codec": "float32"},
+        "small": {"class": f"{MODELS}:ColorTeacher", "options": {"size": 24, "dim": 6, "seed": 2}, "codec": "int8"},
     }
     captioners = {
         "namer": {"class": f"{MODELS}:SeedCaptioner", "captions": 2},

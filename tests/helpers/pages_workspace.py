@@ -70,7 +70,7 @@ def _configs(folder: Path) -> dict[str, dict[str, Any]]:
         "output": "runs/tuning",
         "student": "student.yaml",
         "scales": {"conv-64": [10, 20, 40]},
-        "early_stopping": None,
+        "early_stopping": False,
         "screening": {"batches": 1},
     }
     captioner = {

@@ -107,8 +107,8 @@ def config_of(folder: Path, **changes: Any) -> dict[str, Any]:
         "augmentations": {"count": COUNT, "size": SIZE},
         "captioners": {"coca": {"family": "published", "model": "syn_text", "captions": CAPTIONS}},
         "teachers": {
-            "one": {"family": "published", "model": "ONE", "columns": [0, 6], "logit_scale": 70, "dtype": "float32"},
-            "two": {"family": "published", "model": "TWO", "columns": [6, 10], "logit_scale": 60, "dtype": "float32"},
+            "one": {"family": "published", "model": "ONE", "columns": [0, 6], "logit_scale": 70, "codec": "float32"},
+            "two": {"family": "published", "model": "TWO", "columns": [6, 10], "logit_scale": 60, "codec": "float32"},
         },
     }
     return {**data.config_of(f"{folder}/source/*.tar", f"{folder}/out"), **own, **changes}

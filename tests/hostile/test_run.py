@@ -26,13 +26,13 @@ from tests.hostile.table import slug
 from tests.hostile.tars import KEY_CHARS, SHARD_SAMPLES, TARS, TarCase
 from tests.hostile.texts import MEMBERS, SIDECAR_BYTES, TEXTS, TextCase
 
-LIMITS = {
-    "image_bytes": IMAGE_BYTES,
-    "sidecar_bytes": SIDECAR_BYTES,
-    "members": MEMBERS,
-    "key_chars": KEY_CHARS,
-    "shard_samples": SHARD_SAMPLES,
-}
+LIMITS = Limits(
+    image_bytes=IMAGE_BYTES,
+    sidecar_bytes=SIDECAR_BYTES,
+    members=MEMBERS,
+    key_chars=KEY_CHARS,
+    shard_samples=SHARD_SAMPLES,
+)
 CONFIG: dict[str, Any] = {
     "captioners": {},
     "input": {"limits": LIMITS},
@@ -176,7 +176,7 @@ def test_a_slow_image_costs_its_sample_and_a_hung_model_its_shard(
     bomb[3] = (bomb[3][0].replace("png", "jpg"), scan_bomb(4_000))  # takes three minutes; two seconds are allowed
     write_tar(tmp_path / "source" / "0-bomb.tar", bomb)
     config = config_of(source, tmp_path / "out", captioners={})
-    config["input"] = {"limits": {"scans": 100_000}}
+    config["input"] = {"limits": Limits(scans=100_000)}
     config["failures"] = {"allowed_share": 1.0, "solo_attempts": 1, "sample_seconds": 2.0, "stall_seconds": 6.0}
     config["workers"] = {"batch": 16, "max": 1}  # both are in flight in one worker, so both are suspects
     config["teachers"] = {

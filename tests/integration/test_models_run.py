@@ -138,7 +138,7 @@ def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
     small = open_clip_model(folder / "small", image_size=32, width=32, embed_dim=16, seed=0)
     teachers = {
         "red": {"class": "tests.helpers.models:PathTeacher", "options": {"delay": 1.0}},
-        "small": {"model": small, "dtype": "float32"},
+        "small": {"model": small, "codec": "float32"},
         "siglip": {"family": "transformers", "model": transformers_siglip(folder / "siglip")},
     }
     captioners = {"blip": blip, "coca": coca, "stammerer": stammerer}

@@ -96,7 +96,7 @@ def test_what_the_server_does_not_describe_is_null_and_quarantined_and_captions_
         return 200, completion("I cannot describe it." if refuses else "A  thing. And more.")
 
     with chat_server(answer) as url:
-        out = reinforce_here(config(tmp_path, "out", url, clean={"first_sentence": True, "drop_duplicates": False}))
+        out = reinforce_here(config(tmp_path, "out", url, clean={"first_sentence": True, "drop": ["repetitive"]}))
     rows = captions(out)
     assert rows.pop("red") is None
     assert [*rows.values()] == [["A thing.", "A thing."]] * 5

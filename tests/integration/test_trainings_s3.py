@@ -128,7 +128,7 @@ def test_trials_and_results_are_written_to_the_store(s3: s3fs.S3FileSystem, tmp_
         "output": str(tmp_path / "student"),
         "student": {"model": student_folder(tmp_path / "model")},
         "data": {"datasets": url, "teachers": ["red"], "workers": 0, "window": 16},
-        "train": {"steps": STEPS, "batch": 8, "optimizer": {"warmup": 1}},
+        "train": {"steps": STEPS, "batch": 8, "optimizer": {"warmup": 1}, "compute": {"cpus": 2}},
         "evaluate": {"retrieval": {"own": {"pairs": url}}},
     }
     config = settings.parse(
@@ -138,8 +138,7 @@ def test_trials_and_results_are_written_to_the_store(s3: s3fs.S3FileSystem, tmp_
             "student": student,
             "scales": {"red": [5.0, 50.0]},
             "seeds": [0],
-            "early_stopping": None,
-            "concurrent": 1,
+            "early_stopping": False,
             "screening": {"batches": 1},
         },
     )

@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
     german = {"family": "transformers", "model": str(folder / "nllb"), "sees": "caption", "max_length": 20}
     german |= {"source_language": "eng_Latn", "target_language": "deu_Latn", "min_length": 2}
-    teachers = {"vit": {"model": f"local-dir:{folder / 'clip'}", "dtype": "float32"}}
+    teachers = {"vit": {"model": f"local-dir:{folder / 'clip'}", "codec": "float32"}}
     return config_of(
         f"{folder}/source/*.tar", output, **{"captioners": {"de": german}, "teachers": teachers, **changes}
     )

@@ -201,7 +201,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"layers": ["captions/other"]}, "has no captions/other; what can be taken: captions/namer"),
     ({"layers": ["embeddings/red/namer"]}, "captions/namer; take them too"),
     ({"teachers": {"red": {"class": "tests.helpers.models:TextOnly"}}}, "is not the model of labels.lab"),
-    ({"teachers": {"red": {**RED, "dtype": "int8"}}}, "set float16"),
+    ({"teachers": {"red": {**RED, "codec": "int8"}}}, "set float16"),
     ({"augmentations": {"count": 3}}, "augmentations.count: 3 in this config, 2 of labels.lab"),
     ({"augmentations": {"size": 32}}, "augmentations.size: 32 in this config, 24"),
     ({"augmentations": {"backend": "fixed-point-1"}}, "augmentations.backend: fixed-point-1"),

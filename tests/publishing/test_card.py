@@ -26,7 +26,7 @@ from tests.helpers.views import make_view
 
 TEACHERS = {
     **config_of("", "")["teachers"],
-    "small": {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 4}, "dtype": "int8"},
+    "small": {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 4}, "codec": "int8"},
 }
 
 

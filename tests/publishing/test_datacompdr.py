@@ -58,7 +58,7 @@ def read_back(folder: Path, source: str, join: str = "key") -> list[reinforce.Sa
     teachers = {
         one["name"]: {
             "family": "published", "model": one["name"], "columns": one["columns"], "logit_scale": 50,
-            "dtype": "float32",
+            "codec": "float32",
         }
         for one in described["teachers"]
     }  # fmt: skip
@@ -75,7 +75,7 @@ def test_reading_an_export_as_reinforcements_gives_the_same_dataset(
     tmp_path: Path, precision: Any, tolerance: float
 ) -> None:
     write_dataset(tmp_path, teachers={**config_of("", "")["teachers"], "more": {
-        "class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 4, "seed": 2}, "dtype": "int8",
+        "class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 4, "seed": 2}, "codec": "int8",
     }})  # fmt: skip
     exported = export(tmp_path, precision=precision, images=False, teachers=["blue", "more", "red"])
     assert (exported.shards, exported.samples, exported.left_out) == (2, 8, {})

@@ -206,19 +206,9 @@ def test_some_layers_of_a_view_come_with_what_they_are_computed_from(dataset: st
     assert validate(str(output)).findings == []
 
 
-def test_digests_of_images_by_reference_are_read_where_earlier_versions_stored_none(
-    config: dict[str, Any], tmp_path: Path
-) -> None:
+def test_digests_of_images_by_reference_are_the_stored_ones(config: dict[str, Any], tmp_path: Path) -> None:
     url = reinforce_here({**config, "output": str(tmp_path / "out"), "images": "reference", "teachers": {}})
     assert export(url, tmp_path / "stored").identities["digest"] == 16
-    for path in Path(url, "samples").glob("*.parquet"):
-        table = pq.read_table(path)
-        pq.write_table(table.drop_columns(["image_digest"]), path, row_group_size=8)
-    result = export(url, tmp_path / "without")
-    assert "digest" not in result.identities
-    assert any("16 samples without a digest" in line and "--images-from" in line for line in result.lines())
-    folder = str(Path(config["source"]).parent)
-    assert export(url, tmp_path / "read", images_from=[folder]).identities["digest"] == 16
 
 
 def test_bad_input_is_one_line_that_names_the_remedy(

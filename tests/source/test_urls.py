@@ -182,7 +182,7 @@ def test_a_copied_file_has_the_same_footer_and_a_changed_one_has_not(tmp_path: P
     assert [read_state(str(path)).same_content(state) for path in (longer, changed)] == [False, False]
     assert not copy.exists()
     assert probe_state(str(copy)) is None
-    unknown = SourceState.from_footer({"rows": "3"})  # of an earlier version
+    unknown = SourceState.from_footer({"rows": "3"})  # of labels, which name no source
     assert unknown.footer() == {}
     assert state.same_content(unknown) is None
 

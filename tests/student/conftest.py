@@ -24,7 +24,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         "eyes": {"class": "tests.helpers.models:ImageOnly"},
         "ears": {"class": "tests.helpers.models:TextOnly"},
     }
-    return {name: {**keys, "dtype": "float32"} for name, keys in made.items()}
+    return {name: {**keys, "codec": "float32"} for name, keys in made.items()}
 
 
 @pytest.fixture(scope="session")

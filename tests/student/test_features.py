@@ -154,7 +154,7 @@ class Failing(ColorTeacher):
 
 def test_rows_of_which_an_online_teacher_gives_nan_or_zeros_are_in_no_loss_as_stored_ones_are(config: Any) -> None:
     def first(of: str) -> tuple[StudentTask, Batch]:
-        spec = {"class": f"{of}", "dtype": "float32", "logit_scale": 50.0}
+        spec = {"class": f"{of}", "codec": "float32", "logit_scale": 50.0}
         return first_batch(config({"features": "all", "targets": "online", "teachers": {"red": spec}}))
 
     _, whole = first("tests.helpers.models:ColorTeacher")

@@ -46,7 +46,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, teacher: str) -> str:
             (f"{n:03}.json", json.dumps(about).encode()),
         ]
     write_tar(folder / "source" / "0.tar", members)
-    teachers = {"vit": {"model": teacher, "dtype": "float32"}}
+    teachers = {"vit": {"model": teacher, "codec": "float32"}}
     return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "reinforced", teachers=teachers))
 
 

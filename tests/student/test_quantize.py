@@ -155,7 +155,7 @@ def test_a_training_that_resumes_where_it_rounds_has_equal_weights_and_exports_a
     tmp_path: Path, labelled: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compute = {"compute": {"accumulate": 2}}
-    keys = {"quantize": "int8", "quantize_share": 0.6}
+    keys = {"quantize": {"int8": 0.6}}
     whole = train(config_with(tmp_path / "whole", labelled, compute, **keys))
     line = "step 3 and later ones train with int8, and keep their batch statistics"
     assert capsys.readouterr().out.count(line) == 1
@@ -191,20 +191,20 @@ def test_ranks_round_with_the_same_batch_statistics(tmp_path: Path) -> None:
 
 def test_keys_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"quantize": "int4"}, r"student\.quantize: Input should be 'int8-weights' or 'int8', got 'int4'"),
-        ({"quantize": "int8", "quantize_share": 0.0}, r"student\.quantize_share: .* be greater than 0, got 0"),
-        ({"quantize": "int8", "quantize_share": 1.5}, "less than or equal to 1, got 1.5"),
-        ({"quantize_share": 0.5}, "`quantize_share` needs `quantize`: set it to int8-weights or int8, or remove"),
+        ({"quantize": "int4"}, r"student\.quantize\.int4: Input should be 'int8-weights' or 'int8', got 'int4'"),
+        ({"quantize": {"int8": 0.0}}, r"student\.quantize\.int8: .* be greater than 0, got 0"),
+        ({"quantize": {"int8": 1.5}}, "less than or equal to 1, got 1.5"),
+        ({"quantize": {"int8": 0.5, "int8-weights": 0.5}}, "at most 1 item"),
     ]
     for student, message in refused:
         with pytest.raises(UserError, match=message):
             config_with(tmp_path, "unread", **student)
     config = config_with(tmp_path, "unread", quantize="int8").model_dump(mode="json", by_alias=True)
     config["evaluate"] = {"export": "best", "zero_shot": {"set": {"images": "a.tar", "classes": "a.txt"}}}
-    with pytest.raises(UserError, match=r"may choose a step before .* set it to last, or .*share` to 1"):
+    with pytest.raises(UserError, match=r"may choose a step before .* set it to last, or the share .* to 1"):
         settings.parse(StudentConfig, config)
-    config["student"]["quantize_share"] = 1.0
-    assert settings.parse(StudentConfig, config).student.quantize_share == 1
+    config["student"]["quantize"] = {"int8": 1.0}
+    assert settings.parse(StudentConfig, config).student.quantize == {"int8": 1.0}
     nothing = torch.nn.Sequential(torch.nn.LayerNorm(3), torch.nn.GELU())
     assert not can_quantize(nothing)
     assert quantize(nothing, "int8") == 0

@@ -111,9 +111,9 @@ def test_data_teachers_selects_the_teachers_on_which_datasets_must_agree() -> No
 
 
 SPECS = {
-    "both": teacher_spec(**{"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16}, "dtype": "float32"}),
-    "eyes": teacher_spec(**{"class": "tests.helpers.models:ImageOnly", "dtype": "float32"}),
-    "ears": teacher_spec(**{"class": "tests.helpers.models:TextOnly", "dtype": "float32"}),
+    "both": teacher_spec(**{"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16}, "codec": "float32"}),
+    "eyes": teacher_spec(**{"class": "tests.helpers.models:ImageOnly", "codec": "float32"}),
+    "ears": teacher_spec(**{"class": "tests.helpers.models:TextOnly", "codec": "float32"}),
 }
 
 

@@ -58,7 +58,7 @@ def test_a_class_with_one_encoder_or_both_is_built_with_the_device_and_its_optio
     info = describe_model("ours", spec)
     assert (info.dim, info.images, info.texts) == (4, True, True)
     assert info.identity == {"class": f"{MODULE}:Radiology", "options": {"weights": "here", "scale": 2.0}, "version": 3}
-    scaled = custom("Radiology", options=WEIGHTS, logit_scale=70.0, dtype="int8")
+    scaled = custom("Radiology", options=WEIGHTS, logit_scale=70.0, codec="int8")
     assert load_model("ours", scaled, "cpu").logit_scale == 70
     assert describe_model("ours", scaled) == describe_model("ours", custom("Radiology", options=WEIGHTS))
     info = describe_model("texts", custom("TextsOnly"))

@@ -134,7 +134,7 @@ def test_the_mailboxs_process_imports_neither_torch_nor_open_clip() -> None:
 
 
 def test_the_checkpoint_format_depends_on_these_keys() -> None:
-    """Checkpoints store the fixed config. A key that is renamed, or added with a value, makes old ones refused."""
+    """Checkpoints store the fixed config. A key that is renamed, or added with a value, makes stored ones refused."""
     optimizer = ("betas", "eps", "final_lr", "grad_clip_norm", "lr", "warmup", "weight_decay")
     keys = {"batch", "compute.precision", "ema", *(f"optimizer.{name}" for name in optimizer)}
     added = {f"optimizer.{name}" for name in ("hold", "towers", "layer_decay", "cooldown", "decay")}
@@ -142,7 +142,7 @@ def test_the_checkpoint_format_depends_on_these_keys() -> None:
     assert now.keys() == keys | added
     defaults = Training(steps=1).optimizer
     assert (defaults.lr, defaults.final_lr, defaults.betas, defaults.weight_decay) == (1e-3, 1e-6, (0.9, 0.95), 0.2)
-    assert describe_changes({key: now[key] for key in keys}, now) == [], "checkpoints of earlier versions"
+    assert describe_changes({key: now[key] for key in keys}, now) == [], "keys without a value"
     assert "steps" not in fixed_config(training(), ["steps"])
     assert "steps" in fixed_config(training(), ["step"]), "a mutable key does not hide keys that begin like it"
 

@@ -304,9 +304,9 @@ def test_trackers_are_no_part_of_what_a_checkpoint_fixes_and_need_their_packages
 ) -> None:
     values = {"output": "o", "student": {"model": "m"}, "data": {"datasets": "d"}, "train": {"steps": 2000}}
     plain = StudentConfig.model_validate(values)
-    named = StudentConfig.model_validate({**values, "log": {"wandb": {"project": "p", "entity": "me"}}})
+    named = StudentConfig.model_validate({**values, "log": {"wandb": {"project": "p", "tags": ["me"]}}})
     assert student_job(named).fixed_config == student_job(plain).fixed_config
-    assert student_job(named).trackers == Trackers.model_validate({"wandb": {"project": "p", "entity": "me"}})
+    assert student_job(named).trackers == Trackers.model_validate({"wandb": {"project": "p", "tags": ["me"]}})
     assert '"log":' not in plain.model_dump_json(exclude_none=True), "recipes of ablations leave unset keys out"
     assert open_trackers(job(tmp_path), Storage(str(tmp_path))) == []
     assert not (tmp_path / RUNS).exists()
@@ -364,6 +364,6 @@ def test_trackio_has_one_run_with_the_rows_of_both_parts(tmp_path: Path, monkeyp
 
 
 def test_wandb_writes_a_run_for_later(tmp_path: Path, wandb_folder: Path) -> None:
-    resumed_training(tmp_path / "student-3", wandb={"mode": "offline", "folder": str(wandb_folder)})
+    resumed_training(tmp_path / "student-3", wandb={"mode": "offline"})
     number = json.loads((tmp_path / "student-3" / RUNS).read_text())["wandb"]
     assert len([*wandb_folder.glob(f"wandb/offline-run-*-{number}/run-{number}.wandb")]) >= 1

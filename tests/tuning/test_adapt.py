@@ -26,7 +26,13 @@ from tests.helpers.evaluation import write_colour_folder
 from tests.helpers.students import built, student_folder
 
 WEIGHTS = "open_clip_model.safetensors"
-FAST = ["--set", "alphas=[0.0, 1.0]", "--set", "student.train.steps=2", "--set", "student.data.workers=0"]
+FAST = ["--set", "student.train.steps=2", "--set", "student.data.workers=0"]
+
+
+@pytest.fixture(autouse=True)
+def _two_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluate the released and the trained weights alone, not eleven mixtures."""
+    monkeypatch.setattr("reinforce.tuning.adapt.GRID", (0.0, 1.0))
 
 
 @pytest.fixture
@@ -109,7 +115,7 @@ def test_captions_are_retrieved_and_both_kinds_of_labels_are_used_where_they_are
     both = Path(photos(tmp_path))
     for path in both.rglob("*.png"):
         path.with_suffix(".txt").write_text(f"{path.parent.name} number {path.stem}")
-    keys: dict[str, Any] = {"source": both, "output": tmp_path / "both", "alphas": [0.0, 1.0]}
+    keys: dict[str, Any] = {"source": both, "output": tmp_path / "both"}
     keys |= {"student": {"train": {"steps": 2}, "data": {"workers": 0}}, "general": {"retrieval": {"all": both}}}
     adapted = reinforce.adapt(**keys, released=Path(released))
     assert adapted.sweep.rule.domain == ("zero_shot/domain/top1", *ways)
@@ -149,7 +155,6 @@ def test_bad_input_is_one_line_before_anything_is_written(tmp_path: Path, releas
     sets = {
         "teachers.released.model=ViT-B-32": "choose another",
         "held_out=1.5": "held_out",
-        "alphas=[2.0]": "a share is between 0 and 1",
         "student.train=5": "should be a valid dictionary",
         "student.train.nonsense=1": "nonsense: unknown key",
         "student.train.steps=abc": "steps: Input should be a valid integer",

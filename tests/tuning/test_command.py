@@ -49,10 +49,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {
         "output": "",
         "student": str(folder / "student.yaml"),
-        "trial": {"train": {"steps": STEPS}, "evaluate": {"every": 2}},
+        "trial": {"train": {"steps": STEPS, "compute": {"cpus": 2}}, "evaluate": {"every": 2}},
         "scales": {"red": [5.0, 50.0]},
         "seeds": [0],  # each stage of a search starts a process
-        "concurrent": 1,
         "metric": METRIC,
         "screening": {"batches": 2},
     }
@@ -81,7 +80,7 @@ def test_tuning_writes_results_resumes_and_records_scales(
     table = table_of(output)
     (curve,) = table["curves"]
     assert (curve["axis"], table["found"]) == ("red", {"red": curve["best"]})
-    assert "1 trial at a time, 2 CPUs each" in printed, "as `concurrent` says"
+    assert "1 trial at a time, 2 CPUs each" in printed, "as `train.compute.cpus` says"
     assert curve["told"] in printed.replace("\n", " ")
     finished = [row for row in table["rows"] if row["state"] == "finished"]
     assert len(finished) == 2  # one may be stopped first, and then resumed as a neighbour of the best

@@ -42,7 +42,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"scales": {"red": {"from": 10, "to": 90}}}, "must be a list of values, or {from, to, count}"),
     ({"scales": {"red": {"from": -1, "to": 90, "count": 3}}}, "`from` and `to` must be numbers above 0"),
     ({"sample": 3}, "`sample` requires `mode: joint`"),
-    ({"early_stopping": {"grase": 0.2}}, "known keys here: grace, reduction"),
+    ({"early_stopping": {"grace": 0.2}}, "early_stopping: Input should be a valid boolean"),
 ]
 
 
@@ -188,7 +188,7 @@ def trials(folder: Path) -> dict[Trial, StudentConfig]:
 
 
 def make_scheduler(configs: dict[Trial, StudentConfig]) -> _Scheduler:
-    search = Search(tune_config(early_stopping={"grace": 0.3}), METRIC, STEPS, Screen(), lambda: None)
+    search = Search(tune_config(), METRIC, STEPS, Screen(), lambda: None)
     return _Scheduler(search, configs, stop_early=True)
 
 

@@ -59,7 +59,7 @@ class _Embeddings(LayerKind):
         for name, teacher in config.teachers.items():
             info = infos["teachers", name]
             try:
-                codec = find_codec(teacher.storage)
+                codec = find_codec(teacher.codec)
             except ValueError as error:
                 raise UserError(f"teachers.{name}.codec: {error}") from None
             for inputs, count in self._sides(config, name, info):

@@ -21,7 +21,6 @@ from reinforce.dataset.layers import (
     mapping_at,
 )
 from reinforce.images.policy import image_policy, reads_crops
-from reinforce.source.config import Limits
 from reinforce.source.samples import CAPTION_POLICY
 
 if TYPE_CHECKING:
@@ -31,11 +30,6 @@ if TYPE_CHECKING:
 #: Format of published reinforcements, from which the augmentation records are read.
 PUBLISHED_FORMAT = "datacompdr-1"
 _RECIPE = ("images", "seed", "policies", "input", "augmentations")
-#: Limits that were added after the first datasets were made. At their defaults they are left out of the recipe, so
-#: that the fingerprints of those datasets stay valid.
-_LATER_LIMITS = ("scans", "members", "key_chars", "shard_samples")
-#: Keys of `input` that were added later, in the same way.
-_LATER_KEYS = ("image", "key", "rows_per_shard", "view", "captions_per_sample", "templates")
 
 
 class Samples(LayerKind):
@@ -55,12 +49,7 @@ class Samples(LayerKind):
         # The first two say which files are read, and reduce_to is recorded in the name of the image policy.
         source = config.input.model_dump(mode="json", exclude={"format", "images_from", "reduce_to"})
         source["captions"] = config.input.caption_fields
-        for name in _LATER_KEYS:
-            if source[name] is None:
-                del source[name]
-        for name in _LATER_LIMITS:
-            if source["limits"][name] == Limits.model_fields[name].default:
-                del source["limits"][name]
+        source["limits"] = config.input.limits.model_dump()  # a name alone would not say which
         if reads_crops(config):
             count, size = config.augmentations.count, config.augmentations.size
             augmentations: dict[str, Any] = {"published": PUBLISHED_FORMAT, "count": count, "size": size}

@@ -144,10 +144,8 @@ class Facts(Scorer):
         else:  # the first or second 24 bits, which float32 holds, of the digest of the encoded image
             if embedded:
                 digests = pa.array([image_digest(image.as_buffer()) for image in samples["image"]], pa.uint64())
-            elif IMAGE_DIGEST in samples.column_names:
+            else:
                 digests = samples[IMAGE_DIGEST]
-            else:  # the images are elsewhere, and were not labelled
-                digests = pa.nulls(len(samples), pa.uint64())
             place = pa.scalar(0 if name == "digest_1" else 24, pa.uint64())
             found = pc.bit_wise_and(pc.shift_right(digests, place), pa.scalar(2**24 - 1, pa.uint64()))
         return found

@@ -525,7 +525,7 @@ def _stored_rows(config: Config, shard: Shard, file: LayerFile, reader: LabelRea
         if decoded and "image" in columns:
             images = (value.as_py() for value in table["image"])
         elif decoded:
-            digests = table[IMAGE_DIGEST].to_pylist() if IMAGE_DIGEST in table.column_names else None
+            digests = table[IMAGE_DIGEST].to_pylist()
             images = images_of_group(table["image_ref"].to_pylist(), roots, config.moved, digests)
         records = table["augmentations"].to_pylist() if "augmentations" in columns else itertools.repeat([])
         keys, captions = table["key"].to_pylist(), true_captions(table)
@@ -544,9 +544,8 @@ def _labels_of_stored(
     """Labels of the rows of a row group of samples, and those that are packed. Vectors of images must belong to their
     crops."""
     keys, metadata = samples["key"].to_pylist(), samples["metadata"].to_pylist()
-    digests = samples[IMAGE_DIGEST].to_pylist() if IMAGE_DIGEST in samples.column_names else itertools.repeat(None)
-    if "image" in samples.column_names:
-        digests = (image.as_py() for image in samples["image"])
+    column = next((name for name in ("image", IMAGE_DIGEST) if name in samples.column_names), None)
+    digests = itertools.repeat(None) if column is None else (value.as_py() for value in samples[column])
     stated = (identity_of({} if text is None else {"json": text.encode()}) for text in metadata)
     wanted = [Wanted(*one) for one in zip(keys, stated, digests, strict=False)]
     sizes = zip(*(samples[side].to_pylist() for side in ("width", "height")), strict=True)

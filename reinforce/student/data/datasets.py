@@ -66,7 +66,7 @@ def _open_dataset(source: Source, data: Data, seed: int, models: Models) -> Stre
     store = Store(url)
     manifest = read_manifest(store)
     require_images(manifest, url)
-    policies = ImagePolicies.from_manifest(manifest, url, data.limits)
+    policies = ImagePolicies.from_manifest(manifest, url)
     policies.check()
     policies = replace(policies, augmentation=data.backend or policies.augmentation)
     if policies.augmentation != DEVICE_BACKEND:

@@ -322,7 +322,7 @@ def _read_images(samples: pa.Table, rows: Sequence[int], roots: ImageRoots) -> I
         return
     wanted = pa.array(rows, pa.int64())
     references = samples["image_ref"].take(wanted).to_pylist()
-    digests = samples[IMAGE_DIGEST].take(wanted).to_pylist() if IMAGE_DIGEST in samples.column_names else None
+    digests = samples[IMAGE_DIGEST].take(wanted).to_pylist()
     try:
         yield from referenced_images(references, roots, digests=digests)
     except (OSError, DamagedTar) as error:

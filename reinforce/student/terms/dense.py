@@ -1,6 +1,6 @@
 """The dense term: linear heads on the student's spatial map learn the grids of patch vectors of teachers.
 
-    L = weight * mean over teachers, rows and patches of (cosine * (1 - cos(f, v)) + smooth_l1 * mean_d s(f_d - v_d)),
+    L = weight * mean over teachers, rows and patches of (c * (1 - cos(f, v)) + (1 - c) * mean_d s(f_d - v_d)),
     f = bilinear(head(map)) at the teacher's grid,   s(x) = x^2 / 2 if |x| < 1, else |x| - 1/2
 
 where v is standardised by channel: stored grids are, and with ``targets: online`` the term standardises them by the
@@ -72,10 +72,10 @@ class Dense(Term):
         """The sum over rows of the mean over patches."""
         projected = head(found.permute(0, 2, 3, 1)).float()
         target = target.float() if standardise is None else standardise(target)
-        return distances(projected, target, self.loss.cosine, self.loss.smooth_l1).sum()
+        return distances(projected, target, self.loss.cosine).sum()
 
 
-def dense(projected: torch.Tensor, patches: torch.Tensor, cosine: float = 0.9, smooth_l1: float = 0.1) -> torch.Tensor:
+def dense(projected: torch.Tensor, patches: torch.Tensor, cosine: float = 0.9) -> torch.Tensor:
     """Mean of both weighted distances of a student's grids from a teacher's ``patches`` [B, rows, columns, D].
 
     The student's are ``projected`` to the teacher's dimension; they are resized to its rows and columns. Patches are
@@ -85,10 +85,10 @@ def dense(projected: torch.Tensor, patches: torch.Tensor, cosine: float = 0.9, s
     if any(len(shape) != 4 or 0 in shape for shape in shapes) or shapes[0][::3] != shapes[1][::3]:
         got = " and ".join(map(str, shapes))
         raise UserError(f"dense: want two grids [B, rows, columns, D] of equal B and D, got {got}.")
-    return distances(projected.float(), patches.float(), cosine, smooth_l1).mean()
+    return distances(projected.float(), patches.float(), cosine).mean()
 
 
-def distances(projected: torch.Tensor, target: torch.Tensor, cosine: float, smooth_l1: float) -> torch.Tensor:
+def distances(projected: torch.Tensor, target: torch.Tensor, cosine: float) -> torch.Tensor:
     """The loss [p] of grids [p, rows, columns, D], of which the ``projected`` are resized to those of the target."""
     grid, own = target.shape[1:3], projected.shape[1:3]
     if own != grid:
@@ -99,7 +99,7 @@ def distances(projected: torch.Tensor, target: torch.Tensor, cosine: float, smoo
         projected = resized.permute(0, 2, 3, 1)
     away = 1 - torch.nn.functional.cosine_similarity(projected, target, dim=-1)
     apart = torch.nn.functional.smooth_l1_loss(projected, target, reduction="none").mean(dim=-1)
-    return (cosine * away + smooth_l1 * apart).mean(dim=(1, 2))
+    return (cosine * away + round(1 - cosine, 12) * apart).mean(dim=(1, 2))  # 0.1 of 0.9, to the bit
 
 
 def make(loss: Loss, models: Models) -> Dense | None:

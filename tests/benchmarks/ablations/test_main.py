@@ -74,7 +74,7 @@ def test_every_dataset_is_a_distinct_valid_run(study: Study) -> None:
     assert configs[BASE] == load_config("configs/demo.yaml", [f"output={study.out}/datasets/base"])
     assert len({config.model_dump_json(exclude={"output"}) for config in configs.values()}) == len(configs)
     assert {config.augmentations.count for config in configs.values()} >= {1, 2, 5, 10}
-    assert {spec.dtype for config in configs.values() for spec in config.teachers.values()} >= {"float32", "int8"}
+    assert {spec.codec for config in configs.values() for spec in config.teachers.values()} >= {"float32", "int8"}
     assert configs[WRONG].source == f"{study.wrong_shards}/*.tar"
     first, second = configs["two-captioners"].captioners.values()
     assert (first.model, first.captions, second.captions) == (second.model, 1, 1)

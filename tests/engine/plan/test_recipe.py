@@ -14,6 +14,7 @@ from reinforce.config import load_config, parse_config
 from reinforce.engine.plan.plan import Plan, build_layers, describe_models, make_plan, version_notes
 from reinforce.errors import UserError
 from reinforce.processes.parallel import nodes_of_run
+from reinforce.source.config import Limits
 from reinforce.source.urls import expand
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import student_job
@@ -32,14 +33,14 @@ def layers_for(**changes: Any) -> dict[str, str]:
     return {name: layer.fingerprint for name, layer in build_layers(config, describe_models(config)).items()}
 
 
-def test_keys_of_input_that_were_added_later_change_fingerprints_only_if_they_are_set() -> None:
+def test_fingerprints_cover_the_input_but_for_where_its_files_are() -> None:
     def samples(**spec: Any) -> str:
         config = parse_config({"source": "x.tar", "output": "out", "input": spec})
         return build_layers(config, {})["samples"].fingerprint
 
-    assert samples() == "9a59ea0ee9feb030", "the fingerprint of every dataset made with the defaults so far"
-    assert samples(limits={"members": 64}) == samples(format="parquet") == samples()
-    limits = [{"limits": {name: value}} for name, value in (("members", 65), ("key_chars", 10), ("shard_samples", 9))]
+    assert samples() == "4b2a7a9cf24948b6", "the fingerprint of every dataset made with the defaults"
+    assert samples(limits="standard") == samples(format="parquet") == samples()
+    limits = [{"limits": limits} for limits in ("wide", Limits(members=65), Limits(key_chars=10))]
     others = [*limits, {"image": "jpg"}, {"key": "id"}, {"rows_per_shard": 4}]
     assert len({samples(), *(samples(**spec) for spec in others)}) == 7
 
@@ -98,7 +99,7 @@ def test_a_change_reaches_the_layers_that_depend_on_it_and_no_others() -> None:
     changed = {n for n, f in layers_for(captioners=config["captioners"]).items() if before[n] != f}
     assert changed == {"captions/namer", "embeddings/red/namer", "embeddings/blue/namer"}
     assert all(before[name] != fingerprint for name, fingerprint in layers_for(seed=1).items())
-    config["teachers"]["blue"]["dtype"] = "float32"
+    config["teachers"]["blue"]["codec"] = "float32"
     changed = {n for n, f in layers_for(teachers=config["teachers"]).items() if before[n] != f}
     assert changed == {"embeddings/blue/images", "embeddings/blue/caption", "embeddings/blue/namer"}
 

@@ -20,6 +20,7 @@ from reinforce.engine.preflight.check_source import FirstSample, check_source
 from reinforce.engine.preflight.estimate import expected_bytes
 from reinforce.engine.run import run
 from reinforce.errors import UserError
+from reinforce.source.config import Limits
 from tests.helpers.commands import run_command
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.published import ALL, published_members, source_members, write_published
@@ -50,7 +51,7 @@ def test_plan_and_run_fail_with_the_same_message(tmp_path: Path, capsys: pytest.
     write_tar(tmp_path / "texts.tar", [("a.txt", b"no image")])
     write_tar(tmp_path / "empty.tar", [])
     write_tar(tmp_path / "small.tar", members_of(0, 3))
-    small = {"input": {"limits": {"pixels": 100}}}
+    small = {"input": {"limits": Limits(pixels=100)}}
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("x", {}, f"source: no sample can be read. {tmp_path}/x.tar: a Parquet file, not a tar: in `source` of a run,"),
         ("folder", {}, f"{tmp_path}/folder.tar: a folder, not a tar: write {tmp_path}/folder.tar/*.tar for the tars"),
@@ -173,7 +174,7 @@ def test_a_bounded_number_of_bytes_is_read_before_the_first_sample(
 ) -> None:
     monkeypatch.setattr("reinforce.engine.preflight.check_source._READ_BYTES", 10**6)
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(tar_bytes([("big.npy", bytes(3 * 10**6)), *members_of(0, 1)])))
-    values = config(tmp_path, f"{tmp_path}/x.tar.gz", input={"limits": {"image_bytes": 1000, "sidecar_bytes": 1000}})
+    values = config(tmp_path, f"{tmp_path}/x.tar.gz", input={"limits": Limits(image_bytes=1000, sidecar_bytes=1000)})
     sample, notes = probe(values)
     assert sample is None
     assert notes == [

@@ -27,6 +27,7 @@ from reinforce.engine.worker.decode import (
     StoredImage,
 )
 from reinforce.engine.worker.shard import chunk_rows, decode_ahead
+from reinforce.source.config import Limits
 from reinforce.source.samples import RawSample, Refusal
 from schemas import Reason
 from tests.helpers.data import config_of, picture
@@ -40,7 +41,7 @@ from tests.helpers.decode_faults import (
 from tests.helpers.waiting import is_alive, wait_for
 from tests.hostile.images import scan_bomb
 
-CONFIG = parse_config({**config_of("x", "y", captioners={}, teachers={}), "input": {"limits": {"scans": 100_000}}})
+CONFIG = parse_config({**config_of("x", "y", captioners={}, teachers={}), "input": {"limits": Limits(scans=100_000)}})
 SPEC = DecodeSpec(CONFIG, PixelLayout((2, 24)))
 
 Found: TypeAlias = tuple[list[Decoded | Refusal], np.ndarray]

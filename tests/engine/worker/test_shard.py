@@ -98,7 +98,7 @@ def test_embeddings_equal_the_teachers_for_replayed_augmentations_in_the_configu
     shards: Callable[..., str], tmp_path: Path, dtype: str, stored: str, tolerance: float
 ) -> None:
     config = config_of(shards(20), tmp_path / "out")
-    config["teachers"]["red"]["dtype"] = dtype
+    config["teachers"]["red"]["codec"] = dtype
     reinforce_here(config)
     for file in (tmp_path / "out" / "embeddings" / "red").rglob("*.parquet"):
         assert str(pq.read_schema(file).field("embeddings").type.value_type) == stored

@@ -74,9 +74,9 @@ def test_dropped_captions_are_replaced_by_the_others_in_turn_and_each_rule_can_b
     assert cleaned("a cat", "b b b b", "a dog", "", "c c c c") == ["a cat", "a cat", "a dog", "a dog", "a cat"]
     assert cleaned("a cat", "A cat.", "a cat", "a dog") == ["a cat", "a cat", "a dog", "a dog"]
     assert cleaned("a a a a", " ") is None
-    assert cleaned("b b b b", "a cat", "a cat", drop_repetitive=False) == ["b b b b", "a cat", "b b b b"]
-    assert cleaned("b b b b", "a cat", "a cat", drop_duplicates=False) == ["a cat", "a cat", "a cat"]
-    assert cleaned("a cat", "a cat", "a dog", drop_duplicates=False) == ["a cat", "a cat", "a dog"]
+    assert cleaned("b b b b", "a cat", "a cat", drop=["duplicates"]) == ["b b b b", "a cat", "b b b b"]
+    assert cleaned("b b b b", "a cat", "a cat", drop=["repetitive"]) == ["a cat", "a cat", "a cat"]
+    assert cleaned("a cat", "a cat", "a dog", drop=["repetitive"]) == ["a cat", "a cat", "a dog"]
 
 
 def test_changes_are_counted() -> None:
@@ -91,8 +91,7 @@ RULES = st.builds(
     first_sentence=st.booleans(),
     words=st.none() | st.integers(1, 5),
     characters=st.none() | st.integers(1, 12),
-    drop_repetitive=st.booleans(),
-    drop_duplicates=st.booleans(),
+    drop=st.sets(st.sampled_from(["repetitive", "duplicates"])).map(list),
 )
 
 
@@ -111,9 +110,9 @@ def test_cleaned_rows_keep_their_length_and_follow_the_rules(captions: list[str]
         assert text == text.strip() != ""
         assert rules.characters is None or len(text) <= rules.characters
         assert rules.words is None or len(text.split()) <= rules.words
-        assert not (rules.drop_repetitive and is_repetitive(text))
-    if rules.drop_duplicates:
+        assert not ("repetitive" in rules.drop and is_repetitive(text))
+    if "duplicates" in rules.drop:
         times = [kept.count(text) for text in set(kept)]
         assert max(times) - min(times) <= 1, "all are equally frequent"
         assert len(set(kept)) == len(captions) - dropped
-    assert clean(kept, rules)[0] == kept or rules.drop_duplicates or rules.first_sentence
+    assert clean(kept, rules)[0] == kept or "duplicates" in rules.drop or rules.first_sentence
