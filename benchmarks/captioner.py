@@ -87,7 +87,7 @@ def config_of(folder: Path, model: str, **data: Any) -> CaptionerConfig:
         CaptionerConfig,
         {
             "output": str(folder / "out"),
-            "captioner": {"model": model, "random": True},
+            "captioner": {"model": model, "pretrained": "random"},
             "data": {"source": f"{folder}/*.tar", "captions": ["txt"], **data},
             "held_out": {"share": 0.01},
             "train": {"steps": 1, "batch": 2},

@@ -23,7 +23,6 @@ class RandAugment(Section):
 
     ops: int = Field(2, ge=0, description="operations per image")
     magnitude: int = Field(9, ge=0, lt=31, description="strength of the operations, out of 31 levels")
-    probability: float = Field(1.0, ge=0, le=1, description="probability that an image is augmented by RandAugment")
 
 
 class Augmentations(Section):

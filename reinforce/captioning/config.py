@@ -22,12 +22,13 @@ class Captioner(Section):
     """The CoCa to train, by open_clip's names."""
 
     model: str = Field(min_length=1, description="coca_ViT-L-14, coca_ViT-B-32, hf-hub:ORG/REPO or local-dir:PATH")
-    pretrained: str | None = Field(None, description="pretrained tag, or a checkpoint by path or fsspec URI")
+    pretrained: str | None = Field(
+        None,
+        description="pretrained tag, or a checkpoint by path or fsspec URI; `random`: start from random weights, as a "
+        "pre-training does; default: the model must have weights",
+    )
     freeze: list[Tower] = Field(
         default_factory=list, description="towers that are not trained: image, text, decoder; default: none"
-    )
-    random: Literal[True] | None = Field(
-        None, description="start from random weights, as a pre-training does; default: the model must have weights"
     )
     context: int | None = Field(
         None,
@@ -37,12 +38,20 @@ class Captioner(Section):
         "default: the model's",
     )
 
+    @property
+    def random(self) -> bool:
+        """Whether it starts from random weights."""
+        return self.pretrained == "random"
+
+    @property
+    def weights(self) -> str | None:
+        """The tag or checkpoint, if there is one."""
+        return None if self.random else self.pretrained
+
     @model_validator(mode="after")
     def _check_start(self) -> Captioner:
-        if self.random and self.pretrained is not None:
-            raise ValueError("random: the weights are named in `pretrained`; remove one of the two")
         if self.random and self.freeze:
-            raise ValueError("freeze: random weights would stay as they are; remove the towers, or `random`")
+            raise ValueError("freeze: random weights would stay as they are; remove the towers, or name weights")
         return self
 
 
@@ -70,7 +79,6 @@ class Data(Section):
     crop: tuple[float, float] = Field(
         (0.9, 1.0), strict=False, description="RandomResizedCrop: area of the crop / area of the image"
     )
-    threads: int | None = Field(None, ge=1, description="threads that decode held-out images; default: one per core")
     limits: NamedLimits = LIMITS["standard"]
     window: int | None = Field(None, ge=1, description="samples of a stream that are shuffled together; default: 4,096")
     streams: int | None = Field(

@@ -127,7 +127,7 @@ class CaptionerEvaluator:
         self._precision = config.train.compute.precision
         self._tokenize = tokenize
         self._end = end
-        self._threads = config.data.threads or available_cores()
+        self._threads = available_cores()
         self._images = ImageBatches(self._examples, len(held_out), config.data.limits, CacheBudget(_CACHE_BYTES))
 
     def evaluate(self, model: CaptionerModel) -> dict[str, float]:

@@ -80,7 +80,7 @@ class CaptioningTask(Task):
 
 
 #: Keys that may change when a fine-tuning resumes: how fast it reads.
-_READING = ("data.threads", "data.workers", "data.prefetch", "data.images_from")
+_READING = ("data.workers", "data.prefetch", "data.images_from")
 #: Folder of the output with the final weights.
 EXPORT = "captioner"
 _TEXTS_AT_ONCE = 1024

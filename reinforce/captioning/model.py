@@ -171,20 +171,20 @@ class CaptionerModel(torch.nn.Module):
 
 def check_captioner(config: CaptionerConfig) -> None:
     """Raise UserError if the names of the model and its weights show that it cannot caption. Loads nothing."""
-    spec = config.evaluate.generate.captioner(config.captioner.model, config.captioner.pretrained)
+    spec = config.evaluate.generate.captioner(config.captioner.model, config.captioner.weights)
     try:
         check_coca(str(spec.model))
         if not config.captioner.random:
             catalog.check_model(model_name(spec), spec.pretrained)
     except (ValueError, OSError) as error:
-        hint = "" if spec.pretrained else "; `captioner.random: true` starts from random ones"
+        hint = "" if spec.pretrained else "; `captioner.pretrained: random` starts from random ones"
         raise UserError(f"captioner: {error}{hint}") from error
 
 
 def build_captioner(config: CaptionerConfig) -> CaptionerModel:
     """Build the CoCa of a config with its weights, float32 on the CPU. Raises UserError where it cannot be loaded."""
     check_captioner(config)
-    spec = config.evaluate.generate.captioner(config.captioner.model, config.captioner.pretrained)
+    spec = config.evaluate.generate.captioner(config.captioner.model, config.captioner.weights)
     name, wanted = model_name(spec), config.captioner
     try:
         with torch.random.fork_rng(devices=[]):
@@ -195,7 +195,7 @@ def build_captioner(config: CaptionerConfig) -> CaptionerModel:
                 torch.nn.init.normal_(coca.text_decoder.text_projection, std=coca.text_decoder.width**-0.5)
             model_cfg: Mapping[str, Any] = open_clip.get_model_config(name)
             if wanted.context is not None:
-                model_cfg = set_context(coca, model_cfg, wanted.context, bool(wanted.random))
+                model_cfg = set_context(coca, model_cfg, wanted.context, wanted.random)
         image = image_spec(open_clip.get_model_preprocess_cfg(coca))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(f"captioner: {error}") from error

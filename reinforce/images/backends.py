@@ -202,10 +202,9 @@ def sample_augmentation(
     draws = 2 * _ATTEMPTS + 2 + 1 + 2 * policy.rand_augment.ops
     bits = philox_bits(seed_for(seed, key, "augmentation", index), draws)
     uniforms: list[float] = ((bits >> np.uint64(11)) * 2.0**-53).tolist()
-    for_crop, (apply, *for_ops) = uniforms[: 2 * _ATTEMPTS + 2], uniforms[2 * _ATTEMPTS + 2 :]
+    # The number between those of the crop and those of the operations decides nothing; it keeps the seeds' order.
+    for_crop, for_ops = uniforms[: 2 * _ATTEMPTS + 2], uniforms[2 * _ATTEMPTS + 3 :]
     crop = _sample_crop(for_crop, policy.scale, policy.ratio, width, height)
-    if apply >= policy.rand_augment.probability:
-        return Augmentation(crop, policy.size, None)
     table = BACKENDS[policy.backend].table
     magnitudes = table.magnitudes(policy.rand_augment.magnitude, policy.size)
     ops = []  # RandAugment's

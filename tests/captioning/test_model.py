@@ -186,7 +186,7 @@ def test_a_context_is_exported_and_captions_are_written_up_to_it(tmp_path: Path)
 
 
 def test_random_weights_are_those_of_the_seed_for_a_name_and_a_folder(tmp_path: Path) -> None:
-    folder = {"model": f"local-dir:{tmp_path}/model", "random": True, "context": 16}
+    folder = {"model": f"local-dir:{tmp_path}/model", "pretrained": "random", "context": 16}
     short = {"generate": {"max_length": 12}}
     first, again, other = (make_captioner(tmp_path, captioner=folder, evaluate=short, seed=seed) for seed in (0, 0, 1))
     weights = dict(first.named_parameters())
@@ -194,7 +194,7 @@ def test_random_weights_are_those_of_the_seed_for_a_name_and_a_folder(tmp_path: 
     assert not torch.equal(weights["coca.text.positional_embedding"], other.coca.text.positional_embedding)
     assert float(weights["coca.text.positional_embedding"].detach().std()) == pytest.approx(0.01, rel=0.3)
     assert float(weights["coca.text_decoder.text_projection"].detach().std()) == pytest.approx(16**-0.5, rel=0.1)
-    config = captioner_config(tmp_path, captioner={"model": "coca_ViT-B-32", "random": True})
+    config = captioner_config(tmp_path, captioner={"model": "coca_ViT-B-32", "pretrained": "random"})
     check_captioner(config)
 
 
@@ -205,10 +205,9 @@ def test_models_and_keys_that_do_not_fit_are_refused_before_loading(tmp_path: Pa
         ({"model": "coca_ViT-XL"}, "unknown to open_clip"),
         (
             {"model": "coca_ViT-B-32"},
-            r"no weights without `pretrained`.*`captioner\.random: true` starts from random",
+            r"no weights without `pretrained`.*`captioner\.pretrained: random` starts from random",
         ),
-        ({"model": folder, "random": True, "pretrained": "x"}, "remove one of the two"),
-        ({"model": folder, "random": True, "freeze": ["image"]}, "freeze"),
+        ({"model": folder, "pretrained": "random", "freeze": ["image"]}, "freeze"),
     ]
     for captioner, error in refused:
         with pytest.raises(UserError, match=error):

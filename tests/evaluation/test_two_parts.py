@@ -83,7 +83,7 @@ def test_metrics_have_the_defaults_of_dino_and_the_names_of_the_sets() -> None:
         *(f"knn/a/k{k}/top1" for k in (10, 20, 100, 200)),
         *(f"linear/b/{score}" for score in ("top1", "top5", "mean_per_class")),
     ]
-    assert (config.best_metric, config.knn["a"].temperature) == ("knn/a/k10/top1", 0.07)
+    assert config.best_metric == "knn/a/k10/top1"
     assert (config.knn["a"].size, config.linear["b"].size) == (None, 8)
     assert config.shares(2) == [{"knn/a"}, {"linear/b"}]
 
@@ -202,7 +202,6 @@ def test_wrong_keys_are_reported_with_their_place() -> None:
         ({"knn": {"a": {"train": {"images": "x"}}}}, "knn.a.test: is required"),
         ({"knn": {"a": {**parts, "k": [5, 5]}}}, "a number is there twice"),
         ({"knn": {"a": {**parts, "k": [0]}}}, "knn.a.k.0"),
-        ({"knn": {"a": {**parts, "temperature": 0}}}, "knn.a.temperature"),
         ({"linear": {"a": {**parts, "l2": []}}}, "linear.a.l2"),
         ({"linear": {"a": {**parts, "templates": "x"}}}, "linear.a.templates: unknown key"),
     ):

@@ -171,8 +171,11 @@ def _open(
     return ImageSet(name, parts.examples, score, parts.images, parts=parts)
 
 
+_TEMPERATURE = 0.07  # of the votes, as in DINO, so that scores compare
+
+
 class KnnSet(TwoPartSet):
-    """A set on which the nearest training images of an image vote for its class, each with exp(cosine / temperature).
+    """A set on which the nearest training images of an image vote for its class, each with exp(cosine / 0.07).
 
     Needs no texts. The metrics are ``kK/top1`` for each number K of neighbours.
     """
@@ -180,7 +183,6 @@ class KnnSet(TwoPartSet):
     k: list[Annotated[int, Field(ge=1)]] = Field(
         [10, 20, 100, 200], min_length=1, description="numbers of neighbours; each gives a metric"
     )
-    temperature: float = Field(0.07, gt=0, description="temperature of the votes")
 
     @field_validator("k")
     @classmethod
@@ -210,7 +212,7 @@ def _classify_nearest(config: TwoPartSet, features: Features, accelerator: Accel
     assert isinstance(config, KnnSet)
     accelerator = accelerator.of_float64("nearest neighbours")
     labels, true = (torch.from_numpy(part) for part in (features.train_labels, features.test_labels))
-    found = classify(features.train, labels, features.test, config.k, config.temperature, accelerator)
+    found = classify(features.train, labels, features.test, config.k, _TEMPERATURE, accelerator)
     return {f"k{count}/top1": float((predicted == true).double().mean()) for count, predicted in found.items()}
 
 

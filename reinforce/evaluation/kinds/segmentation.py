@@ -121,7 +121,6 @@ class SegmentationSet(OwnSet):
     """
 
     images: str = Field(description="folder of the set, VOCdevkit/VOC2012 or ADEChallengeData2016, by any fsspec URI")
-    layout: LayoutName | None = Field(None, description="how the folder is laid out; default: recognised")
     classes: int | None = Field(
         None, ge=2, le=254, description="number of classes; default: 21 of voc2012 and 150 of ade20k"
     )
@@ -133,18 +132,12 @@ class SegmentationSet(OwnSet):
     stage: int = Field(-1, description="stage or block of the tower whose output is used, from the end if negative")
     schedule: Literal["short", "published"] = Field(
         "short",
-        description="defaults of the keys below. published: 40,000 steps, windows of 512 pixels every 341; short: "
+        description="published: 40,000 steps, and windows of 512 pixels every 341, whose logits are averaged; short: "
         "1,000 steps on images of the model's own size, seen as a whole",
     )
-    steps: int | None = Field(None, ge=1, description="steps of the head's training")
+    steps: int | None = Field(None, ge=1, description="steps of the head's training; default: by `schedule`")
     batch: int = Field(16, ge=2, description="crops in a step")
     learning_rate: float = Field(1e-3, gt=0, description="highest learning rate; it decays to zero")
-    crop: int | None = Field(None, ge=8, description="side of crops and windows in pixels")
-    inference: Literal["whole", "slide"] | None = Field(
-        None,
-        description="whole: the image is squashed to `crop`; slide: it is resized to cover `crop`, and the logits of "
-        "windows, two thirds of `crop` apart, are averaged",
-    )
 
     @property
     def scores(self) -> list[str]:
@@ -157,11 +150,9 @@ class SegmentationSet(OwnSet):
     def windows(self, encoder: Encoder) -> tuple[tuple[int, int], int | None]:
         """The (height, width) of crops and windows for a model, and the stride of windows; None: whole images."""
         assert encoder.image is not None
-        published = self.schedule == "published"
-        side = self.crop or (_PUBLISHED_CROP if published else None)
-        size = (encoder.image.height, encoder.image.width) if side is None else (side, side)
-        slides = published if self.inference is None else self.inference == "slide"
-        return size, max(1, min(size) * 2 // 3) if slides else None
+        if self.schedule == "short":
+            return (encoder.image.height, encoder.image.width), None
+        return (_PUBLISHED_CROP, _PUBLISHED_CROP), _PUBLISHED_CROP * 2 // 3
 
 
 @dataclass(frozen=True)
@@ -186,7 +177,7 @@ class _Masks:
 
 def _list(config: SegmentationSet, name: str) -> _Masks:
     """List a set and check its first masks. Raises UserError."""
-    layout = config.layout or recognise(config.images, name)
+    layout = recognise(config.images, name)
     of_layout = LAYOUTS[layout]
     parts = [
         list_pairs(config.images, of_layout, part, training, name, config.limit)
