@@ -73,7 +73,7 @@ def _shape_of(type_: pa.DataType) -> str:
 #: The axes of each column whose rows have a shape, and those that no reader converts to float32 as a whole.
 _TENSORS = {name: axes for kind in KINDS.values() for name, axes in kind.tensors.items()}
 _KEPT_AS_STORED = {name for kind in KINDS.values() for name in kind.kept_as_stored}
-_NOT_IN_ALL = {schemas.IMAGE_DIGEST, schemas.TRUE_CAPTIONS, schemas.LABELLED}  # not in all files of samples
+_NOT_IN_ALL = {schemas.TRUE_CAPTIONS, schemas.LABELLED}  # not in all files of samples
 _accepted_schemas: deque[pa.Schema] = deque(maxlen=4)  # the last ones, because files of a layer have the same
 
 
@@ -327,7 +327,8 @@ def _column_names(footer: pq.FileMetaData) -> list[str]:
 
 
 def _check_columns(found: pa.Schema, newer: bool) -> None:
-    """Raise RefusedFile unless columns belong to one of the known schemas, int8 vectors with their scales.
+    """Raise RefusedFile unless columns belong to one of the known schemas, int8 vectors with their scales, and
+    references with their digests.
 
     Of a ``newer`` version, only the types of known columns are checked.
     """
@@ -354,7 +355,7 @@ def _check_columns(found: pa.Schema, newer: bool) -> None:
     of_unknown = [names for names in missing if len(names) == len(unknown)]
     if unknown and len(of_unknown) != 1:
         raise RefusedFile(f"it has a column {escape(min(unknown)[:100])}, which no layer has")
-    if unknown or missing == [{"scales"}]:
+    if unknown or missing in ([{"scales"}], [{schemas.IMAGE_DIGEST}]):
         raise RefusedFile(f"it has no column {', '.join(sorted(of_unknown[0] if unknown else missing[0]))}")
 
 

@@ -211,7 +211,7 @@ def _digests_of(data: Dataset) -> tuple[list[str], list[int | None]]:
             for number in range(opened.row_groups):
                 samples = opened.row_group(number).samples
                 names += [f"{shard}/{key}" for key in samples["key"].to_pylist()]
-                values, valid = digests(samples, shard)
+                values, valid = digests(samples)
                 found += [value if known else None for value, known in zip(values.tolist(), valid, strict=True)]
     return names, found
 

@@ -47,7 +47,7 @@ class Samples(LayerKind):
         self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
     ) -> Iterable[Layer]:
         # The first two say which files are read, and reduce_to is recorded in the name of the image policy.
-        source = config.input.model_dump(mode="json", exclude={"format", "images_from", "reduce_to"})
+        source = config.input.model_dump(mode="json", exclude={"format", "images_from", "reduce_to"}, exclude_none=True)
         source["captions"] = config.input.caption_fields
         source["limits"] = config.input.limits.model_dump()  # a name alone would not say which
         if reads_crops(config):

@@ -20,7 +20,7 @@ from reinforce.engine.preflight.check_source import FirstSample, check_source
 from reinforce.engine.preflight.estimate import expected_bytes
 from reinforce.engine.run import run
 from reinforce.errors import UserError
-from reinforce.source.config import Limits
+from reinforce.source.config import LIMITS, Limits
 from tests.helpers.commands import run_command
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.published import ALL, published_members, source_members, write_published
@@ -45,13 +45,16 @@ def plan_command(folder: Path, values: dict[str, Any], capsys: pytest.CaptureFix
 # --- sources of which nothing can be read
 
 
-def test_plan_and_run_fail_with_the_same_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_and_run_fail_with_the_same_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x.tar").write_bytes(b"PAR1" + bytes(600))
     (tmp_path / "folder.tar").mkdir()
     write_tar(tmp_path / "texts.tar", [("a.txt", b"no image")])
     write_tar(tmp_path / "empty.tar", [])
     write_tar(tmp_path / "small.tar", members_of(0, 3))
-    small = {"input": {"limits": Limits(pixels=100)}}
+    monkeypatch.setitem(LIMITS, "wide", Limits(pixels=100))
+    small = {"input": {"limits": "wide"}}
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("x", {}, f"source: no sample can be read. {tmp_path}/x.tar: a Parquet file, not a tar: in `source` of a run,"),
         ("folder", {}, f"{tmp_path}/folder.tar: a folder, not a tar: write {tmp_path}/folder.tar/*.tar for the tars"),
