@@ -144,7 +144,7 @@ def test_a_changed_seed_is_named_once_with_the_number_of_layers_that_follow_from
             {"input": {"limits": Limits(pixels=9)}},
             "input.limits.pixels: 89478485 in the dataset, 9 in this config",
         ),
-        ({"input": {"limits": "wide"}}, "input.limits.image_bytes: 67108864 in the dataset, 268435456 in this config"),
+        ({"input": {"limits": Limits(scans=9)}}, "input.limits.scans: 500 in the dataset, 9 in this config"),
         (
             {"input": {"captions": ["txt"]}},
             'input.captions: ["txt", "json:caption"] in the dataset, ["txt"] in this config',
