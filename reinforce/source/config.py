@@ -61,7 +61,7 @@ class Limits(Section):
     shard_samples: int = Field(1_000_000, ge=1)
 
 
-#: The limits that a config names. What ``wide`` allows costs a worker up to a gigabyte for one image.
+#: The limits that a config names. The largest image of ``wide`` has half a gigabyte of pixels.
 LIMITS = {
     "standard": Limits(),
     "wide": Limits(
