@@ -109,11 +109,32 @@ def _worker_in_process() -> Iterator[None]:
         yield
 
 
+#: CPU seconds of the longest files, those of Ray's processes included. All others take less than 20.
+_SECONDS = {
+    "integration/test_faults.py": 147, "integration/test_train_hosts.py": 107, "tuning/test_adapt.py": 79,
+    "integration/test_cluster.py": 63, "integration/test_train_ray.py": 47, "test_docs.py": 46,
+    "integration/test_s3.py": 42, "training/test_ranks.py": 36, "api/test_commands.py": 36, "student/test_train.py": 33,
+    "hostile/test_run.py": 32, "student/test_registry.py": 30, "shipping/test_networks.py": 29, "student/data/test_feed.py": 28,
+    "integration/test_run.py": 27, "tuning/test_command.py": 26, "explore/test_browser.py": 26, "integration/test_train.py": 24,
+    "labels/test_faulty_storage.py": 24, "integration/test_images_alone.py": 21, "shipping/test_export.py": 21,
+    "shipping/test_coreml.py": 20,
+}  # fmt: skip
+_FOLDER = Path(__file__).parent
+
+
 @cache
 def _files_with_ray() -> dict[Path, int]:
-    """The files whose tests share Ray, with the number of the half that each belongs to."""
-    files = sorted(path for path in Path(__file__).parent.rglob("test_*.py") if "ray_session" in path.read_text())
-    return {path: number % 2 for number, path in enumerate(files)}
+    """The files whose tests share Ray, with the number of the half that each belongs to; halves take equally long."""
+    files = [path for path in sorted(_FOLDER.rglob("test_*.py")) if "ray_session" in path.read_text()]
+    halves, taken = {}, [0, 0]
+    for path in sorted(files, key=lambda path: -_SECONDS.get(_name(path), 10)):
+        halves[path] = taken.index(min(taken))
+        taken[halves[path]] += _SECONDS.get(_name(path), 10)
+    return halves
+
+
+def _name(file: Path) -> str:
+    return file.relative_to(_FOLDER).as_posix()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -187,13 +208,9 @@ def shards(tmp_path: Path) -> Callable[..., str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that share Ray first; spread others that mostly wait over those that mostly compute."""
-    files = list(dict.fromkeys(item.path for item in items))
-    waiting = [file for file in files if file.parent.name == "integration"]
-    computing = [file for file in files if file.parent.name != "integration"]
-    step = 0.8 * len(computing) / max(1, len(waiting))  # the last files are short, so that no process ends late
-    place = {file: float(n) for n, file in enumerate(computing)} | {file: n * step for n, file in enumerate(waiting)}
-    items.sort(key=lambda item: (item.path not in _files_with_ray(), place[item.path]))
+    """Put the files that share Ray first, then the longest: the last files are short, so that no process ends late."""
+    assert not [name for name in _SECONDS if not (_FOLDER / name).exists()], "_SECONDS names a file that is gone"
+    items.sort(key=lambda item: (item.path not in _files_with_ray(), -_SECONDS.get(_name(item.path), 0)))
 
 
 @pytest.fixture

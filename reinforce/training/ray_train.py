@@ -62,6 +62,8 @@ _CONTROL_SECONDS = 20.0  # without Ray's control service; Ray itself ends this p
 #: Callbacks of Ray Train that are not used. The cleaner is for long-lived drivers, and without a dashboard it delays
 #: the end by 10 s. The others, of several versions, start an actor for Ray Data and import that in each rank.
 _UNUSED_CALLBACKS = {"PlacementGroupCleanerCallback", "DatasetsCallback", "DatasetsSetupCallback"}
+#: For other threads to end. One that asks Ray for something while Ray shuts down here would end this process.
+_END_SECONDS = 5.0
 _ALL_FAILED_SECONDS = 5.0  # wait for the other ranks to report the same user error
 
 
@@ -163,7 +165,8 @@ class HostWatch:
         self._hosts = LostHosts(ranks, cpus, gpus)
         self._lock, self.closed = threading.Lock(), threading.Event()
         self._lines: list[str] = []
-        threading.Thread(target=self._watch, daemon=True, name="host watch").start()
+        self.thread = threading.Thread(target=self._watch, daemon=True, name="host watch")
+        self.thread.start()
 
     @property
     def any_lost(self) -> bool:
@@ -256,7 +259,9 @@ class Supervisor:
                     controller = ray.get(self._mailbox.close.remote())
                     if running and controller is not None:
                         kill_with_placement_groups(controller)
+                        thread.join(_END_SECONDS)
                     ray.kill(self._mailbox)
+                self._hosts.thread.join(_END_SECONDS)
 
     def _call(self, fit: Callable[[], Any]) -> None:
         try:

@@ -7,6 +7,10 @@ from pathlib import Path
 
 from tests.helpers.commands import json_of_process
 
+#: Ray asks a node after 1 s and each 0.5 s whether it lives, instead of after 5 s and each 3 s: a killed node does not
+#: answer, and is dead after five questions. One that is only slow still has 10 s for each answer.
+OFTEN = {"RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "500"}
+
 #: Trainings whose ranks have no place, hang, or lose a node, and that are sent SIGTERM; one that loses a node; and one
 #: that loses a node before its rank has started.
 SCRIPT = """
@@ -90,7 +94,7 @@ cluster.shutdown()
 
 
 def test_a_training_that_loses_a_host_for_good_ends_with_its_name_and_a_signal_always_ends_it(tmp_path: Path) -> None:
-    ended = json_of_process(SCRIPT, tmp_path)
+    ended = json_of_process(SCRIPT, tmp_path, **OFTEN)
     assert ended["waiting"] == "Stopped: 15", "its ranks have never started"
     assert ended["hung"] == "Stopped: 15", "they do not finish their step"
     assert ended["stopped"] == "Stopped: 15", "its ranks cannot stop by themselves"
