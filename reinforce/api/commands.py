@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from reinforce.config import Config
-    from reinforce.dataset.view import View
     from reinforce.engine.check_models import Report as Checked
     from reinforce.engine.preflight.check_source import FirstSample
     from reinforce.engine.preflight.estimate import PlanReport
@@ -136,13 +135,6 @@ class Selected:
     samples: int
     rules: Sequence[Mapping[str, Any]]
     text: Sequence[str]
-
-    @classmethod
-    def of(cls, dataset: str, view: View) -> Selected:
-        from reinforce.explore.select import report_lines
-
-        total = sum(view.counts.values())
-        return cls(dataset, view.name, len(view), total, view.report, [*report_lines(view)])
 
     def __str__(self) -> str:
         return "\n".join(map(redact, self.text))
@@ -436,6 +428,7 @@ def select(
 
 def select_config(config: Any, log: Callable[[str], None], address: str | None) -> Selected:
     """``select`` of a validated config; ``log`` gets lines on the progress."""
+    from reinforce.explore.select import report_lines
     from reinforce.explore.select import select as write_view
 
     def compute(references: Config) -> None:
@@ -445,7 +438,8 @@ def select_config(config: Any, log: Callable[[str], None], address: str | None) 
         compute_layers(references, address=address)
 
     view = write_view(config, lambda line: log(redact(line)), address, reinforce=compute)
-    return Selected.of(config.dataset, view)
+    total = sum(view.counts.values())
+    return Selected(config.dataset, view.name, len(view), total, view.report, [*report_lines(view)])
 
 
 @checked_arguments

@@ -89,7 +89,10 @@ class Examples(Dataset[dict[str, Any]]):
         **keys: Any,
     ) -> None:
         sources, defaults = _sources(datasets)
-        others = {name: _names(name, keys.pop(name)) for name in [*keys] if owner_of(name) != name}
+        others = {name: settings.as_names(keys.pop(name)) for name in [*keys] if owner_of(name) != name}
+        for section, names in others.items():
+            if not isinstance(names, list):
+                raise UserError(f"{section}: want names of {owner_of(section)}, got {names!r:.100}")
         self.data = settings.as_config(Data, None, datasets=sources, **{**defaults, **keys})
         if self.data.backend == DEVICE_BACKEND:
             raise UserError(f"backend {DEVICE_BACKEND} is for `reinforce train`; choose another, or none.")
@@ -257,6 +260,7 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
         # torch.distributed is not initialised in a worker that is spawned: it gets what its parent has
         self.rank = gather.rank() if rank is None else rank
         self.ranks = gather.world_size() if ranks is None else ranks
+        self._total = examples.data.samples or sum(dataset.rows for dataset in examples.datasets)
 
     def __len__(self) -> int:
         """Examples of this rank in an epoch, read by one worker."""
@@ -291,10 +295,6 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
         finally:
             pool.shutdown(cancel_futures=True)
 
-    @property
-    def _total(self) -> int:
-        return self.examples.data.samples or sum(dataset.rows for dataset in self.examples.datasets)
-
     def _lengths(self, streams: int, epoch: int) -> list[int]:
         """Examples of each stream in an epoch; of equal numbers if there are several ranks."""
         ends = [[share(self._total * (epoch + n), streams, one) for one in range(streams)] for n in (0, 1)]
@@ -320,14 +320,6 @@ def _models(data: Data) -> dict[str, Sequence[str] | None]:
     sections = {str(kind.section) for kind in KINDS.values() if kind.picks is not None} - {"teachers"}
     named = {section: getattr(data, section) for section in sorted(sections)}
     return {"teachers": data.teachers, **{section: names for section, names in named.items() if names is not None}}
-
-
-def _names(section: str, given: Any) -> list[str]:
-    """The names of models under a section. Raises UserError."""
-    names = settings.as_names(given)
-    if not isinstance(names, list):
-        raise UserError(f"{section}: want names of {owner_of(section)}, got {given!r:.100}")
-    return names
 
 
 def _checked_whole(name: str, value: Any, least: int = 0) -> int:

@@ -88,7 +88,7 @@ def replay_size(image: Any) -> int | None:
 def text_transform(tokenizer: Any, context: int | None) -> TextTransform:
     """The function of a tokenizer, or of a processor of transformers. Raises UserError."""
     if tokenizer is None:
-        return _texts
+        return list
     tokenizer = getattr(tokenizer, "tokenizer", None) if hasattr(tokenizer, "image_processor") else tokenizer
     if not callable(tokenizer):
         raise UserError(
@@ -116,10 +116,6 @@ def _transformed(transform: Any, pixels: np.ndarray) -> Any:
 
 def _processed(processor: Any, pixels: np.ndarray) -> Any:
     return processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
-
-
-def _texts(texts: Sequence[str]) -> Sequence[str]:
-    return texts
 
 
 def _tokens(tokenizer: Any, texts: Sequence[str]) -> Any:

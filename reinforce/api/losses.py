@@ -26,7 +26,7 @@ from reinforce.student.terms.features import features
 from reinforce.student.terms.interactive import interactive
 from reinforce.student.terms.pairs import Objective, contrastive_losses
 from reinforce.student.terms.probabilities import probabilities
-from reinforce.student.terms.registry import Terms, make_terms
+from reinforce.student.terms.registry import make_terms
 from reinforce.student.towers import map_width
 from reinforce.student.train import read_stored
 from teachers.open_clip.teacher import image_spec
@@ -102,7 +102,18 @@ class StudentLoss(torch.nn.Module):
         config = settings.parse(StudentConfig, {**unread, "data": examples.data, "loss": loss, "seed": examples.seed})
         self.terms = make_terms(loss, read_stored(config, {url: read_manifest(Store(url)) for url in urls}))
         self.notes = [*self.terms.notes]
-        self.heads = torch.nn.ModuleDict(_heads(self.terms, width))
+        try:
+            heads = self.terms.heads(width or 1)
+        except UserError:
+            if width is not None:
+                raise
+            heads = {"": torch.nn.Identity()}
+        if heads and width is None:
+            raise UserError(
+                "this loss compares the student's features with vectors of teachers: set `width` to their dimension, "
+                'or features="none" to leave one-sided teachers out'
+            )
+        self.heads = torch.nn.ModuleDict(heads)
         own = {target.model for target in examples.targets if target.name not in (IMAGE, CAPTION, SYNTHETIC)}
         for section, names in self.terms.models.items():
             if section != "teachers" and (missing := [name for name in names if name not in own]):
@@ -211,22 +222,6 @@ class StudentLoss(torch.nn.Module):
             return map_width(model, image_spec(open_clip.get_model_preprocess_cfg(model)), stage)
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{type(model).__name__} has no map that is known here: {error}") from error
-
-
-def _heads(terms: Terms, width: int | None) -> dict[str, torch.nn.Module]:
-    """The heads of terms. Raises UserError if they need the width and it is not given."""
-    try:
-        made = terms.heads(width or 1)
-    except UserError:
-        if width is not None:
-            raise
-        made = {"": torch.nn.Identity()}
-    if made and width is None:
-        raise UserError(
-            "this loss compares the student's features with vectors of teachers: set `width` to their dimension, or "
-            'features="none" to leave one-sided teachers out'
-        )
-    return made
 
 
 def _pairs(

@@ -79,7 +79,17 @@ class Student:
         evaluation does. Raises UserError for one that cannot be decoded.
         """
         several = [images] if isinstance(images, (Image.Image, np.ndarray, bytes, str, os.PathLike)) else images
-        rows = [fit(self._opened(n, image), self.image) for n, image in enumerate(_checked_list("images", several))]
+        rows = []
+        for number, given in enumerate(_checked_list("images", several)):
+            where, image = f"image {number}", given
+            if isinstance(given, (str, os.PathLike)):
+                where = os.fspath(given)
+                try:
+                    image = Path(where).read_bytes()
+                except (OSError, ValueError) as error:  # ValueError: of a path with a null character
+                    reason = getattr(error, "strerror", None) or error
+                    raise UserError(f"{where}: {reason}. Give the path of an image.") from error
+            rows.append(fit(as_rgb(image, where), self.image))
         parts = [torch.empty(0, self.dim)]
         for start in range(0, len(rows), _checked_batch(batch)):
             pixels = self._accelerator.put(torch.from_numpy(np.stack(rows[start : start + batch])))
@@ -148,18 +158,6 @@ class Student:
 
     def __repr__(self) -> str:
         return f"Student({self.name!r}, dim={self.dim}, image={self.image.size}, device={self._accelerator.device})"
-
-    def _opened(self, number: int, image: Any) -> Image.Image:
-        """One image of the user's. Raises UserError."""
-        where = f"image {number}"
-        if isinstance(image, (str, os.PathLike)):
-            where = os.fspath(image)
-            try:
-                image = Path(where).read_bytes()
-            except (OSError, ValueError) as error:  # ValueError: of a path with a null character
-                reason = getattr(error, "strerror", None) or error
-                raise UserError(f"{where}: {reason}. Give the path of an image.") from error
-        return as_rgb(image, where)
 
 
 def _checked_list(name: str, values: Any) -> list[Any]:

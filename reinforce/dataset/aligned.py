@@ -89,11 +89,6 @@ class AlignedShard:
         group = self.row_group(number)
         return {name: group.read(name) for name in self.layers}
 
-    def has_nulls(self, layer: str, number: int, column: str) -> bool:
-        """Whether rows of a layer's tensor may be null in a row group, by the footer alone."""
-        with layer_errors(self.store, layer, self.shard):
-            return self._files[layer].has_nulls(number, column)
-
     def read_unchecked(self, layer: str, number: int) -> pa.Table:
         """Read a row group of a layer without comparing its keys; references to images name the tars where they are
         now."""
@@ -132,7 +127,9 @@ class RowGroup:
 
     def stored(self, layer: str, column: str) -> npt.NDArray[np.bool_]:
         """The rows of a layer's tensor that are not null; it is not read if the footer shows that all are stored."""
-        if not self._shard.has_nulls(layer, self._number, column):
+        with layer_errors(self._shard.store, layer, self._shard.shard):
+            has_nulls = self._shard._files[layer].has_nulls(self._number, column)
+        if not has_nulls:
             return np.ones(len(self.samples), np.bool_)
         return np.asarray(self.read(layer)[column].is_valid())
 

@@ -81,7 +81,7 @@ class Claims:
             stored = {name: listed[name]["fingerprint"] for name in self.layers if name in listed}
             check_recipes(self.store, manifest, self.layers, stored)
         except BaseException:
-            self._give_back({*unlisted} - before)  # also one that was stored although its put has failed
+            self.release({*unlisted} - before)  # also one that was stored although its put has failed
             raise
 
     def publish(self, loaded: Mapping[tuple[str, str], Mapping[str, Any]], computed: Collection[str]) -> None:
@@ -102,11 +102,9 @@ class Claims:
         """Whether dataset.json lists the layers. Raises UserError if it is damaged."""
         return self.layers.keys() <= mapping_at(find_manifest(self.store) or {}, "layers").keys()
 
-    def release(self) -> None:
-        """Remove the claims that this run has created."""
-        self._give_back({*self._owned})
-
-    def _give_back(self, names: Collection[str]) -> None:
+    def release(self, names: Collection[str] | None = None) -> None:
+        """Remove the claims that this run has created, or those on some layers."""
+        names = {*self._owned} if names is None else names
         for name in sorted(names):
             self._file(name).release()
         self._owned.difference_update(names)

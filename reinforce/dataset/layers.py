@@ -315,8 +315,9 @@ class LayerKind(ABC):
 
     def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the layers that a layer is computed from, by its name and its entry in dataset.json, if it has one:
-        by default the samples."""
-        return (SAMPLES,)
+        by default the samples, or what a kind whose entries state their ``needs`` has there."""
+        stated = entry.get("needs") if "needs" in self.required else None
+        return tuple(stated or ([SAMPLES] if self.level else []))
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         """The schema of a file; ``images`` is the config's key. By default all files have the first one."""

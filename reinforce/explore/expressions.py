@@ -335,17 +335,14 @@ class _Walk:
         if {"scalar", "macro"}.isdisjoint(found.kinds):
             raise _Refused(f"has {name}, which does not make one value of one row. Use functions of lists.")
         for parameters, definition in found.macros if "scalar" not in found.kinds else ():
-            self._check_macro(name, parameters, definition)
-
-    def _check_macro(self, name: str, parameters: Collection[str], definition: str) -> None:
-        parsed: dict[str, Any] = _parse(self.database, definition) if self.depth < _MAX_DEPTH else {"error": True}
-        if parsed["error"]:
-            raise _Refused(f"has {name}, which cannot be checked. Write what it stands for.")
-        inside = _Walk(self.functions, self.database, self.depth + 1)
-        nodes = [statement["node"]["select_list"] for statement in parsed["statements"]]
-        try:
-            others = [*inside.columns(nodes, frozenset())]
-        except _Refused as error:
-            raise _Refused(f"has {name}, which {error}") from None
-        if unknown := {path[0].lower() for path in others} - {one.lower() for one in parameters}:
-            raise _Refused(f"has {name}, which depends on {', '.join(sorted(unknown))}")
+            parsed: dict[str, Any] = _parse(self.database, definition) if self.depth < _MAX_DEPTH else {"error": True}
+            if parsed["error"]:
+                raise _Refused(f"has {name}, which cannot be checked. Write what it stands for.")
+            inside = _Walk(self.functions, self.database, self.depth + 1)
+            nodes = [statement["node"]["select_list"] for statement in parsed["statements"]]
+            try:
+                others = [*inside.columns(nodes, frozenset())]
+            except _Refused as error:
+                raise _Refused(f"has {name}, which {error}") from None
+            if unknown := {path[0].lower() for path in others} - {one.lower() for one in parameters}:
+                raise _Refused(f"has {name}, which depends on {', '.join(sorted(unknown))}")

@@ -79,23 +79,6 @@ class Build:
         return Shuffle(self.output, self.path(_PARTS), _ENTRY, 2**self.bits)
 
 
-def _planned(dataset: Store, store: Store) -> tuple[IdentityIndex, pa.Table]:
-    """The index of a dataset as it is now, without entries, in the folder ``store``; and its table of shards."""
-    samples = read_manifest(dataset)["layers"][SAMPLES]["fingerprint"]
-    listing = dataset.shards(SAMPLES)
-    counts = row_group_table(dataset, samples, dict(listing.items()))
-    groups: list[list[int]] = [[] for _ in listing]
-    for shard, _, rows in counts.tolist():
-        groups[shard].append(rows)
-    bits = min(MAX_BITS, max(0, math.ceil(math.log2(max(1, counts[:, 2].sum() / PART_ROWS)))))
-    rows, sizes = pa.array(map(sum, groups), pa.int64()), pa.array(listing.sizes, pa.int64())
-    columns = [listing.names, sizes, rows, pa.array(groups, pa.list_(pa.int32()))]
-    table = pa.table(columns, schema=schemas.INDEX_SCHEMA)
-    return IdentityIndex(
-        store, index_fingerprint(samples, bits, table), samples, bits, {}, [*listing], groups, {}
-    ), table
-
-
 def build_index(
     url: str, output: str | None = None, *, images: bool = True, use_ray: bool = True, address: str | None = None
 ) -> IdentityIndex:
@@ -104,7 +87,18 @@ def build_index(
     Without ``images``, digests are indexed only where they are stored. Raises UserError.
     """
     store = Store(url if output is None else output)
-    planned, table = _planned(Store(url), store)
+    dataset = Store(url)  # as it is now
+    samples = read_manifest(dataset)["layers"][SAMPLES]["fingerprint"]
+    listing = dataset.shards(SAMPLES)
+    row_groups = row_group_table(dataset, samples, dict(listing.items()))
+    groups: list[list[int]] = [[] for _ in listing]
+    for shard, _, rows in row_groups.tolist():
+        groups[shard].append(rows)
+    bits = min(MAX_BITS, max(0, math.ceil(math.log2(max(1, row_groups[:, 2].sum() / PART_ROWS)))))
+    sizes = pa.array(listing.sizes, pa.int64())
+    columns = [listing.names, sizes, pa.array(map(sum, groups), pa.int64()), pa.array(groups, pa.list_(pa.int32()))]
+    table = pa.table(columns, schema=schemas.INDEX_SCHEMA)
+    planned = IdentityIndex(store, index_fingerprint(samples, bits, table), samples, bits, {}, [*listing], groups, {})
     with contextlib.suppress(UserError):  # also of a damaged index
         if (found := find_index(store)) is not None and found.fingerprint == planned.fingerprint:
             return found

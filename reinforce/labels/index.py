@@ -316,13 +316,9 @@ class IdentityIndex:
         path = self.store.path(FOLDER, DESCRIPTION)
         raise NoSuchRow(f"{path} names row {row} of shard {shard}, which has none. {_FIX}")
 
-    def place(self, shard: str, group: int) -> tuple[int, int]:
-        """The number of a shard, and the first row of one of its row groups."""
-        number = self._numbers[shard]
-        return number, sum(self.groups[number][:group])
-
     @functools.cached_property
-    def _numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, int]:
+        """The number of each shard."""
         return {shard: number for number, shard in enumerate(self.shards)}
 
     def lookup(self, kind: str, hashes: Hashes) -> Found:
@@ -423,7 +419,20 @@ def find_index(store: Store) -> IdentityIndex | None:
         stated = _Stated.model_validate(found)
     except ValidationError as error:
         raise UserError(f"{path} is damaged. {_FIX}") from error
-    table = _read_shards(store, stated.fingerprint)
+
+    def parse(content: bytes) -> pa.Table:
+        file = LayerFile(pa.BufferReader(content), len(content))
+        return file.read(schemas.INDEX_SCHEMA.names).cast(schemas.INDEX_SCHEMA)
+
+    parts = (FOLDER, stated.fingerprint, f"{SHARDS}.parquet")
+    try:
+        table: pa.Table = store.read_parsed(parse, *parts, limit=_MAX_BYTES)
+        if not all(SHARD_NAME.fullmatch(name) for name in table["shard"].to_pylist()) or table["groups"].null_count:
+            raise ValueError("it names no shards")
+    except FileNotFoundError as error:
+        raise MissingLabels(f"{store.path(*parts)} is missing. {_FIX}") from error
+    except (RefusedFile, ValueError, pa.ArrowException) as error:
+        raise damaged(store.path(*parts), error) from error
     if index_fingerprint(stated.samples, stated.bits, table) != stated.fingerprint:
         raise UserError(f"{path} is not of the shards beside it: one of them was changed. {_FIX}")
     shards, groups = table["shard"].to_pylist(), table["groups"].to_pylist()
@@ -450,21 +459,3 @@ def read_fingerprint(store: Store, planned: bool = True) -> str:
     if found is None and planned:
         raise MissingLabels(f"{store.path(FOLDER, DESCRIPTION)} does not exist any more. Restore it. {_FIX}")
     return str((found or {}).get("fingerprint"))
-
-
-def _read_shards(store: Store, fingerprint: str) -> pa.Table:
-    parts = (FOLDER, fingerprint, f"{SHARDS}.parquet")
-
-    def parse(content: bytes) -> pa.Table:
-        file = LayerFile(pa.BufferReader(content), len(content))
-        return file.read(schemas.INDEX_SCHEMA.names).cast(schemas.INDEX_SCHEMA)
-
-    try:
-        table: pa.Table = store.read_parsed(parse, *parts, limit=_MAX_BYTES)
-        if not all(SHARD_NAME.fullmatch(name) for name in table["shard"].to_pylist()) or table["groups"].null_count:
-            raise ValueError("it names no shards")
-    except FileNotFoundError as error:
-        raise MissingLabels(f"{store.path(*parts)} is missing. {_FIX}") from error
-    except (RefusedFile, ValueError, pa.ArrowException) as error:
-        raise damaged(store.path(*parts), error) from error
-    return table

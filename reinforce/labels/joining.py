@@ -236,7 +236,13 @@ class Joining:
                 fitting.append((row, theirs))
         if not fitting:
             return Why(OTHER_IMAGE, differing) if differing else None
-        return choose(own, fitting) or Why(AMBIGUOUS, _SEVERAL.format(kind))
+        # The one that agrees in the strongest kinds; of several of one image the first.
+        for other in KINDS:
+            if other in own:
+                fitting = [one for one in fitting if one[1].get(other) == own[other]] or fitting
+        (first, stated), *others = fitting
+        same = any({one.get(kind) for _, one in fitting} == {stated.get(kind, "")} for kind in PROOFS)
+        return first if same or not others else Why(AMBIGUOUS, _SEVERAL.format(kind))
 
 
 class TarRows(Candidates):
@@ -290,19 +296,6 @@ class TarRows(Candidates):
 def _listed(names: Iterable[str]) -> str:
     *others, last = names
     return f"{', '.join(others)} or {last}" if others else last
-
-
-def choose(own: Identity, candidates: Sequence[tuple[T, Identity]]) -> T | None:
-    """The candidate of a sample that agrees with it in the strongest kinds; of several of one image the first.
-
-    None if several agree alike, and neither SHA-256 nor digest shows that they are of one image. No candidate
-    contradicts the sample.
-    """
-    left = [*candidates]
-    for kind, value in ((kind, own[kind]) for kind in KINDS if kind in own):
-        left = [one for one in left if one[1].get(kind) == value] or left
-    proven = len(left) > 1 and any({one.get(kind) for _, one in left} == {left[0][1].get(kind, "")} for kind in PROOFS)
-    return left[0][0] if proven or len(left) == 1 else None
 
 
 def proves(one: Identity, other: Identity) -> bool:

@@ -299,10 +299,6 @@ class RowLabels:
         same = not fitted or [*fitted] == [*from_records(records)]
         return None if same else "its crops are not those of the stored sample"
 
-    def to_unpack(self, records: Sequence[Mapping[str, Any]]) -> RowLabels | None:
-        """What a decode process reads for a stored sample with these augmentation records, None if nothing."""
-        return None if self.members is None else replace(self, records=records)
-
     def unpacked(self, reader: MemberReader | None, key: str) -> Mapping[str, LabelValue]:
         """The values that a decode process reads with ``reader``."""
         if self.members is None:
@@ -408,10 +404,6 @@ class LabelReader:
     def find(self, samples: Sequence[Wanted]) -> Iterator[tuple[RowLabels, ...]]:
         """The labels of samples, in their order, of each set; raises as these."""
         return zip(*(one.find(samples) for one in self.sets), strict=True)
-
-    def left_over(self) -> Iterator[Refusal]:
-        for one in self.sets:
-            yield from one.left_over()
 
     def refuse(self, labels: RowLabels) -> None:
         """Count labels that were joined as those of another image."""

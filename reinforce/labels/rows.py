@@ -384,7 +384,8 @@ class _Files(IndexedRows):
         for layer, shard, group in self._groups if kind != KEY else ():  # only lone keys join
             if layer == SAMPLES:
                 rows = self._groups[layer, shard, group][0][2].get(kind, {})
-                number, first = self.index.place(shard, group)
+                number = self.index.numbers[shard]
+                first = sum(self.index.groups[number][:group])
                 found |= {at: RowOf(number, first + rows[value]) for at, value in enumerate(values) if value in rows}
         return found
 

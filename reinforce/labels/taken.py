@@ -49,7 +49,28 @@ def with_labels(config: Config) -> Config:
                 raise UserError(f"labels.{name}.layers: {layer} is taken of labels.{owners[layer]} already")
         read[name] = labels.taking(taken)
         if taken.crops:
-            config = _with_crops(f"labels.{name}", config, manifest, taken)
+            # The config with those augmentations of the labels that it does not set.
+            where = f"labels.{name}"
+            stated = manifest["augmentations"] | {"backend": mapping_at(manifest, "policies").get("augmentation")}
+            own = config.augmentations
+            values = {key: stated[key] for key in Augmentations.model_fields if key in stated}
+            values |= {key: getattr(own, key) for key in own.model_fields_set}
+            try:
+                augmentations = Augmentations.model_validate(values)
+            except ValueError as error:
+                raise UserError(
+                    f"{where}: its dataset.json states augmentations that cannot be made: {escape(str(error)[:300])}"
+                ) from None
+            for key, most in (("size", None), ("backend", None), ("count", taken.count)):
+                now, there = getattr(augmentations, key), stated.get(key)
+                if now > most if most is not None else now != there:
+                    raise UserError(
+                        f"augmentations.{key}: {now} in this config, {there} of {where}, whose vectors are of its "
+                        "crops. Remove it, or take no vectors of augmented images"
+                    )
+            if config.input.reduce_to is not None and image_policy(config) != taken.image_policy:
+                raise UserError(f"input.reduce_to: remove it; the crops of {where} are of images of another size")
+            config = config.model_copy(update={"augmentations": augmentations})
         config = _with_models(f"labels.{name}", config, manifest, taken)
     crops = [name for name, labels in read.items() if labels.taken.crops]
     if crops[1:]:
@@ -114,30 +135,6 @@ def _take(where: str, labels: Labels, manifest: Mapping[str, Any]) -> Taken:
     if type(count) is not int or not 1 <= count <= _MAX_COUNT:
         raise UserError(f"{where}: its dataset.json states no number of augmentations. Restore it.")
     return Taken(named, manifest["layers"][SAMPLES]["fingerprint"], policy, count, manifest["images"] == "embed")
-
-
-def _with_crops(where: str, config: Config, manifest: Mapping[str, Any], taken: Taken) -> Config:
-    """The config with those augmentations of the labels that it does not set."""
-    stated = manifest["augmentations"] | {"backend": mapping_at(manifest, "policies").get("augmentation")}
-    own = config.augmentations
-    values = {key: stated[key] for key in Augmentations.model_fields if key in stated}
-    values |= {key: getattr(own, key) for key in own.model_fields_set}
-    try:
-        augmentations = Augmentations.model_validate(values)
-    except ValueError as error:
-        raise UserError(
-            f"{where}: its dataset.json states augmentations that cannot be made: {escape(str(error)[:300])}"
-        ) from None
-    for key, most in (("size", None), ("backend", None), ("count", taken.count)):
-        now, there = getattr(augmentations, key), stated.get(key)
-        if now > most if most is not None else now != there:
-            raise UserError(
-                f"augmentations.{key}: {now} in this config, {there} of {where}, whose vectors are of its crops. "
-                "Remove it, or take no vectors of augmented images"
-            )
-    if config.input.reduce_to is not None and image_policy(config) != taken.image_policy:
-        raise UserError(f"input.reduce_to: remove it; the crops of {where} are of images of another size")
-    return config.model_copy(update={"augmentations": augmentations})
 
 
 def _with_models(where: str, config: Config, manifest: Mapping[str, Any], taken: Taken) -> Config:

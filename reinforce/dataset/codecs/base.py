@@ -40,11 +40,6 @@ class Codec(ABC):
     def __init__(self, name: str) -> None:
         self.name = name
 
-    @staticmethod
-    def choices(dim: int) -> list[str]:
-        """Names of codecs of this sort that suit vectors of length ``dim``, for the estimates of a plan."""
-        return []
-
     def dim(self, dim: int) -> int:
         """Length of the decoded vectors of a model of ``dim``. Raises ValueError if such vectors cannot be stored."""
         return dim

@@ -18,7 +18,7 @@ import numpy as np
 
 from reinforce.dataset.codecs.base import Arrays, Codec, Codes, FittedCodec, Floats
 from reinforce.dataset.codecs.plain import First, Plain, PrincipalComponents, Standardised
-from reinforce.dataset.codecs.quantisers import ProductQuantiser, ResidualQuantiser
+from reinforce.dataset.codecs.quantisers import ProductQuantiser, ResidualQuantiser, divisor
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.terminal import escape
@@ -42,6 +42,13 @@ def find_codec(name: str) -> Codec:
         if re.fullmatch(codec.pattern, name):
             return codec(name)
     raise ValueError(f"there is no codec {name!r}; there are: {'; '.join(codec.example for codec in CODECS)}")
+
+
+def codecs_for(dim: int) -> list[str]:
+    """Names of codecs of each sort that suit vectors of length ``dim``, for the estimates of a plan."""
+    first, components, parts, sums = (max(1, dim // of) for of in (2, 4, 8, 24))
+    fitted = [f"pca{components}", f"pq{divisor(dim, parts)}", f"rq{min(32, sums)}"]
+    return ["float32", "float16", "int8", f"first{first}", *fitted]
 
 
 FOLDER = "codebooks"

@@ -22,10 +22,6 @@ class Plain(Codec):
         super().__init__(name)
         self.numbers, self.rounds = name.rpartition("-")[2], "-" in name
 
-    @staticmethod
-    def choices(dim: int) -> list[str]:
-        return ["float32", "float16", "int8"]
-
 
 class First(Codec):
     """The first numbers of a vector at unit norm, for models that were trained so that these suffice (Matryoshka).
@@ -42,10 +38,6 @@ class First(Codec):
         found = re.fullmatch(self.pattern, name)
         assert found is not None
         self._first, self.numbers = int(found[1]), found[2] or "float16"
-
-    @staticmethod
-    def choices(dim: int) -> list[str]:
-        return [f"first{max(1, dim // 2)}"]
 
     def dim(self, dim: int) -> int:
         if dim < self._first:
@@ -74,10 +66,6 @@ class PrincipalComponents(FittedCodec):
         super().__init__(name)
         self.codes = int(name[3:])
         self.least = _LEAST_FOR_EACH * self.codes
-
-    @staticmethod
-    def choices(dim: int) -> list[str]:
-        return [f"pca{max(1, dim // 4)}"]
 
     def dim(self, dim: int) -> int:
         if dim < self.codes:

@@ -74,13 +74,9 @@ class ProductQuantiser(_Quantiser):
     quantiser = "ProductQuantizer"
     stored_as = "centroids"
 
-    @staticmethod
-    def choices(dim: int) -> list[str]:
-        return [f"pq{_divisor(dim, max(1, dim // 8))}"]
-
     def dim(self, dim: int) -> int:
         if dim % self.codes:
-            fits = _divisor(dim, self.codes)
+            fits = divisor(dim, self.codes)
             raise ValueError(f"{self.name}: vectors of {dim} numbers have no {self.codes} equal parts; choose pq{fits}")
         return dim
 
@@ -93,7 +89,7 @@ class ProductQuantiser(_Quantiser):
         return parts.reshape(len(codes), self.codes * codebook.shape[2])
 
 
-def _divisor(dim: int, most: int) -> int:
+def divisor(dim: int, most: int) -> int:
     """The largest number of equal parts, at most so many."""
     return max(parts for parts in range(1, min(most, dim) + 1) if dim % parts == 0)
 
@@ -106,10 +102,6 @@ class ResidualQuantiser(_Quantiser):
     quantiser = "ResidualQuantizer"
     residual = True
     stored_as = "codebooks"
-
-    @staticmethod
-    def choices(dim: int) -> list[str]:
-        return [f"rq{min(32, max(1, dim // 24))}"]
 
     def shapes(self, dim: int) -> Mapping[str, tuple[int, ...]]:
         return {"codebook": (self.codes, _CHOICES, dim)}

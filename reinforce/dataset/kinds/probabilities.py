@@ -51,10 +51,6 @@ class Probabilities(NamedTuple):
     rest: Floats
     valid: npt.NDArray[np.bool_]
 
-    def take(self, rows: npt.NDArray[Any]) -> Probabilities:
-        """Some rows, by their numbers or a mask."""
-        return Probabilities(self.classes[rows], self.values[rows], self.rest[rows], self.valid[rows])
-
 
 def read(data: pa.Table | pa.RecordBatch) -> Probabilities:
     """The probabilities of rows in columns of the layer."""
@@ -203,7 +199,7 @@ class ClassProbabilities(LayerKind):
         )
         result.equal = int((same | ~(one.valid | other.valid)).sum())
         if both.any():
-            one, other = one.take(both), other.take(both)
+            one, other = (Probabilities._make(column[both] for column in side) for side in (one, other))
             # Cosines [rows, K], with the rest as one more class; a class counts as 0 where it is not stored.
             shared = one.classes[..., :, None] == other.classes[..., None, :]
             dot = np.einsum("rki,rkij,rkj->rk", one.values, shared, other.values) + one.rest * other.rest

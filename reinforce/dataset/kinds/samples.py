@@ -73,9 +73,6 @@ class Samples(LayerKind):
         count = config.input.captions_per_sample or 0
         yield Layer(SAMPLES, self, compute_fingerprint(recipe), count=count, recipe=recipe)
 
-    def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
-        return ()
-
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         return schemas.samples_schema(images, bool(layer.count), bool(layer.labels))
 

@@ -320,9 +320,6 @@ class Scores(LayerKind):
                 sees="image" if info is not None and info.images else None,
             )
 
-    def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
-        return tuple(entry.get("needs") or (SAMPLES,))
-
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         return schemas.scores_schema(layer.names)
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from rich.table import Table
 
 from reinforce.config import Config
-from reinforce.dataset.codecs.codebooks import CODECS, find_codec
+from reinforce.dataset.codecs.codebooks import codecs_for, find_codec
 from reinforce.dataset.index import describe_damaged
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.manifest import find_manifest
@@ -82,7 +82,7 @@ def bytes_by_codec(plan: Plan, statistics: SourceStatistics | None) -> dict[str,
         if not layer.kind.vectors or not dim or not missing:
             continue
         sizes = found.setdefault(str(layer.model), {})
-        for codec in dict.fromkeys([layer.dtype, *(one for sort in CODECS for one in sort.choices(dim))]):
+        for codec in dict.fromkeys([layer.dtype, *codecs_for(dim)]):
             size = layer.count * find_codec(codec).bytes(dim)
             sizes[codec] = sizes.get(codec, 0) + round(statistics.rows * missing * size)
     return found

@@ -426,7 +426,8 @@ def rows_from_source(
             group, rows_of_group, bytes_of_group = group + 1, 0, 0
         row.group, rows_of_group, bytes_of_group = group, rows_of_group + 1, bytes_of_group + size
         yield row
-    yield from labels.left_over()
+    for one in labels.sets:
+        yield from one.left_over()
 
 
 def rows_from_samples(
@@ -559,7 +560,7 @@ def _labels_of_stored(
             else:
                 labels.refuse(one)
                 values |= dict.fromkeys(one.values, Refusal(key, Reason.NOT_REINFORCED, f"labels: {why}"))
-        yield values, [packed for one in found if (packed := one.to_unpack(records)) is not None]
+        yield values, [replace(one, records=records) for one in found if one.members is not None]  # to be unpacked
 
 
 def chunk_rows(window: int, processes: int) -> int:
