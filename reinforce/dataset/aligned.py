@@ -55,7 +55,9 @@ class AlignedLayers:
             for name, fingerprint in self.fingerprints.items():
                 with layer_errors(self.store, name, shard):
                     files[name] = stack.enter_context(self.store.open_layer(name, shard, fingerprint, whole=whole))
-                check_origin(self.store, name, shard, files[SAMPLES], files[name])
+                samples, own = (parse_footer(files[of].metadata) for of in (SAMPLES, name))
+                if name != SAMPLES and (reason := other_origin(samples, own)):
+                    raise alignment_error(self.store, name, shard, reason)
                 if files[name].num_row_groups != files[SAMPLES].num_row_groups:
                     raise alignment_error(self.store, name, shard)
             yield AlignedShard(self, shard, files, rows)
@@ -132,12 +134,6 @@ class RowGroup:
         if not has_nulls:
             return np.ones(len(self.samples), np.bool_)
         return np.asarray(self.read(layer)[column].is_valid())
-
-
-def check_origin(store: Store, layer: str, shard: str, samples: LayerFile, file: LayerFile) -> None:
-    """Raise MisalignedKeys if a layer's file is of another source than the samples of its shard."""
-    if file is not samples and (reason := other_origin(parse_footer(samples.metadata), parse_footer(file.metadata))):
-        raise alignment_error(store, layer, shard, reason)
 
 
 def alignment_error(store: Store, layer: str, shard: str, reason: str = "") -> MisalignedKeys:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from reinforce.settings import LAYER_NAME
 
 if TYPE_CHECKING:
     from reinforce.config import Config
-    from teachers.spec import ModelInfo, ModelSpec
+    from teachers.spec import ModelInfo
 
 
 class TargetTensor(NamedTuple):
@@ -323,14 +324,16 @@ class LayerKind(ABC):
         """The schema of a file; ``images`` is the config's key. By default all files have the first one."""
         return self.file_schemas[0]
 
-    @abstractmethod
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         """Expected bytes of a row, of a sample that takes ``sample`` bytes; None if the dimension is not known before
-        the model is loaded."""
-
-    def asks(self, spec: ModelSpec) -> bool:
-        """Whether a model's entry in the config, in ``section``, asks for layers of this kind."""
-        return self.asked is None or getattr(spec, self.asked, None) is not None
+        the model is loaded. By default those of the numbers of the schema."""
+        if self.vectors and layer.dim is None:
+            return None
+        types = [field.type for field in self.schema(layer, "") if field.name != "key"]
+        structs = [field.type for type_ in types if pa.types.is_struct(type_) for field in type_]
+        tensors = [type_ for type_ in types if isinstance(type_, pa.FixedShapeTensorType)]
+        bits = sum(type_.bit_width for type_ in structs)
+        return (bits + sum(math.prod(type_.shape) * type_.value_type.bit_width for type_ in tensors)) // 8
 
     def encoder(self, model: Any, device: Any) -> TargetEncoder:
         """What computes values of a kind that is ``asked`` from a loaded model. Raises ValueError if it cannot."""

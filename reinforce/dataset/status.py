@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from rich.table import Table
@@ -43,22 +44,19 @@ def read_status(url: str) -> dict[str, Any]:
     quarantined = store.listings(f"quarantine/{name}" for name in (*names, *of_labels))
     damaged = find_damaged(store, listings, fingerprints)
     found = check_completeness(store, {SAMPLES: listings[SAMPLES]}, [committed, *listings.values()])
-    layers, quarantine = {}, {}
-    refused = _Quarantine(store)
+    layers = {}
     for name, listing in without_files(listings, damaged).items():
         layers[name] = {**manifest["layers"][name], "shards": len(listing), "bytes": listing.total_bytes}
-    for name in (*names, *of_labels):
-        files = quarantined[f"quarantine/{name}"]
-        if files:
-            first = Listing(files.names[:_QUARANTINE_FILES], files.sizes[:_QUARANTINE_FILES])
-            quarantine[name] = {"files": len(files), **refused.read(name, first)}
+    listed = {name: files for name in (*names, *of_labels) if (files := quarantined[f"quarantine/{name}"])}
+    unreadable: list[DamagedFile] = []
+    quarantine, counts = _read_quarantine(store, listed, unreadable)
     return {
         "url": store.url,
         "samples": layers[SAMPLES]["shards"],
         "layers": layers,
         "quarantine": quarantine,
-        "quarantined": refused.counts(),
-        "damaged": [*damaged, *sorted(refused.damaged)],
+        "quarantined": counts,
+        "damaged": [*damaged, *sorted(unreadable)],
         "lost": found.describe_missing(),
         "notes": code_lines(manifest),
         "last_run": next((one for run in list_runs(store) if (one := read_summary(store, run)) is not None), None),
@@ -66,40 +64,38 @@ def read_status(url: str) -> dict[str, Any]:
     }
 
 
-class _Quarantine:
-    """Reads the quarantine of layers. A sample counts in the first layer that has it; ``damaged`` are damaged files."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self.damaged: list[DamagedFile] = []
-        self._layers: dict[tuple[str, str | None], str] = {}  # by shard and key
-        self._own: dict[str, Counter[str]] = {}
-        self._following: Counter[str] = Counter()
-
-    def read(self, layer: str, files: Listing) -> dict[str, Any]:
-        """Counts and first examples by reason, of some files of a layer."""
+def _read_quarantine(
+    store: Store, listed: Mapping[str, Listing], damaged: list[DamagedFile]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Counts and first examples by reason, of some quarantine files of each layer, and counts of samples, each of which
+    counts in the first layer that has it. ``damaged`` receives damaged files."""
+    layers: dict[tuple[str, str | None], str] = {}  # by shard and key
+    own: dict[str, Counter[str]] = {}
+    following: Counter[str] = Counter()
+    found = {}
+    for layer, files in listed.items():
         reasons: Counter[str] = Counter()
         examples: dict[str, str] = {}
-        for shard, rows in self._store.quarantined_rows(layer, files, self.damaged):
-            for row in rows:
-                reason = f"{row['reason']}" + (" (shard)" if row["key"] is None else "")
-                reasons[reason] += 1
-                if self._layers.setdefault((shard, row["key"]), layer) == layer:
-                    self._own.setdefault(layer, Counter())[reason] += 1
-                else:
-                    self._following[layer] += 1
-                if reason not in examples:
-                    parts = [shard, row["key"], row["detail"]]
-                    examples[reason] = ": ".join(" ".join(part.split()) for part in parts if part)
-        return {"reasons": dict(reasons.most_common()), "examples": examples}
-
-    def counts(self) -> dict[str, Any]:
-        return {
-            "samples": sum(key is not None for _, key in self._layers),
-            "layers": {layer: dict(reasons.most_common()) for layer, reasons in self._own.items()},
-            "following": self._following.total(),
-            "following_layers": len(self._following),
-        }
+        first = Listing(files.names[:_QUARANTINE_FILES], files.sizes[:_QUARANTINE_FILES])
+        for row, shard in (
+            (row, shard) for shard, rows in store.quarantined_rows(layer, first, damaged) for row in rows
+        ):
+            reason = f"{row['reason']}" + (" (shard)" if row["key"] is None else "")
+            reasons[reason] += 1
+            if layers.setdefault((shard, row["key"]), layer) == layer:
+                own.setdefault(layer, Counter())[reason] += 1
+            else:
+                following[layer] += 1
+            if reason not in examples:
+                parts = [shard, row["key"], row["detail"]]
+                examples[reason] = ": ".join(" ".join(part.split()) for part in parts if part)
+        found[layer] = {"files": len(files), "reasons": dict(reasons.most_common()), "examples": examples}
+    return found, {
+        "samples": sum(key is not None for _, key in layers),
+        "layers": {layer: dict(reasons.most_common()) for layer, reasons in own.items()},
+        "following": following.total(),
+        "following_layers": len(following),
+    }
 
 
 def quarantine_lines(status: dict[str, Any], with_examples: bool) -> list[str]:

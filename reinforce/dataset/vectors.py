@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -195,15 +195,6 @@ def tensor_column(values: npt.NDArray[Any], shape: list[int], valid: npt.NDArray
     mask = None if valid.all() else pa.array(~valid)
     lists = pa.FixedSizeListArray.from_arrays(flat, math.prod(shape), mask=mask)
     return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(flat.type, shape), lists)
-
-
-def with_rows(column: pa.Array, rows: Mapping[int, npt.NDArray[Any]]) -> pa.Array:
-    """A fixed_shape_tensor column with other values in some rows, by their places."""
-    stored, valid = tensor_rows(column)
-    values, valid = stored.copy(), valid.copy()
-    for place, value in rows.items():
-        values[place], valid[place] = value, True
-    return tensor_column(values, [*column.type.shape], valid)
 
 
 def tensor_rows(column: pa.ChunkedArray | pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:

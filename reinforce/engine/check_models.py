@@ -169,7 +169,9 @@ def _check_model(
         model: Any = load_model(name, spec, device)
         models, image = Models({spec.section: {name: model}}, Accelerator(device)), getattr(model, "image", None)
         found = len(report.rows)
-        for kind in (kind for kind in KINDS.values() if kind.section == spec.section and kind.asks(spec)):
+        for kind in (kind for kind in KINDS.values() if kind.section == spec.section):
+            if kind.asked is not None and getattr(spec, kind.asked, None) is None:
+                continue
             side = PRODUCERS[kind.name].side(models, name, info, spec.resolved_precision)
             if side is not None:  # checked once more in the batch that was found
                 norms = side.check(None)

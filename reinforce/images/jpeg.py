@@ -132,28 +132,19 @@ def _with_noise(data: bytes) -> bytes:
     """Insert noise after each segment of scan data, and further restart intervals of noise at the end of each scan."""
     parts: list[bytes] = []
     copied = restarts = 0
-    for end, marker in _scan_ends(data):
-        parts += [data[copied:end], _NOISE]
-        if marker in _RESTARTS:
+    for begin in (begin for marker, begin in _segments(data) if marker == _SOS):
+        for found in _MARKER.finditer(data, begin):
+            end = found.start()
+            while data[end - 1] == _FILL:
+                end -= 1
+            parts += [data[copied:end], _NOISE]
+            copied = end
+            if data[found.start() + 1] not in _RESTARTS:
+                parts += [bytes((0xFF, _RESTARTS[(restarts + i) % 8])) + _NOISE for i in range(8)]
+                restarts = 0
+                break
             restarts += 1
-        else:
-            parts += [bytes((0xFF, _RESTARTS[(restarts + i) % 8])) + _NOISE for i in range(8)]
-            restarts = 0
-        copied = end
     return b"".join([*parts, data[copied:]])
-
-
-def _scan_ends(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (end, next marker) of each segment of scan data."""
-    for marker, begin in _segments(data):
-        if marker == _SOS:
-            for found in _MARKER.finditer(data, begin):
-                end = found.start()
-                while data[end - 1] == _FILL:
-                    end -= 1
-                yield end, data[found.start() + 1]
-                if data[found.start() + 1] not in _RESTARTS:
-                    break
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int]]:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from reinforce.config import Config
-from reinforce.dataset.aligned import check_origin
+from reinforce.dataset.aligned import alignment_error
 from reinforce.dataset.kinds.samples import true_captions
 from reinforce.dataset.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.layers import (
@@ -30,7 +30,7 @@ from reinforce.dataset.layers import (
     TRUE_CAPTION,
     Layer,
 )
-from reinforce.dataset.store import Store
+from reinforce.dataset.store import Store, other_origin, parse_footer
 from reinforce.dataset.vectors import tensor_rows
 from reinforce.errors import StorageError, UserError
 from reinforce.images.records import Augmentation
@@ -429,7 +429,9 @@ class _Files(IndexedRows):
             with stack:
                 file = stack.enter_context(self._reader.store.open_layer(layer, shard, fingerprint, whole=False))
                 if samples is not None:
-                    check_origin(self._reader.store, layer, shard, samples, file)
+                    of_samples, own = (parse_footer(one.metadata) for one in (samples, file))
+                    if reason := other_origin(of_samples, own):
+                        raise alignment_error(self._reader.store, layer, shard, reason)
                 self._open[name] = (stack.pop_all(), file)
             while len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)[1][0].close()

@@ -153,12 +153,7 @@ class Stopped(Exception):
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
-        self.signum = signum
-
-    @property
-    def status(self) -> int:
-        """Exit status of a process that the signal ended."""
-        return 128 + self.signum
+        self.signum, self.status = signum, 128 + signum  # the exit status of a process that the signal ended
 
 
 class StopSignal:

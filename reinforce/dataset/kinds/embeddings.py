@@ -117,11 +117,6 @@ class _Embeddings(LayerKind):
             layer.count, codec.width(_dim_of(layer.model, codec, layer.dim)), codec.numbers
         )
 
-    def row_bytes(self, layer: Layer, sample: float) -> float | None:
-        if layer.dim is None:
-            return None
-        return layer.count * find_codec(layer.dtype).bytes(layer.dim)
-
     def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "teacher": layer.model,

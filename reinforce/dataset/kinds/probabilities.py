@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 
-_BYTES, _REST_BYTES = 4 + 2, 4  # of a class with its probability, and of the rest
 #: How far the sum of a cell may be from 1, since probabilities are stored in float16.
 _SUM_ERROR = 2e-3
 #: Keys of an entry that the fingerprint covers, besides the model.
@@ -107,9 +106,6 @@ class ClassProbabilities(LayerKind):
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         return _schema(layer.count, layer.recipe["top"])
-
-    def row_bytes(self, layer: Layer, sample: float) -> float | None:
-        return layer.count * (layer.recipe["top"] * _BYTES + _REST_BYTES)
 
     def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
         names = {"names": [*stated["names"]]} if stated.get("names") else {}

@@ -255,7 +255,6 @@ class Similarity(Scorer):
         return found
 
 
-_WIDTH = 4
 #: The scorers by the key of a config that chooses them.
 SCORERS: dict[str, Callable[[Score, int], Scorer]] = {Similarity.key: Similarity, Head.key: Head, Facts.key: Facts}
 
@@ -322,9 +321,6 @@ class Scores(LayerKind):
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         return schemas.scores_schema(layer.names)
-
-    def row_bytes(self, layer: Layer, sample: float) -> float | None:
-        return len(layer.names) * _WIDTH
 
     def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
         return {"names": [*layer.names], "needs": [*layer.needs], "score": layer.recipe["score"]}

@@ -507,7 +507,7 @@ def describe_loaded(models: Models, config: Config) -> dict[tuple[str, str], dic
     }
     for (section, name), of_model in stated.items():
         for kind in KINDS.values():
-            if kind.asked and kind.section == section and kind.asks(specs[section][name]):
+            if kind.section == section and kind.asked and getattr(specs[section][name], kind.asked, None) is not None:
                 of_model[kind.name] = models.encoder(kind, name).entry
     return stated
 

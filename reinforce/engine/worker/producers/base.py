@@ -250,7 +250,10 @@ class Embeddings(Producer):
         with raising_layer_failure(layer.name):
             columns = vectors.encode_as(values, codec, codebook, valid)
         if codes:
-            columns = [vectors.with_rows(columns[0], codes)]
+            stored, kept = (of.copy() for of in vectors.tensor_rows(columns[0]))
+            for place, value in codes.items():
+                stored[place], kept[place] = value, True
+            columns = [vectors.tensor_column(stored, [*columns[0].type.shape], kept)]
         table = pa.table([pa.array(group.keys, pa.string()), *columns], schema=self.schema(layer))
         return table.replace_schema_metadata(None if codebook is None else codebook.metadata())
 
