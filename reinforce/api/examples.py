@@ -89,10 +89,12 @@ class Examples(Dataset[dict[str, Any]]):
         **keys: Any,
     ) -> None:
         sources, defaults = _sources(datasets)
-        others = {name: settings.as_names(keys.pop(name)) for name in [*keys] if owner_of(name) != name}
-        for section, names in others.items():
+        others: dict[str, list[str]] = {}
+        for section in [name for name in keys if owner_of(name) != name]:
+            names = settings.as_names(given := keys.pop(section))
             if not isinstance(names, list):
-                raise UserError(f"{section}: want names of {owner_of(section)}, got {names!r:.100}")
+                raise UserError(f"{section}: want names of {owner_of(section)}, got {given!r:.100}")
+            others[section] = names
         self.data = settings.as_config(Data, None, datasets=sources, **{**defaults, **keys})
         if self.data.backend == DEVICE_BACKEND:
             raise UserError(f"backend {DEVICE_BACKEND} is for `reinforce train`; choose another, or none.")
