@@ -183,19 +183,7 @@ def drop(store: Store, plan: DropPlan) -> None:
             codebook = codebooks.path_of(layer)
             store.remove(*codebook)
             _delete_empty_folders(store, posixpath.dirname(posixpath.join(*codebook)))
-            # Remove its entry, and that of its model if this has no other layer.
-            if (manifest := find_manifest(store)) is None:
-                continue
-            orphans = _orphans(manifest, [layer])
-            for kind in MODEL_SECTIONS:
-                entries = manifest[kind].items()
-                manifest[kind] = {name: entry for name, entry in entries if f"{kind}.{name}" not in orphans}
-            manifest["layers"].pop(layer, None)
-            if manifest["layers"]:
-                write_manifest(store, manifest)
-            else:
-                with store.storage_errors("removed", MANIFEST):
-                    store.fs.rm_file(store.path(MANIFEST))
+            _remove_entry(store, layer)
 
 
 def _describe_files(sizes: Collection[int]) -> str:
@@ -255,3 +243,19 @@ def _delete_empty_folders(store: Store, folder: str) -> None:
         with contextlib.suppress(OSError):  # it has other files, or does not exist
             os.rmdir(store.path(folder))
         folder = posixpath.dirname(folder)
+
+
+def _remove_entry(store: Store, layer: str) -> None:
+    """Remove a layer from ``dataset.json``, with the entry of its model if that has no other layer."""
+    manifest = find_manifest(store)
+    if manifest is None:
+        return
+    orphans = _orphans(manifest, [layer])
+    for kind in MODEL_SECTIONS:
+        manifest[kind] = {name: entry for name, entry in manifest[kind].items() if f"{kind}.{name}" not in orphans}
+    manifest["layers"].pop(layer, None)
+    if manifest["layers"]:
+        write_manifest(store, manifest)
+    else:
+        with store.storage_errors("removed", MANIFEST):
+            store.fs.rm_file(store.path(MANIFEST))
