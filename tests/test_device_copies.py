@@ -85,4 +85,4 @@ def test_images_are_copied_while_the_device_computes_and_models_wait_for_them() 
 
 @pytest.fixture(autouse=True)
 def fresh_log() -> None:
-    accelerator._log_once.cache_clear()
+    accelerator.device_of_float64.cache_clear()

@@ -211,7 +211,8 @@ class CocaCaptioner(DecodingCaptioner):
             self._decoder.release()
 
     def _text(self, tokens: list[int]) -> str:
-        return self._tokens.text(tokens)
+        text: str = self._tokens.tokenizer.decode(tokens)
+        return text.strip()
 
 
 class Vocabulary:
@@ -222,22 +223,17 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any) -> None:
         self.start, self.end = tokenizer("")[0, :2].tolist()
-        self._hugging_face = hasattr(tokenizer, "tokenizer")
-        self._tokenizer = tokenizer.tokenizer if self._hugging_face else tokenizer
-        self._size = len(self._tokenizer) if self._hugging_face else tokenizer.vocab_size
+        is_wrapped = hasattr(tokenizer, "tokenizer")
+        self.tokenizer = tokenizer.tokenizer if is_wrapped else tokenizer
+        self._size = len(self.tokenizer) if is_wrapped else tokenizer.vocab_size
 
     def impossible(self, size: int) -> torch.Tensor:
         """Mask, bool [size], of the model's outputs that are unused or special tokens other than the end."""
         mask = torch.arange(size) >= self._size
-        mask[[token for token in self._tokenizer.all_special_ids if token < size]] = True
+        mask[[token for token in self.tokenizer.all_special_ids if token < size]] = True
         mask[self.start] = True
         mask[self.end] = False
         return mask
-
-    def text(self, tokens: list[int]) -> str:
-        """Decode the tokens between start and end."""
-        text: str = self._tokenizer.decode(tokens)
-        return text.strip()
 
 
 def check_model(spec: CaptionerSpec, model: Any) -> None:

@@ -19,7 +19,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from teachers.decoding.sampling import compact
 from teachers.fast_paths.frozen import FrozenLinear
-from teachers.fast_paths.recompilation import Compiler
 from teachers.runtime.accelerator import Accelerator
 
 Tensor = torch.Tensor
@@ -159,12 +158,14 @@ class CocaNetwork(torch.nn.Module):
 
     def text_cache(self, rows: int) -> Tensor:
         """Cache of the keys and values of text tokens, [rows, layers, 2, length, width]."""
-        layers = len(self.text_blocks) + len(self.decoder_blocks)
-        return self._zeros(rows, layers, 2, self.length, self.width)
+        # not `empty`: under a mask, values that are not finite would spread, since NaN times 0 is NaN
+        shape = rows, len(self.text_blocks) + len(self.decoder_blocks), 2, self.length, self.width
+        return torch.zeros(shape, dtype=self.dtype, device=self._device)
 
     def image_cache(self, images: int, image_tokens: int) -> Tensor:
         """Cache of the keys and values of image tokens, [images, layers, image tokens, 2 * width]."""
-        return self._zeros(images, len(self.cross_blocks), image_tokens, 2 * self.width)
+        shape = images, len(self.cross_blocks), image_tokens, 2 * self.width
+        return torch.zeros(shape, dtype=self.dtype, device=self._device)
 
     def bytes_per_image(self, captions: int, image_tokens: int) -> int:
         """Bytes of the caches for one image with so many captions and image tokens."""
@@ -220,19 +221,6 @@ class CocaNetwork(torch.nn.Module):
     def _logits(self, x: Tensor, added: Tensor) -> Tensor:
         logits: Tensor = self.vocabulary(self.final_norm(x + added))
         return logits
-
-    def compile_parts(self, compiler: Compiler) -> None:
-        """Compile what follows the embeddings by parts, so that alike blocks share a graph.
-
-        A graph of all blocks would take minutes.
-        """
-        for block in (*self.text_blocks, *self.decoder_blocks, *self.cross_blocks):
-            block._compiled_call_impl = compiler.for_any_rows(block._call_impl)
-        self.head = compiler.for_any_rows(self._logits)
-
-    def _zeros(self, *shape: int) -> Tensor:
-        # not `empty`: under a mask, values that are not finite would spread, since NaN times 0 is NaN
-        return torch.zeros(shape, dtype=self.dtype, device=self._device)
 
 
 def check_decodable(model: Any) -> None:
@@ -376,6 +364,7 @@ def known_release() -> bool:
     return str(open_clip.__version__).partition(".")[0] == _KNOWN
 
 
+@torch.inference_mode()
 def make_network(model: Any, accelerator: Accelerator, length: int, packed: bool) -> CocaNetwork | None:
     """The cached network of a CoCa; None, with a warning, if open_clip is of another release and its logits differ."""
     if known_release():
@@ -385,7 +374,17 @@ def make_network(model: Any, accelerator: Accelerator, length: int, packed: bool
             raise ValueError("its logits are compared on CPUs alone")
         check_decodable(model)
         network = CocaNetwork(model, accelerator, length, packed)
-        _compare(network, model, accelerator)
+        # the logits of a few tokens of two random images
+        random, width = torch.Generator().manual_seed(0), model.text_decoder.cross_attn[0].ln_1_kv.weight.shape[0]
+        images = torch.randn(2, _IMAGE_TOKENS, width, generator=random)
+        tokens = torch.randint(1, network.vocabulary_size, (2, _TOKENS), generator=random)
+        cached, plain = CocaDecoder(network, accelerator), PlainCocaDecoder(model, accelerator)
+        cached.begin(images, 1)
+        plain.begin(images, 1)
+        for count in range(1, _TOKENS + 1):
+            found, expected = (one.next_logits(tokens[:, :count]).float() for one in (cached, plain))
+            if not torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * float(expected.abs().max())):
+                raise ValueError(f"logits differ by {float((found - expected).abs().max()):.2g}")
         return network
     except Exception as error:  # whatever other insides raise
         _LOG.warning(
@@ -393,18 +392,3 @@ def make_network(model: Any, accelerator: Accelerator, length: int, packed: bool
             "open_clip %s (%s: %s)", open_clip.__version__, type(error).__name__, error,
         )  # fmt: skip
         return None
-
-
-@torch.inference_mode()
-def _compare(network: CocaNetwork, model: Any, accelerator: Accelerator) -> None:
-    """Raise ValueError if the logits of a few tokens of two random images differ."""
-    random = torch.Generator().manual_seed(0)
-    images = torch.randn(2, _IMAGE_TOKENS, model.text_decoder.cross_attn[0].ln_1_kv.weight.shape[0], generator=random)
-    tokens = torch.randint(1, network.vocabulary_size, (2, _TOKENS), generator=random)
-    cached, plain = CocaDecoder(network, accelerator), PlainCocaDecoder(model, accelerator)
-    cached.begin(images, 1)
-    plain.begin(images, 1)
-    for count in range(1, _TOKENS + 1):
-        found, expected = (one.next_logits(tokens[:, :count]).float() for one in (cached, plain))
-        if not torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * float(expected.abs().max())):
-            raise ValueError(f"logits differ by {float((found - expected).abs().max()):.2g}")

@@ -167,9 +167,12 @@ class FixedCocaDecoder:
         return self._logits(*self._newest_of(tokens, position, self.network.hiding, self.network.length))
 
     def compile(self, compiler: Compiler) -> None:
-        """Compile steps by parts, each once for all shapes."""
-        self._compiled = True
-        self.network.compile_parts(compiler)
+        """Compile steps by parts, each once for all shapes. A graph of all blocks would take minutes; alike blocks
+        share one."""
+        self._compiled, network = True, self.network
+        for block in (*network.text_blocks, *network.decoder_blocks, *network.cross_blocks):
+            block._compiled_call_impl = compiler.for_any_rows(block._call_impl)
+        network.head = compiler.for_any_rows(network.head)
         self._newest_of, self._masks = compiler.for_any_rows(newest_of), compiler.for_any_rows(masks)
 
     def next_logits(self, tokens: Tensor) -> Tensor:

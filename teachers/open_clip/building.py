@@ -120,8 +120,9 @@ def _affine(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 #: In the names of weights of a FastViT (MobileCLIP) whose training branches are fused.
 FUSED = ".reparam_conv."
-_IMAGE = "image_encoder.model."
-_RECOGNISED = f"{_IMAGE}patch_embed.0.rbr_conv.0.conv.weight"
+#: With which the names of the image weights of apple/ml-mobileclip's own models begin.
+AUTHORS = "image_encoder.model."
+_RECOGNISED = f"{AUTHORS}patch_embed.0.rbr_conv.0.conv.weight"
 
 for _file in sorted(CONFIGS.glob("*.json")):
     if _file.stem not in open_clip.list_models():
@@ -163,16 +164,11 @@ def build(
     return model
 
 
-def is_authors(keys: set[str]) -> bool:
-    """Whether the names of weights are those of apple/ml-mobileclip's own models."""
-    return any(key.startswith(_IMAGE) for key in keys)
-
-
 def from_authors(state: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
     """Rename the weights of apple/ml-mobileclip's own models, fused or not, to those of an open_clip model."""
     from open_clip.convert import convert_mobile_clip_state_dict
 
-    if any(key.startswith(f"{_IMAGE}patch_emb.") for key in state):
+    if any(key.startswith(f"{AUTHORS}patch_emb.") for key in state):
         return dict(convert_mobile_clip_state_dict(model, state, fastvit=False))
     fused = _RECOGNISED not in state
     # timm recognises only weights that are not fused, and has no names for two sorts of fused ones

@@ -144,11 +144,6 @@ def is_checkpoint_file(pretrained: str) -> bool:
     return "/" in pretrained or Path(pretrained).suffix in CHECKPOINTS or Path(pretrained).is_file()
 
 
-def canonical_tag(tag: str) -> str:
-    """Normalize a pretrained tag to open_clip's spelling."""
-    return tag.lower().replace("-", "_")
-
-
 def builtin_models() -> list[str]:
     return sorted(_config_files())
 
@@ -161,7 +156,7 @@ def tag_config(model: str, tag: str) -> dict[str, Any]:
     """
     name = builtin_name(model)
     tags = _tags(name)
-    found = tags.get(canonical_tag(tag), {})
+    found = tags.get(tag.lower().replace("-", "_"), {})
     if not found:
         models = _pretrained().list_pretrained_models_by_tag(tag)
         where = f"; models with that tag: {', '.join(models)}" if models else _suggestion(tag, list(tags))

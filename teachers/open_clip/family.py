@@ -104,7 +104,7 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
         if catalog.is_checkpoint_file(pretrained):
             identity["weights"] = weights.identity(pretrained)
         else:
-            identity["pretrained"] = catalog.canonical_tag(pretrained)
+            identity["pretrained"] = pretrained.lower().replace("-", "_")  # as open_clip spells it
     if changed := catalog.changed_preprocess(model, pretrained, stated_preprocess(spec)):
         identity["preprocess"] = changed
     return identity

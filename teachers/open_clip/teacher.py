@@ -18,7 +18,7 @@ from timm.utils.model import reparameterize_model
 from teachers import weights
 from teachers.image_encoder import ImageEncoder, unit
 from teachers.open_clip import catalog
-from teachers.open_clip.building import FUSED, build, from_authors, is_authors
+from teachers.open_clip.building import AUTHORS, FUSED, build, from_authors
 from teachers.open_clip.family import stated_preprocess
 from teachers.open_clip.text import TextEncoder, keep_residual_in_float32
 from teachers.pixels import channels
@@ -89,7 +89,7 @@ def load_model(spec: ModelSpec, image_size: int | None = None) -> Any:
             model.visual = reparameterize_model(model.visual)
         if True in fused:
             model.text = reparameterize_model(model.text)
-        if is_authors(keys):
+        if any(key.startswith(AUTHORS) for key in keys):
             model.load_state_dict(from_authors(load_file(file), model))
         else:
             open_clip.load_checkpoint(model, file, strict=True)

@@ -42,24 +42,23 @@ class TextEncoder:
         self._tokenizer = disable_special_tokens(tokenizer)
         try:
             self._trims = _can_trim(model) and trimming_is_exact(
-                lambda texts, trim: self._encode(self.tokenize(texts), trim)
+                lambda texts, trim: self.encode(self.tokenize(texts), trim)
             )
         except Exception as error:  # of an open_clip with other text towers
             _left_out("trimming of texts", error)
             self._trims = False
-
-    def encode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, context length] -> [B, dim], not normalized. Call it inside ``Accelerator.forward``."""
-        return self._encode(tokens, trim=self._trims)
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> int64 [B, context length]."""
         tokens: torch.Tensor = self._tokenizer(list(texts))
         return tokens
 
-    def _encode(self, tokens: torch.Tensor, trim: bool) -> torch.Tensor:
-        """open_clip's text forward pass; with ``trim``, embeddings and mask are cut at the last pooled position."""
-        if not trim:
+    def encode(self, tokens: torch.Tensor, trim: bool | None = None) -> torch.Tensor:
+        """Tokens [B, context length] -> [B, dim], not normalized. Call it inside ``Accelerator.forward``.
+
+        With ``trim``, by default if that is exact, embeddings and mask are cut at the last pooled position.
+        """
+        if not (self._trims if trim is None else trim):
             features: torch.Tensor = self._model.encode_text(self._accelerator.put(tokens))
             return features
         from open_clip.transformer import text_global_pool

@@ -277,17 +277,13 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+@cache
 def device_of_float64(device: torch.device, what: str) -> torch.device:
     """Where ``what`` is computed in float64: on the device, or on the CPU, with one line in the log, for MPS."""
     if device.type != "mps":
         return device
-    _log_once(f"{what}: on the CPU, because mps has no float64")
+    _LOG.warning("%s: on the CPU, because mps has no float64", what)
     return torch.device("cpu")
-
-
-@cache
-def _log_once(text: str) -> None:
-    _LOG.warning(text)
 
 
 def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:

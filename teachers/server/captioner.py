@@ -100,13 +100,6 @@ def read_answer(answer: Any) -> str | NoCaptions:
     return text
 
 
-def check_answer(answer: Any) -> Any:
-    """Raise ValueError unless an answer is one of the protocol: something else may listen at the address."""
-    if not getattr(answer, "choices", None) or getattr(answer.choices[0], "message", None) is None:
-        raise ValueError("the answer is not a chat completion")
-    return answer
-
-
 # Servers share the requests of a captioner. The server with the fewest requests in flight is asked. One that fails is
 # left alone for a while, twice as long after each failure, and then gets a single request; its answer ends the failure.
 # Time without an answer of any server is bounded, and logged; by less where every server rejects what it is asked, as
@@ -324,7 +317,7 @@ class ServerCaptioner:
                         self._ask_plainly(server)
                         answers = True
                     asked = True
-                    answer = check_answer(self._send(server, request, seed))
+                    answer = self._send(server, request, seed)
                 except (self._openai.APIError, ValueError) as error:
                     long = next((one for one in (error, error.__cause__) if isinstance(one, LongAnswer)), None)
                     if asked and long:
@@ -352,19 +345,22 @@ class ServerCaptioner:
 
     def _ask_plainly(self, server: Server) -> None:
         """Test a server by a request with a plain image. Raises APIError and ValueError."""
-        check_answer(self._send(server, self._plain, 0))
+        self._send(server, self._plain, 0)
         self._servers.record_answer(server)
 
     def _send(self, server: Server, request: Request, seed: int) -> Any:
         prompt, image = self._spec.prompt or "", {"type": "image_url", "image_url": {"url": request.image}}
         text = prompt.replace(CAPTION, request.caption) if self.reads_captions else prompt
         content = [*([] if self._spec.sees == "caption" else [image]), {"type": "text", "text": text}]
-        return server.client.chat.completions.create(
+        answer = server.client.chat.completions.create(
             messages=[{"role": "user", "content": content}],
             seed=seed >> (64 - _SEED_BITS),
             extra_body=self._body,
             **self._fields,
         )
+        if not getattr(answer, "choices", None) or getattr(answer.choices[0], "message", None) is None:
+            raise ValueError("the answer is not a chat completion")  # something else may listen at the address
+        return answer
 
     def _client(self, url: str) -> openai.OpenAI:
         key = self._key or "none"  # the client wants one

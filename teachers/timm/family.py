@@ -47,8 +47,7 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
         identity["files"] = {path.name: weights.identity(path) for path in files}
     else:
         identity["model"] = spec.model
-        if not spec.name.startswith(_HUB_PREFIX):
-            _check_name(spec.name)
+        check_model(spec.name)
     if spec.pretrained is not None:
         identity["weights"] = weights.identity(spec.pretrained)
     if spec.options:
@@ -57,9 +56,19 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
 
 
 def check_model(name: str) -> None:
-    """Raise ValueError with near names for a name that timm does not know."""
-    if not name.startswith((_HUB_PREFIX, _FOLDER_PREFIX)):
-        _check_name(name)
+    """Raise ValueError with near names for a model, or a tag of its weights, that timm does not know."""
+    if name.startswith((_HUB_PREFIX, _FOLDER_PREFIX)):
+        return
+    models, texts = _names()
+    model, _, tag = name.partition(".")
+    timm: Any = sys.modules.get("timm")
+    known = model in models or model in texts or (timm is not None and timm.is_model(model))
+    if known and (not tag or tag in texts):
+        return
+    near = get_close_matches(name, models | {text for text in texts if text.partition(".")[0] in models}, 3)
+    what = f"model {model}" if not known else f"weights {tag} of model {model}"
+    hint = f"; near names: {', '.join(near)}" if near else ""
+    raise ValueError(f"timm {version('timm')} has no {what}{hint}. `timm.list_models()` lists all")
 
 
 def hosts_of(spec: ModelSpec) -> Iterator[str]:
@@ -93,20 +102,6 @@ def _folder(name: str) -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder / 'config.json'} does not exist: use a folder that timm's save_for_hf writes")
     return folder
-
-
-def _check_name(name: str) -> None:
-    """Raise ValueError with near names for a model, or a tag of its weights, that timm does not know."""
-    models, texts = _names()
-    model, _, tag = name.partition(".")
-    timm: Any = sys.modules.get("timm")
-    known = model in models or model in texts or (timm is not None and timm.is_model(model))
-    if known and (not tag or tag in texts):
-        return
-    near = get_close_matches(name, models | {text for text in texts if text.partition(".")[0] in models}, 3)
-    what = f"model {model}" if not known else f"weights {tag} of model {model}"
-    hint = f"; near names: {', '.join(near)}" if near else ""
-    raise ValueError(f"timm {version('timm')} has no {what}{hint}. `timm.list_models()` lists all")
 
 
 @cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy.typing as npt
@@ -191,16 +192,18 @@ class Chat:
         assert spec.prompt is not None
         self.model, self._accelerator = accelerator.prepare(model, cast=True), accelerator
         processor = transformers.AutoProcessor.from_pretrained(spec.model, trust_remote_code=False)
-        self.tokenizer, self._processor = processor.tokenizer, processor.image_processor
+        self.tokenizer = processor.tokenizer
         text = model.config.get_text_config()
         self.ends = end_tokens_of(model.generation_config, model.config, text)
         self.start = self.ends[0]  # a placeholder: the decoder begins with the prompt
-        self.image, self._options = chat_image_spec(self._processor.to_dict(), spec.image_size)
+        self.image, options = chat_image_spec(processor.image_processor.to_dict(), spec.image_size)
+        self._process = partial(processor.image_processor, return_tensors="pt", **options)  # lists of images
         prompt, begins = prompt_text(processor, spec.prompt), self.tokenizer.bos_token
-        options = {"add_special_tokens": False} if begins is not None and prompt.startswith(begins) else {}
+        if begins is not None and prompt.startswith(begins):
+            options = {**options, "add_special_tokens": False}
         image = torch.zeros(1, 3, self.image.height, self.image.width, dtype=torch.uint8)
-        inputs = processor(images=[[image[0]]], text=[prompt], return_tensors="pt", **self._options, **options)
-        self._image_arguments = [name for name in self._process_images(image) if name in inputs]
+        inputs = processor(images=[[image[0]]], text=[prompt], return_tensors="pt", **options)
+        self._image_arguments = [name for name in self._process([[image[0]]]) if name in inputs]
         others = {name: value for name, value in inputs.items() if name not in {*self._image_arguments, "labels"}}
         self._prompt = {name: self._to_device(value) for name, value in others.items()}  # int64 [1, length] by argument
         self._prompt_length = self._prompt["input_ids"].shape[1]
@@ -212,7 +215,7 @@ class Chat:
     def inputs(self, pixels: torch.Tensor) -> dict[str, Any]:
         """RGB [B, 3, H, W] in 0 to 1 -> prompts and images as the model's own processor gives them."""
         prompts = {name: value.expand(len(pixels), -1) for name, value in self._prompt.items()}
-        processed = self._process_images(pixels.mul(255).round_().to(torch.uint8))
+        processed = self._process([[image] for image in pixels.mul(255).round_().to(torch.uint8)])
         return {**prompts, **{name: self._to_device(processed[name]) for name in self._image_arguments}}
 
     def begin(self, pixels: torch.Tensor) -> CachedDecoder:
@@ -220,10 +223,6 @@ class Chat:
         if self._rope is not None:
             decoder.positions = (self._prompt_length + int(self._rope.rope_deltas[0]), (3,))
         return decoder
-
-    def _process_images(self, images: torch.Tensor) -> Any:
-        """uint8 [B, 3, H, W] -> output of the image processor, by argument."""
-        return self._processor([[image] for image in images], return_tensors="pt", **self._options)
 
     def _to_device(self, values: torch.Tensor) -> torch.Tensor:
         return values.to(self.model.device, self.model.dtype if values.is_floating_point() else None)
@@ -302,7 +301,13 @@ class TransformersCaptioner(DecodingCaptioner):
             )
         self.image, self._model, self._tokenizer = model.image, model, tokenizer
         self._rows, vocabulary = self._compare_with_generate(spec, accelerator)
-        impossible = impossible_tokens(tokenizer, model, vocabulary)
+        # Special tokens, end tokens but the first, markup, and indices without a token are neither text nor its end.
+        impossible = torch.arange(vocabulary) >= len(tokenizer)
+        added = tokenizer.added_tokens_decoder.items()
+        markup = {token for token, text in added if text.special or (text.content[0], text.content[-1]) == ("<", ">")}
+        others = {model.start, *model.ends, *markup, *tokenizer.all_special_ids}
+        impossible[[token for token in others if token < vocabulary]] = True
+        impossible[model.ends[0]] = False
         on_device = accelerator.device.type != "cpu"
         super().__init__(spec, accelerator, model.start, model.ends[0], impossible, on_device)
 
@@ -386,16 +391,3 @@ def load_network(spec: TransformersCaptionerSpec, auto: Any) -> tuple[dict[str, 
     if misfits:
         raise ValueError(f"the weights of {spec.model} do not fit {type(model).__name__}: {', '.join(misfits[:5])}")
     return config, model
-
-
-def impossible_tokens(tokenizer: Any, model: CaptioningModel, size: int) -> torch.Tensor:
-    """Mask, bool [size], of tokens that are neither text nor the end of one.
-
-    These are special tokens, all end tokens but the first, markup, and indices without a token.
-    """
-    mask = torch.arange(size) >= len(tokenizer)
-    added = tokenizer.added_tokens_decoder.items()
-    markup = {token for token, text in added if text.special or (text.content[0], text.content[-1]) == ("<", ">")}
-    mask[[token for token in {model.start, *model.ends, *markup, *tokenizer.all_special_ids} if token < size]] = True
-    mask[model.ends[0]] = False
-    return mask

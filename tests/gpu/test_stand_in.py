@@ -194,7 +194,7 @@ FALLBACKS = ("augmentations of the backend device-1", "ranks of classes", "ranks
 
 @pytest.fixture(autouse=True)
 def fresh_log() -> None:
-    accelerator._log_once.cache_clear()
+    accelerator.device_of_float64.cache_clear()
 
 
 def fallen_back(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -121,4 +121,4 @@ def test_names_are_those_of_timm_and_are_found_without_it() -> None:
     assert json_of_process(_WITHOUT_TORCH) == [True, False, [], []]
     former = "vit_tiny_patch16_224_in21k"
     for name in (*timm.list_pretrained("vit_*"), *timm.list_pretrained("*siglip*"), former):
-        family._check_name(name)
+        family.check_model(name)
