@@ -97,7 +97,7 @@ class OpenedStates:
                 number = opened.fileno()
                 state = replace(_local_state(os.fstat(number)), head=_hash(os.pread(number, _HEAD_BYTES, 0)))
         else:
-            state = listed_state(info or _listed(fs, path, file))
+            state = listed_state(info or getattr(file, "details", None) or fs.info(path))
             if state.stamp is None:
                 if getattr(file, "size", None) is None:  # a stream, which cannot go back
                     with fs.open(path, "rb") as other:
@@ -125,12 +125,9 @@ def read_state(url: str) -> SourceState:
     """Read the state of a source file with one request for its first bytes. Raises what the storage raises."""
     fs, path = filesystem(url)
     with open_whole(fs, path, block_size=_HEAD_BYTES, cache_type="none") as file:
-        return replace(listed_state(_listed(fs, path, file)), head=_hash(read_up_to(file, _HEAD_BYTES)))
-
-
-def _listed(fs: Any, path: str, file: Any) -> Info:
-    info: Info = getattr(file, "details", None) or fs.info(path)
-    return info
+        return replace(
+            listed_state(getattr(file, "details", None) or fs.info(path)), head=_hash(read_up_to(file, _HEAD_BYTES))
+        )
 
 
 def _local_state(found: os.stat_result) -> SourceState:

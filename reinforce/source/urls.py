@@ -210,6 +210,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _SPECIAL = re.compile(r"[?#]|::")  # after them, the canonical form is not that of the folder and the name
 _HEAD_BYTES = 2**16  # of a text file, that distinguishes a table from a list
 _MAX_URLS = 10_000_000
+_TOO_MANY = f"source {{}}: more than {_MAX_URLS:,} URLs. Check the ranges in braces."
 _CONNECTIONS = 32  # requests in flight; botocore's default is 10
 _MAX_STEM_CHARS = 100  # with the hash and .parquet, well below the 255 bytes that file systems allow for a name
 _HASH_DIGITS = 10  # of a shard's name
@@ -271,7 +272,7 @@ def expand(
         for url in _expand(entry.strip(), {} if listed is None else listed, is_table):
             urls[url] = None
             if len(urls) > _MAX_URLS:
-                raise _too_many(entry)
+                raise UserError(_TOO_MANY.format(_printable(entry)))
     if not urls:
         raise UserError(f"source is empty. Give at least one URL, of {SOURCES}.")
     return list(urls)
@@ -357,10 +358,6 @@ def find_private(urls: Sequence[str]) -> str | None:
 def compression(url: str) -> str | None:
     """Return ``gzip``, ``xz``, ``bzip2`` or ``zstd`` by the URL's ending, or None for a plain tar."""
     return COMPRESSIONS.get(_ending(canonical(url)))
-
-
-def _too_many(pattern: str) -> UserError:
-    return UserError(f"source {_printable(pattern)}: more than {_MAX_URLS:,} URLs. Check the ranges in braces.")
 
 
 def _ending(path: str) -> str:
@@ -491,19 +488,8 @@ def expand_braces(pattern: str, entry: str) -> Iterator[str]:
     else:
         raise UserError(f"source {_printable(entry)}: a brace is not closed. Write ranges as {{000..999}}.")
     head, body, tail = pattern[:start], pattern[start + 1 : end], pattern[end + 1 :]
-    options = _expand_range(body, entry)
-    if options is None and len(edges) > 2:
-        parts = [pattern[a + 1 : b] for a, b in itertools.pairwise(edges)]
-        options = (option for part in parts for option in expand_braces(part, entry))
-    if options is None:  # neither a range nor alternatives: the braces are literal
-        options = ("{" + option + "}" for option in expand_braces(body, entry))
-    for option in options:
-        for rest in expand_braces(tail, entry) if "{" in tail else (tail,):
-            yield head + option + rest
-
-
-def _expand_range(body: str, entry: str) -> Iterator[str] | None:
-    """Yield the values of a range such as ``000..999``, ``0..9..3`` or ``a..e``; return None for anything else."""
+    # the values of a range such as ``000..999``, ``0..9..3`` or ``a..e``, else the alternatives
+    options: Iterable[str] | None = None
     if match := _NUMBERS.fullmatch(body):
         first, last, step = match.groups()
         width = max(len(first), len(last)) if re.match(r"-?0\d", first) or re.match(r"-?0\d", last) else 0
@@ -512,12 +498,19 @@ def _expand_range(body: str, entry: str) -> Iterator[str] | None:
             raise UserError(f"source {_printable(entry)}: the step of {{{body}}} is 0. Write a positive step.")
         numbers = range(low, high + 1, stride) if low <= high else range(low, high - 1, -stride)
         if len(numbers) > _MAX_URLS:
-            raise _too_many(entry)
-        return (f"{number:0{width}d}" for number in numbers)
-    if match := _LETTERS.fullmatch(body):
+            raise UserError(_TOO_MANY.format(_printable(entry)))
+        options = (f"{number:0{width}d}" for number in numbers)
+    elif match := _LETTERS.fullmatch(body):
         low, high = map(ord, match.groups())
-        return map(chr, range(low, high + 1) if low <= high else range(low, high - 1, -1))
-    return None
+        options = map(chr, range(low, high + 1) if low <= high else range(low, high - 1, -1))
+    elif len(edges) > 2:
+        parts = [pattern[a + 1 : b] for a, b in itertools.pairwise(edges)]
+        options = (option for part in parts for option in expand_braces(part, entry))
+    if options is None:  # neither a range nor alternatives: the braces are literal
+        options = ("{" + option + "}" for option in expand_braces(body, entry))
+    for option in options:
+        for rest in expand_braces(tail, entry) if "{" in tail else (tail,):
+            yield head + option + rest
 
 
 BLOCK_BYTES = 8 * 2**20  # bytes per request to an object store
@@ -600,7 +593,13 @@ class FileReader:
         """
         data = self._try(url, limit)
         if isinstance(data, Exception):
-            if self._unreadable >= max(_FEW, self._read) or not self._works(url):
+            if self._unreadable >= max(_FEW, self._read):
+                raise data
+            for other in [self._last] if self._last else itertools.islice(self._others(), _OTHERS):
+                with contextlib.suppress(UnreadableFile):
+                    if other != url and isinstance(self._try(other, 1), bytes):
+                        break
+            else:  # no other file can be read now
                 raise data
             again = self._try(url, limit)
             if isinstance(again, Exception):
@@ -625,14 +624,6 @@ class FileReader:
             if not is_storage_error(error):
                 raise
             return error
-
-    def _works(self, url: str) -> bool:
-        """Whether any other file can be read now."""
-        for other in [self._last] if self._last else itertools.islice(self._others(), _OTHERS):
-            with contextlib.suppress(UnreadableFile):
-                if other != url and isinstance(self._try(other, 1), bytes):
-                    return True
-        return False
 
 
 def _describe(error: Exception) -> str:

@@ -76,7 +76,14 @@ class ParquetFile:
         With ``groups``, only the rows of these row groups, which are numbered from ``first`` on. Raises the storage's
         errors.
         """
-        names = _leaves(self.types, columns)
+        # The columns that are read, and of the image's struct only bytes and path.
+        names = [name for name in self.types if name in columns.read and name != columns.image]
+        image = self.types[columns.image]
+        if not pa.types.is_struct(image):
+            names = [columns.image, *names]
+        else:
+            parts = [image.field(i).name for i in range(image.num_fields)]
+            names = [*(f"{columns.image}.{part}" for part in ("bytes", "path") if part in parts), *names]
         source = pa.PythonFile(self._file, mode="r")
         options = {"buffer_size": _READ_BYTES, "pre_buffer": False, "page_checksum_verification": True}
         parquet = pq.ParquetFile(source, metadata=self.footer, **options)
@@ -119,16 +126,6 @@ def is_binary(type_: pa.DataType) -> bool:
     """Whether a column has bytes, which cannot be in metadata."""
     nested = [type_.field(i).type for i in range(type_.num_fields)]
     return any(map(is_binary, nested)) or "binary" in str(type_).partition("<")[0]
-
-
-def _leaves(types: Mapping[str, pa.DataType], columns: Columns) -> list[str]:
-    """The columns that are read, and of the image's struct only bytes and path."""
-    names = [name for name in types if name in columns.read and name != columns.image]
-    image = types[columns.image]
-    if not pa.types.is_struct(image):
-        return [columns.image, *names]
-    parts = [image.field(i).name for i in range(image.num_fields)]
-    return [*(f"{columns.image}.{part}" for part in ("bytes", "path") if part in parts), *names]
 
 
 class Parquet(SourceFormat):

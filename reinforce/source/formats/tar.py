@@ -295,7 +295,22 @@ class _Group:
             listed = ", ".join(extensions)[:200]
             yield Refusal(key, Reason.SPLIT_KEY, f"not next to the other members of the key: {listed}")
             return
-        yield self._sample(key, extensions, limits)
+        sample: RawSample | Refusal
+        if not self.needs_image:
+            sample = RawSample(key, b"", 0, 0, self.sidecars, self.left_out, members=extensions)
+        elif (image := self.image) is None:
+            hint = f"; {unread}" if (unread := unread_heic(self.extensions)) else ""
+            sample = Refusal(key, Reason.NO_IMAGE, f"no image among: {', '.join(extensions)[:200]}{hint}")
+        elif self.cut_off:
+            sample = Refusal(key, Reason.IMAGE_BROKEN, "cut off where the shard is damaged")
+        elif self.data is None:
+            detail = f"{image.size} bytes, above limits.image_bytes of {limits.image_bytes}"
+            sample = Refusal(key, Reason.IMAGE_BYTES, detail)
+        else:
+            left_out, of_image = {**self._of_image(self.left_out), **self.left_out}, self._of_image(self.sidecars)
+            place = (image.offset, image.size)
+            sample = RawSample(key, self.data, *place, self.sidecars, left_out, of_image, extensions, url=image.url)
+        yield sample
         if self.repeated is not None:
             detail = f"member .{as_utf8(self.repeated)[:100]} occurs twice; the first is kept"
             yield Refusal(key, Reason.DUPLICATE_KEY, detail)
@@ -318,23 +333,6 @@ class _Group:
             count, read, rest = 1 + sum(map(is_image_name, strays)), self.image_extension, ", .".join(strays)
             detail = f"{count} images, of which .{as_utf8(read)[:100]} is read, and not .{as_utf8(rest)[:300]}"
             yield Refusal(key, Reason.STRAY_MEMBERS, f"{detail}; a key ends at the first dot of the file name")
-
-    def _sample(self, key: str, extensions: tuple[str, ...], limits: Limits) -> RawSample | Refusal:
-        if not self.needs_image:
-            return RawSample(key, b"", 0, 0, self.sidecars, self.left_out, members=extensions)
-        image = self.image
-        if image is None:
-            hint = f"; {unread}" if (unread := unread_heic(self.extensions)) else ""
-            return Refusal(key, Reason.NO_IMAGE, f"no image among: {', '.join(extensions)[:200]}{hint}")
-        if self.cut_off:
-            return Refusal(key, Reason.IMAGE_BROKEN, "cut off where the shard is damaged")
-        if self.data is None:
-            detail = f"{image.size} bytes, above limits.image_bytes of {limits.image_bytes}"
-            return Refusal(key, Reason.IMAGE_BYTES, detail)
-        left_out = {**self._of_image(self.left_out), **self.left_out}
-        of_image = self._of_image(self.sidecars)
-        place = (image.offset, image.size)
-        return RawSample(key, self.data, *place, self.sidecars, left_out, of_image, extensions, url=image.url)
 
     def _of_image(self, sidecars: Mapping[str, T]) -> dict[str, T]:
         """The sidecars whose compound extension begins as the image's, by its last part where no other has that."""
