@@ -488,8 +488,19 @@ def expand_braces(pattern: str, entry: str) -> Iterator[str]:
     else:
         raise UserError(f"source {_printable(entry)}: a brace is not closed. Write ranges as {{000..999}}.")
     head, body, tail = pattern[:start], pattern[start + 1 : end], pattern[end + 1 :]
-    # the values of a range such as ``000..999``, ``0..9..3`` or ``a..e``, else the alternatives
-    options: Iterable[str] | None = None
+    options = _expand_range(body, entry)
+    if options is None and len(edges) > 2:
+        parts = [pattern[a + 1 : b] for a, b in itertools.pairwise(edges)]
+        options = (option for part in parts for option in expand_braces(part, entry))
+    if options is None:  # neither a range nor alternatives: the braces are literal
+        options = ("{" + option + "}" for option in expand_braces(body, entry))
+    for option in options:
+        for rest in expand_braces(tail, entry) if "{" in tail else (tail,):
+            yield head + option + rest
+
+
+def _expand_range(body: str, entry: str) -> Iterator[str] | None:
+    """Yield the values of a range such as ``000..999``, ``0..9..3`` or ``a..e``; return None for anything else."""
     if match := _NUMBERS.fullmatch(body):
         first, last, step = match.groups()
         width = max(len(first), len(last)) if re.match(r"-?0\d", first) or re.match(r"-?0\d", last) else 0
@@ -499,18 +510,11 @@ def expand_braces(pattern: str, entry: str) -> Iterator[str]:
         numbers = range(low, high + 1, stride) if low <= high else range(low, high - 1, -stride)
         if len(numbers) > _MAX_URLS:
             raise UserError(_TOO_MANY.format(_printable(entry)))
-        options = (f"{number:0{width}d}" for number in numbers)
-    elif match := _LETTERS.fullmatch(body):
+        return (f"{number:0{width}d}" for number in numbers)
+    if match := _LETTERS.fullmatch(body):
         low, high = map(ord, match.groups())
-        options = map(chr, range(low, high + 1) if low <= high else range(low, high - 1, -1))
-    elif len(edges) > 2:
-        parts = [pattern[a + 1 : b] for a, b in itertools.pairwise(edges)]
-        options = (option for part in parts for option in expand_braces(part, entry))
-    if options is None:  # neither a range nor alternatives: the braces are literal
-        options = ("{" + option + "}" for option in expand_braces(body, entry))
-    for option in options:
-        for rest in expand_braces(tail, entry) if "{" in tail else (tail,):
-            yield head + option + rest
+        return map(chr, range(low, high + 1) if low <= high else range(low, high - 1, -1))
+    return None
 
 
 BLOCK_BYTES = 8 * 2**20  # bytes per request to an object store

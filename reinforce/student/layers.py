@@ -114,12 +114,6 @@ def batch_norms(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if getattr(module, "running_var", None) is not None]
 
 
-def freeze_batch_norms(model: torch.nn.Module) -> None:
-    """Let batch normalisations use their running statistics; ``train()`` undoes it."""
-    for module in batch_norms(model):
-        module.training = False  # not eval(), which would also turn off a dropout inside
-
-
 #: Children of a merged block that follow its convolution.
 _AFTER_MERGED = ("se", "act")
 
@@ -145,15 +139,12 @@ class _Rounded(torch.nn.Module):
     def rounds(self) -> bool:
         return self.training or self.rounding.in_eval
 
-    def rounds_inputs(self) -> bool:
-        return self.rounding.inputs and self.rounds()
-
 
 class _RoundedLayer(_Rounded):
     axes: tuple[int, ...] = (-1,)  # of the inputs of one range: those of a token
 
     def forward(self, inputs: torch.Tensor) -> Any:
-        return super().forward(round_inputs(inputs, self.axes) if self.rounds_inputs() else inputs)
+        return super().forward(round_inputs(inputs, self.axes) if self.rounding.inputs and self.rounds() else inputs)
 
 
 class _RoundedConvolution(_RoundedLayer):
@@ -162,7 +153,7 @@ class _RoundedConvolution(_RoundedLayer):
 
 class _RoundedAttention(_Rounded):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any) -> Any:
-        if self.rounds_inputs():
+        if self.rounding.inputs and self.rounds():
             itself = query is key is value  # torch recognises self-attention by the identity of its inputs
             query = round_inputs(query, (-1,))
             key, value = (query if itself else round_inputs(rows, (-1,)) for rows in (key, value))
@@ -213,7 +204,7 @@ def _mixin(module: torch.nn.Module) -> Any:
     kind: Any
     for kind in MERGES:
         if isinstance(module, kind) and module.reparam_conv is None:
-            return _merging(kind)
+            return _rounding(kind)
     layer: Any
     for layer, (_, name, _) in _WEIGHTS.items():
         if isinstance(module, layer) and module._parameters.get(name) is not None:
@@ -222,13 +213,11 @@ def _mixin(module: torch.nn.Module) -> Any:
 
 
 @cache
-def _merging(kind: Any) -> type[_Rounded]:
-    return type("Merged", (_Merged,), {"merge": MERGES[kind]})
-
-
-@cache
-def _rounding(layer: Any) -> type[_Rounded]:
-    base, name, channel = _WEIGHTS[layer]
+def _rounding(kind: Any) -> type[_Rounded]:
+    """The class for blocks or layers of a kind of ``MERGES`` or ``_WEIGHTS``."""
+    if kind in MERGES:
+        return type("Merged", (_Merged,), {"merge": MERGES[kind]})
+    base, name, channel = _WEIGHTS[kind]
 
     def read(self: _Rounded) -> torch.Tensor | None:
         weight = self._parameters[name]

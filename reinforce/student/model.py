@@ -18,8 +18,8 @@ from reinforce.student.config import BatchNorm, Quantize
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.layers import (
     avoid_faulty_convolutions,
+    batch_norms,
     can_quantize,
-    freeze_batch_norms,
     merge,
     quantize,
     round_in_eval,
@@ -208,7 +208,8 @@ class Student(torch.nn.Module):
                 child.eval()
                 round_in_eval(child, mode)
         if self.quantized is not None or self.batch_norm != "train":
-            freeze_batch_norms(self.clip)
+            for module in batch_norms(self.clip):  # they use their running statistics
+                module.training = False  # not eval(), which would also turn off a dropout inside
         return self
 
 

@@ -465,12 +465,16 @@ class State:
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Restore the tensors of a checkpoint. Raises KeyError or RuntimeError if they are of another model."""
-        self.model.load_state_dict(_with_prefix(_MODEL, tensors))
+        parts: dict[str, dict[str, torch.Tensor]] = {_MODEL: {}, _AVERAGE: {}, _OPTIMIZER: {}}
+        for path, value in tensors.items():
+            part, slash, name = path.partition("/")
+            parts[part + slash][name] = value
+        self.model.load_state_dict(parts[_MODEL])
         if self.average is not None:
-            self.average.module.load_state_dict(_with_prefix(_AVERAGE, tensors))
+            self.average.module.load_state_dict(parts[_AVERAGE])
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         moments: dict[str, dict[str, torch.Tensor]] = {}
-        for path, value in _with_prefix(_OPTIMIZER, tensors).items():
+        for path, value in parts[_OPTIMIZER].items():
             name, _, key = path.rpartition("/")
             moments.setdefault(name, {})[key] = value
         learnt = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -499,8 +503,3 @@ def check_skipped(progress: Progress, steps: int) -> None:
             "update. Lower train.optimizer.lr, raise its warmup, or set train.compute.precision to fp32, in another "
             "`output`; earlier progress is in the last checkpoint."
         )
-
-
-def _with_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors whose names start with the prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

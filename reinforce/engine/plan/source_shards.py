@@ -256,14 +256,10 @@ def list_url(config: Config, shard: str) -> str:
     return f"{config.output.rstrip('/')}/{_LISTS}/{shard}.jsonl"
 
 
-def _written_lists(store: Store) -> set[str]:
-    return {name.removesuffix(".jsonl") for name in store.names(_LISTS)}
-
-
 def _folder_shards(folders: Sequence[str], config: Config, format_: SourceFormat) -> SourceShards:
     """List folders, and form shards of the files that are in no list of the dataset. Raises UserError."""
     store, result = Store(config.output), SourceShards(format_)
-    written = _written_lists(store)
+    written = {name.removesuffix(".jsonl") for name in store.names(_LISTS)}
 
     def block(url: str, number: int) -> tuple[str, str]:
         """The URL and the name of a shard of a folder."""
@@ -325,7 +321,7 @@ def _table_shards(
     """
     assert config.input.rows_per_shard is not None
     store, result = Store(config.output), SourceShards(format_)
-    names = sorted(name for name in _written_lists(store) if name.startswith(_PARTS))
+    names = sorted(name.removesuffix(".jsonl") for name in store.names(_LISTS) if name.startswith(_PARTS))
     known: dict[str, _Table] = {}
     for name in names:
         for place, table in _entries(store, name, _table_of):

@@ -145,24 +145,21 @@ def _statistics(shard: Shard, config: Config) -> SourceStatistics | None:
             break
     if not samples:
         return None
-    rows = len(samples) if whole else _rows(shard, samples, seen)
-    if rows is None:
+    rows: float
+    if whole:
+        rows = len(samples)
+    elif find_format(shard.format).is_listed:
+        rows = len(shard.lines())
+    elif shard.part is not None:
+        rows = shard.part.rows
+    elif samples[-1].url is not None:
         return None
+    else:  # an estimate, from the first samples of ``seen`` bytes
+        fs, path = filesystem(shard.url)
+        rows = int(fs.size(path) or 0) / max(1, seen) * len(samples)
     image = sum(item.length for item in samples) / len(samples)
     text = sum(len(json.dumps(v.decode("utf-8", "replace"))) for i in samples for v in i.sidecars.values())
     return SourceStatistics(rows, image, 0.5 * text / len(samples))
-
-
-def _rows(shard: Shard, samples: Sequence[RawSample], seen: int) -> float | None:
-    """Estimated rows of a shard, from its first samples of ``seen`` bytes; None if unknown."""
-    if find_format(shard.format).is_listed:
-        return len(shard.lines())
-    if shard.part is not None:
-        return shard.part.rows
-    if samples[-1].url is not None:
-        return None
-    fs, path = filesystem(shard.url)
-    return int(fs.size(path) or 0) / max(1, seen) * len(samples)
 
 
 #: CPU milliseconds of a worker for a photograph of 512 x 512 pixels, by the number of augmentations: its decode

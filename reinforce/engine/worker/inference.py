@@ -162,19 +162,13 @@ class Batch:
 class Encoder(ABC):
     """Runs the models of some layers on batches of rows. The defaults are those of models that see no image."""
 
+    #: Whether it sees the augmented images, and the preprocessing of the whole images that it sees.
+    crops: bool = False
+    whole: Sequence[ImageSpec] = ()
+
     def __init__(self, layers: Iterable[Layer], session: Session) -> None:
         self.layers, self.session = [*layers], session
         self.computed = [layer for layer in self.layers if not layer.published]
-
-    @property
-    def crops(self) -> bool:
-        """Whether it sees the augmented images."""
-        return False
-
-    @property
-    def whole(self) -> Iterable[ImageSpec]:
-        """The preprocessing of the whole images that it sees."""
-        return ()
 
     def prepare(self, rows: Sequence[Row]) -> Any:
         """What ``encode`` needs besides the pixels; called while others use the accelerator."""
@@ -205,23 +199,11 @@ class Inference:
     def __init__(self, session: Session, encoders: Iterable[Encoder]) -> None:
         self._session, self._encoders = session, [*encoders]
         # Teachers come before captioners: their large forward passes show first whether the memory suffices.
-        self._seeing = [one for one in reversed(self._encoders) if one.crops or any(True for _ in one.whole)]
-
-    @property
-    def crops(self) -> bool:
-        """Whether a model sees the augmented images."""
-        return any(encoder.crops for encoder in self._seeing)
-
-    @property
-    def whole(self) -> tuple[ImageSpec, ...]:
-        """The preprocessing of the whole images that models see, each once."""
-        return tuple(sorted({spec for encoder in self._seeing for spec in encoder.whole}, key=repr))
-
-    @property
-    def layout(self) -> PixelLayout:
-        """The pixels of one row."""
-        policy = self._session.config.augmentations
-        return PixelLayout((policy.count, policy.size) if self.crops else None, self.whole)
+        self._seeing = [one for one in reversed(self._encoders) if one.crops or one.whole]
+        whole = tuple(sorted({spec for encoder in self._seeing for spec in encoder.whole}, key=repr))
+        crops, policy = any(encoder.crops for encoder in self._seeing), session.config.augmentations
+        #: The pixels of one row: the augmented images if a model sees them, and whole ones by their preprocessing.
+        self.layout = PixelLayout((policy.count, policy.size) if crops else None, whole)
 
     @property
     def rows_per_batch(self) -> int:
@@ -292,10 +274,10 @@ class Inference:
         cells = [row.cell for row in rows if row.cell is not None]
         crops = None
         with self._session.watch.stage(PREPARING, what), accelerator.copy_stream():
-            if self.crops:
+            if self.layout.crops is not None:
                 assert pixels.crops is not None
                 crops = accelerator.put_parts(runs(pixels.crops, cells)).flatten(0, 1)
-            whole = {spec: accelerator.put_parts(runs(pixels.whole[spec], cells)) for spec in self.whole}
+            whole = {spec: accelerator.put_parts(runs(pixels.whole[spec], cells)) for spec in self.layout.whole}
             return Batch(rows, what, crops, whole), accelerator.mark()
 
 

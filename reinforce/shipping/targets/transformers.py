@@ -318,7 +318,18 @@ class Transformers(Target):
         if tower.name == "image":
             with silenced():
                 self._model.save_pretrained(folder)
-                _processor(_spec(tower)).save_pretrained(folder)
+                image = _spec(tower)
+                size = {"height": image.height, "width": image.width}
+                crop = image.resize == "crop"
+                processor = CLIPImageProcessor(
+                    size={"shortest_edge": image.height} if crop else size,
+                    resample=_RESAMPLING[image.interpolation],
+                    do_center_crop=crop,
+                    crop_size=size,
+                    image_mean=list(image.mean),
+                    image_std=list(image.std),
+                )
+                processor.save_pretrained(folder)
         return folder / FILE
 
     def load(self, path: Path, threads: int | None = None) -> Run:
@@ -388,19 +399,6 @@ def _pooled(features: Any) -> torch.Tensor:
     """The features of an image or text: transformers 5 returns more beside them."""
     found: torch.Tensor = features if isinstance(features, torch.Tensor) else features.pooler_output
     return found
-
-
-def _processor(image: ImageSpec) -> CLIPImageProcessor:
-    size = {"height": image.height, "width": image.width}
-    crop = image.resize == "crop"
-    return CLIPImageProcessor(
-        size={"shortest_edge": image.height} if crop else size,
-        resample=_RESAMPLING[image.interpolation],
-        do_center_crop=crop,
-        crop_size=size,
-        image_mean=list(image.mean),
-        image_std=list(image.std),
-    )
 
 
 TARGET = Transformers()

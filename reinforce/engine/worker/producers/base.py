@@ -34,7 +34,6 @@ from reinforce.engine.worker.self_test import Start, test_rows
 from reinforce.errors import UserError
 from reinforce.source.samples import Refusal
 from schemas import WHOLE_SHARD, Reason
-from teachers.protocols import ImageSpec
 from teachers.spec import ModelInfo, Precision
 
 Mask = npt.NDArray[np.bool_]
@@ -108,6 +107,8 @@ class Producer(Encoder):
     ) -> None:
         super().__init__(layers, session)
         self.refusals, self.source = refusals or Refusals(), source
+        self.crops = any(layer.sees == CROPS for layer in self.computed)
+        self.whole = [session.models.of(layer).image for layer in self.computed if layer.sees == "image"]
 
     # -- models
 
@@ -122,14 +123,6 @@ class Producer(Encoder):
         if layer.sees == CROPS:
             return crops_per_batch(models, config)
         return models.batches.fitting("rows", rows_per_batch(config))
-
-    @property
-    def crops(self) -> bool:
-        return any(layer.sees == CROPS for layer in self.computed)
-
-    @property
-    def whole(self) -> Iterable[ImageSpec]:
-        return [self.session.models.of(layer).image for layer in self.computed if layer.sees == "image"]
 
     def demand(self, layer: Layer, rows: int) -> Demand:
         one = "one augmented image" if layer.sees == CROPS else "one image"
