@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from reinforce import settings
 from reinforce.processes.cores import Node, cores_per_process, default_gpus, describe_share
 from reinforce.settings import Accelerated, Batch, Named, OneOrMore, Section
-from reinforce.source.config import SOURCES, Input
+from reinforce.source.config import Input
+from reinforce.source.urls import SOURCES
 from teachers.custom import ClassifierSpec, ClassScorerSpec
 from teachers.published import Join, Labels
 from teachers.registry import AnyCaptioner, AnyTeacher

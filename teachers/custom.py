@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
 from pydantic import Field, model_validator
 
 from teachers.decoding.postprocess import cleaning_identity
-from teachers.protocols import Captioner, ImageSpec, Scorer, Teacher
+from teachers.protocols import LEAST_TEMPERATURE, MOST_TEMPERATURE, Captioner, ImageSpec, Scorer, Teacher
 from teachers.redact import redact_values
 from teachers.spec import (
     CHAT_FIELDS,
@@ -252,10 +252,6 @@ def hash_of_code(cls: type) -> str | None:
         return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest() if path else None
     except (OSError, TypeError):
         return None
-
-
-#: Bounds of temperatures: with others, logits or their loss leave the range of float32.
-LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
 
 
 class Classifier(Protocol):

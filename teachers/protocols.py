@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+#: Of matrix products.
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
+#: Bounds of temperatures of classifiers: with others, logits or their loss leave the range of float32.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
+
 
 @dataclass(frozen=True)
 class ImageSpec:

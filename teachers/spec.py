@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from teachers.protocols import Teacher
+from teachers.protocols import Precision, Teacher
 
 if TYPE_CHECKING:
     from typing import Self
@@ -68,7 +68,6 @@ class Patches(BaseModel):
         return copy
 
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
 _Lengths = TypeVar("_Lengths", bound=Any)  # a model with min_length and max_length
 
 

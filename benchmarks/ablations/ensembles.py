@@ -17,8 +17,8 @@ from reinforce import settings
 from reinforce.config import load_config
 from reinforce.evaluation.classes import load_templates
 from reinforce.evaluation.encoding import build_classifier
-from reinforce.evaluation.images import CacheBudget, ImageBatches
-from reinforce.evaluation.kinds.labels import read_labels
+from reinforce.evaluation.kinds.base import read_labels
+from reinforce.evaluation.reading import CacheBudget, ImageBatches
 from reinforce.student.config import StudentConfig
 from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.pixels import to_pixels

@@ -44,7 +44,6 @@ from reinforce.evaluation.reading import (
     list_shards,
     raise_on_damage,
     read_captions,
-    storage_errors,
 )
 from reinforce.images.backends import sample_augmentation
 from reinforce.source.config import Input
@@ -52,7 +51,7 @@ from reinforce.source.formats import dataset as samples_layer
 from reinforce.source.formats.base import Part, Shard, find_format, read_samples
 from reinforce.source.formats.jsonl import COMPRESSIONS
 from reinforce.source.samples import CAPTION_POLICY, Item, RawSample, Refusal, UnreadSample
-from reinforce.source.urls import canonical, filesystem, open_whole, with_fingerprint
+from reinforce.source.urls import canonical, filesystem, open_whole, storage_errors, with_fingerprint
 from reinforce.student.data.datasets import samples_groups
 from reinforce.student.data.examples import Example, Examples, SampleFile
 from reinforce.student.data.feed import Assembler, StreamFeed, Streams

@@ -20,9 +20,8 @@ from reinforce.captioning.data import HeldOut, predicted_lengths
 from reinforce.captioning.model import CaptionerModel
 from reinforce.errors import UserError
 from reinforce.evaluation.encoding import NOT_FINITE_FIX, NotFinite
-from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.ranking import compute_recalls
-from reinforce.evaluation.reading import LabelledImage
+from reinforce.evaluation.reading import CacheBudget, ImageBatches, LabelledImage
 from reinforce.explore.captions import bleu
 from reinforce.processes.cores import available_cores
 from reinforce.student.data.stream import Tokenize

@@ -20,9 +20,10 @@ from reinforce.cli.common import (
     ZeroShot,
     only_json,
     print_lines,
+    run_training,
+    show_report,
     split_names,
 )
-from reinforce.cli.training import run_training, show_report
 from reinforce.errors import UserError
 from reinforce.processes.imports import no_garbage_collection
 

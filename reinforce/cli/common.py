@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 import typer
 from rich.markup import escape as literal
 
-from reinforce.terminal import escape
+from reinforce.terminal import escape, print_table
 from teachers.redact import redact
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+T = TypeVar("T")
 
 Overrides = Annotated[
     list[str] | None,
@@ -134,3 +140,40 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int)) else redact(str(value))
+
+
+class ShownReport(Protocol):
+    """Results as a table with lines below it, and as JSON."""
+
+    def table(self) -> RenderableType: ...
+
+    def lines(self) -> Sequence[str]: ...
+
+    def as_json(self) -> dict[str, Any]: ...
+
+
+def show_report(report: ShownReport, file: str | None, print_json: Callable[[Any], None]) -> None:
+    """Show a report on the terminal, and write it to the file of --json. Raises UserError."""
+    from reinforce.storage import write_json
+
+    if file == STDOUT:
+        print_json(report.as_json())
+        return
+    print_table(report.table())
+    for line in report.lines():
+        typer.echo(line)
+    if file is not None:
+        write_json(report.as_json(), file)
+
+
+def run_training(work: Callable[[], T]) -> T:
+    """Train, with the log on the terminal; if it is stopped, exit with the status of the signal."""
+    from reinforce.processes.signals import Stopped
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("reinforce").setLevel(logging.INFO)
+    try:
+        return work()
+    except (Stopped, KeyboardInterrupt) as stopped:
+        typer.echo("stopped; run the same command again to resume from the last checkpoint", err=True)
+        raise typer.Exit(stopped.status if isinstance(stopped, Stopped) else 130) from None

@@ -23,9 +23,9 @@ from reinforce.cli.common import (
     examples,
     only_json,
     print_lines,
+    show_report,
     split_names,
 )
-from reinforce.cli.training import show_report
 from reinforce.errors import UserError
 from reinforce.processes.imports import require
 from reinforce.terminal import escape

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
@@ -24,6 +22,8 @@ from reinforce.cli.common import (
     config_argument,
     only_json,
     print_lines,
+    run_training,
+    show_report,
     split_names,
 )
 from reinforce.errors import SetsMissing, UserError
@@ -33,7 +33,7 @@ from reinforce.terminal import escape, first_names, print_table
 from teachers.redact import redact
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    pass
 
 T = TypeVar("T")
 
@@ -265,43 +265,6 @@ def evaluate(
             f"{len(report.absent)} of {len(evaluation.suite_sets)} sets are missing: {first_names([*report.absent])}. "
             "Copy them below --data, choose others with --sets, or add --allow-missing."
         )
-
-
-class ShownReport(Protocol):
-    """Results as a table with lines below it, and as JSON."""
-
-    def table(self) -> RenderableType: ...
-
-    def lines(self) -> Sequence[str]: ...
-
-    def as_json(self) -> dict[str, Any]: ...
-
-
-def show_report(report: ShownReport, file: str | None, print_json: Callable[[Any], None]) -> None:
-    """Show a report on the terminal, and write it to the file of --json. Raises UserError."""
-    from reinforce.storage import write_json
-
-    if file == STDOUT:
-        print_json(report.as_json())
-        return
-    print_table(report.table())
-    for line in report.lines():
-        typer.echo(line)
-    if file is not None:
-        write_json(report.as_json(), file)
-
-
-def run_training(work: Callable[[], T]) -> T:
-    """Train, with the log on the terminal; if it is stopped, exit with the status of the signal."""
-    from reinforce.processes.signals import Stopped
-
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("reinforce").setLevel(logging.INFO)
-    try:
-        return work()
-    except (Stopped, KeyboardInterrupt) as stopped:
-        typer.echo("stopped; run the same command again to resume from the last checkpoint", err=True)
-        raise typer.Exit(stopped.status if isinstance(stopped, Stopped) else 130) from None
 
 
 def _is_first_rank() -> bool:

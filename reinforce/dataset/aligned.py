@@ -169,20 +169,6 @@ def layer_errors(store: Store, layer: str, shard: str) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def row_errors(where: str) -> Iterator[None]:
-    """Turn what the conversion of damaged or forged rows raises into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, TypeError, LookupError, OverflowError, RecursionError, pa.ArrowException) as error:
-        raise UserError(
-            f"{where}: rows are not as runs write them ({escape(f'{type(error).__name__}: {error}'[:300])}). Restore "
-            "the dataset."
-        ) from error
-
-
 @dataclass(frozen=True)
 class Completeness:
     """The shards of some layers.

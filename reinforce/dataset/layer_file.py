@@ -27,6 +27,7 @@ import schemas
 from reinforce.dataset import vectors
 from reinforce.dataset.codecs.codebooks import Place
 from reinforce.dataset.kinds.registry import KINDS
+from reinforce.errors import UserError
 from reinforce.source.parquet_file import (
     DICTIONARY,
     BadPage,
@@ -56,6 +57,20 @@ def naming_refused(file: tuple[str, str] | None) -> Iterator[None]:
     except RefusedFile as error:
         error.file = error.file or file
         raise
+
+
+@contextlib.contextmanager
+def row_errors(where: str) -> Iterator[None]:
+    """Turn what the conversion of damaged or forged rows raises into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError, pa.ArrowException) as error:
+        raise UserError(
+            f"{where}: rows are not as runs write them ({escape(f'{type(error).__name__}: {error}'[:300])}). Restore "
+            "the dataset."
+        ) from error
 
 
 def _shape_of(type_: pa.DataType) -> str:

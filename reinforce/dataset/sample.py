@@ -21,9 +21,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from reinforce.dataset import vectors
-from reinforce.dataset.aligned import row_errors
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.kinds.samples import true_captions
+from reinforce.dataset.layer_file import row_errors
 from reinforce.dataset.layers import (
     NO_IMAGES,
     SAMPLES,

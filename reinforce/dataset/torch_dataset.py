@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
-from reinforce.dataset.sample import Sample
+if TYPE_CHECKING:
+    from reinforce.dataset.sample import Sample
 
 
 class TorchSamples(IterableDataset[Any]):

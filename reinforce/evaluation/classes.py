@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from reinforce.errors import UserError
-from reinforce.evaluation.reading import storage_errors
 from reinforce.source.formats.folder import folders_of_one_class
-from reinforce.source.urls import canonical, filesystem
+from reinforce.source.urls import canonical, filesystem, storage_errors
 
 #: Maps a class name to a text about the class.
 Template = Callable[[str], str]

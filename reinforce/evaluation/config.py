@@ -9,9 +9,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from reinforce.errors import UserError
-from reinforce.evaluation.kinds.base import OwnSet, SetKind
+from reinforce.evaluation.kinds.base import OwnSet, SetKind, ZeroShotSet
 from reinforce.evaluation.kinds.index import IndexSet
-from reinforce.evaluation.kinds.labels import ZeroShotSet
 from reinforce.evaluation.kinds.probes import KnnSet, LinearSet
 from reinforce.evaluation.kinds.registry import KINDS
 from reinforce.evaluation.kinds.retrieval import RetrievalSet

@@ -10,8 +10,8 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.evaluation.classes import Template
-from reinforce.evaluation.images import ContentDigest, ImageBatches, geometry_of
 from reinforce.evaluation.model_names import model_errors
+from reinforce.evaluation.reading import ContentDigest, ImageBatches, geometry_of
 from teachers.fast_paths.usage import in_force, loading
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec

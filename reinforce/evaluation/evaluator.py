@@ -14,9 +14,9 @@ import torch
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.encoding import NOT_FINITE_FIX, Encoder, Models
-from reinforce.evaluation.images import CacheBudget, ContentDigest, ImageBatches
 from reinforce.evaluation.kinds.base import ImageSet, SetFiles, find_set
 from reinforce.evaluation.kinds.registry import KINDS
+from reinforce.evaluation.reading import CacheBudget, ContentDigest, ImageBatches
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Outcome, Result, name_refused
 from reinforce.images.policy import PUBLISHED_POLICY

@@ -402,7 +402,7 @@ def run_job(job: Job, models: Callable[[], Models], progress: Callable[[int], No
     ``models`` loads all models, where one is needed.
     """
     from reinforce.evaluation.evaluator import evaluate_published, read_content
-    from reinforce.evaluation.images import ContentDigest
+    from reinforce.evaluation.reading import ContentDigest
 
     try:
         content = read_content(job.one, job.files, threads) if job.kept else ""

@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reinforce.dataset import vectors
-from reinforce.dataset.aligned import AlignedLayers, layer_errors, row_errors
+from reinforce.dataset.aligned import AlignedLayers, layer_errors
 from reinforce.dataset.index import read_index
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.kinds.samples import true_captions
+from reinforce.dataset.layer_file import row_errors
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reading import Dataset
 from reinforce.dataset.vectors import Floats, agreements, entropies, normalized, softmax

@@ -28,8 +28,8 @@ import numpy as np
 import numpy.typing as npt
 
 from reinforce.dataset import vectors
-from reinforce.dataset.aligned import row_errors
 from reinforce.dataset.kinds.samples import PUBLISHED_FORMAT
+from reinforce.dataset.layer_file import row_errors
 from reinforce.dataset.layers import (
     NO_IMAGES,
     SAMPLES,

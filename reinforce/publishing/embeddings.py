@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforce.dataset import vectors
-from reinforce.dataset.aligned import row_errors
 from reinforce.dataset.kinds.samples import true_captions
+from reinforce.dataset.layer_file import row_errors
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reading import Dataset
 from reinforce.errors import UserError

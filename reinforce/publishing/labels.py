@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from reinforce.dataset.aligned import row_errors
 from reinforce.dataset.codecs import codebooks
 from reinforce.dataset.index import FileEntry, IndexWriter
 from reinforce.dataset.kinds.registry import stored_layer
+from reinforce.dataset.layer_file import row_errors
 from reinforce.dataset.layers import LABELS, NO_IMAGES, SAMPLES, TRUE_CAPTION, Layer, mapping_at
 from reinforce.dataset.manifest import DIGEST_KEY, find_manifest, same_content, write_manifest
 from reinforce.dataset.reading import Dataset

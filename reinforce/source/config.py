@@ -26,8 +26,6 @@ MODULES = {
 DEFAULT = "tar"
 #: ``captions`` of a source of images alone.
 IMAGES_ALONE = "none"
-#: What a source can be, for messages.
-SOURCES = "tars, Parquet, jsonl or csv files, COCO's captions, a folder of these or of images, or a reinforced dataset"
 
 if TYPE_CHECKING:
     Format = str

@@ -18,8 +18,6 @@ IMAGE_EXTENSIONS = frozenset(
 )
 #: Extensions of images that are read with the extra `heic`.
 HEIC_EXTENSIONS = frozenset({"heic", "heif", "hif"})
-#: What is neither a file nor a folder.
-NOT_A_FILE = "a pipe or device, not a file"
 
 _PACK = "pack the samples into tars whose members are KEY.jpg and KEY.txt, with `tar --sort=name`"
 _IMAGES = "name the folder of the images, or pack images and captions into tars, as KEY.jpg and KEY.txt"

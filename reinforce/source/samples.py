@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from reinforce.source.config import Input, Limits
-from reinforce.source.file_types import NOT_A_FILE, folder_detail, image_extension
-from reinforce.source.urls import canonical
+from reinforce.source.file_types import folder_detail, image_extension
+from reinforce.source.urls import NOT_A_FILE, canonical
 from schemas import Reason
 
 #: Name and version of the text cleaning in :func:`captions_of`; recorded in dataset.json.

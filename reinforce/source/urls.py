@@ -37,12 +37,14 @@ from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import StorageError, UserError
 from reinforce.processes.attempts import BOTOCORE_REQUESTS, READS, S3FS_REQUESTS, prefetch
-from reinforce.source.config import SOURCES
-from reinforce.source.file_types import NOT_A_FILE
 from teachers.redact import CONTAINER_SCHEMES
 
 #: Packages whose exceptions are errors of a storage, beside OSError.
 _DRIVERS = frozenset({"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs", "requests", "urllib3"})
+#: What a source can be, for messages.
+SOURCES = "tars, Parquet, jsonl or csv files, COCO's captions, a folder of these or of images, or a reinforced dataset"
+#: What is neither a file nor a folder.
+NOT_A_FILE = "a pipe or device, not a file"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota reached, file too large
 _CONFLICTS = (409, 412)  # HTTP status of a conditional put that met another one, or a file
 _NO_RANGE = (errno.EINVAL, 416)  # of a read from a range that a file does not have
@@ -64,6 +66,17 @@ OpenWatcher = Callable[[Any, str, Any, Info | None], None]
 
 W = TypeVar("W", bound=OpenWatcher)
 _WATCHER: ContextVar[OpenWatcher | None] = ContextVar("_WATCHER", default=None)
+
+
+@contextmanager
+def storage_errors(failure: str, fix: str) -> Iterator[None]:
+    """Raise UserError, with ``failure`` and ``fix`` around the error's own text, for what a storage raises inside."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each storage driver raises its own exceptions
+        raise UserError(f"{failure}: {type(error).__name__}: {error}. {fix}") from error
 
 
 @contextmanager

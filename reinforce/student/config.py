@@ -24,6 +24,8 @@ TERMS = (
     *("pairs", "scales", "features", "interactive", "probabilities", "dense"),
     *("anchor_similarities", "anchor_features", "anchor_weights"),
 )
+#: Keys that may change when a training run resumes: how fast it reads.
+READING = ("data.workers", "data.prefetch", "data.images_from")
 #: Keys of terms that are added to the loss of images, whichever lambda is.
 OF_IMAGES = ("probabilities", "dense")
 #: Sections of a run's config with the models that the term of a key learns from, if they are no teachers.

@@ -21,7 +21,7 @@ from reinforce.images.device import augment
 from reinforce.processes.cores import available_cores
 from reinforce.storage import Storage
 from reinforce.student import online
-from reinforce.student.config import StudentConfig
+from reinforce.student.config import READING, StudentConfig
 from reinforce.student.data.feed import StudentFeed
 from reinforce.student.layers import batch_norms
 from reinforce.student.model import Student, build_student, export, load_tokenizer
@@ -53,9 +53,6 @@ from teachers.protocols import Teacher
 from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec
 
-#: Keys that may change when a training run resumes: how fast it reads.
-_READING = ("data.workers", "data.prefetch", "data.images_from")
-
 
 def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str | None = None) -> Results:
     """Train a student to its end, from the last checkpoint in ``output`` if there is one.
@@ -79,7 +76,7 @@ def student_job(config: StudentConfig) -> Job:
     return make_job(
         config,
         [config.student.model or "", *([config.student.text.model] if config.student.text else [])],
-        _READING,
+        READING,
         evaluate_start=_evaluates_start(config),
         best_of_part=config.evaluate.best is not None,
     )

@@ -25,8 +25,7 @@ from reinforce.dataset.store import Store
 from reinforce.dataset.view import View, open_view
 from reinforce.errors import UserError
 from reinforce.evaluation.encoding import load_models
-from reinforce.evaluation.images import ImageBatches
-from reinforce.evaluation.reading import LabelledImage, Table, input_of, read_samples
+from reinforce.evaluation.reading import ImageBatches, LabelledImage, Table, input_of, read_samples
 from reinforce.explore.config import SelectConfig
 from reinforce.explore.duplicates import digests
 from reinforce.explore.select import select

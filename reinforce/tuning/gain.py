@@ -22,10 +22,9 @@ from PIL import Image
 from reinforce.evaluation.classes import load_templates
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.encoding import Models
-from reinforce.evaluation.images import ImageBatches
-from reinforce.evaluation.kinds.labels import ZeroShotSet
+from reinforce.evaluation.kinds.base import ZeroShotSet
 from reinforce.evaluation.ranking import rank_classes, rank_matches
-from reinforce.evaluation.reading import LabelledImage
+from reinforce.evaluation.reading import ImageBatches, LabelledImage
 from reinforce.images.policy import decode
 from reinforce.reports import picture_address
 from reinforce.source.samples import Refusal, T

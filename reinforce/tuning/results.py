@@ -20,10 +20,9 @@ from rich.table import Table
 from reinforce import reports
 from reinforce.errors import UserError
 from reinforce.storage import Storage
-from reinforce.student.config import StudentConfig
-from reinforce.student.train import student_job
+from reinforce.student.config import READING, StudentConfig
 from reinforce.training.checkpoints import Checkpoints
-from reinforce.training.config import describe_changes
+from reinforce.training.config import describe_changes, make_job
 from reinforce.training.log import read_rows
 from reinforce.training.results import read_results
 from reinforce.tuning.config import LAMBDA, Setting, Trial
@@ -65,7 +64,7 @@ class Outcome:
 def begin_trial(config: StudentConfig, steps: int) -> None:
     """Record the training run in its folder. Raises UserError if the folder holds another training run."""
     store = Storage(config.output)
-    now: dict[str, Any] = {"train.steps": steps, **student_job(config).fixed_config}
+    now: dict[str, Any] = {"train.steps": steps, **make_job(config, (), READING).fixed_config}
     now = json.loads(json.dumps(now))
     then = store.read_json(_TRIAL)
     if then is None:

@@ -17,9 +17,9 @@ from typing import Literal, TypeAlias, TypeVar
 import numpy as np
 import torch
 
+from teachers.protocols import Precision
 from teachers.runtime.determinism import tf32
 from teachers.runtime.flops import peak_flops
-from teachers.spec import Precision
 
 #: Messages of RuntimeErrors that mean the same as torch's OutOfMemoryError.
 _MESSAGES = re.compile(

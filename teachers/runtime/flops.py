@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from teachers.spec import Precision
+from teachers.protocols import Precision
 
 _eager: ContextVar[bool] = ContextVar("eager", default=False)
 

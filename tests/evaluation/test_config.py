@@ -16,7 +16,8 @@ from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.kinds.association import association_metrics, cue_text, jaccard
-from reinforce.evaluation.kinds.classification import classification_metrics, macro_f1, macro_recall
+from reinforce.evaluation.kinds.base import classification_metrics, macro_recall
+from reinforce.evaluation.kinds.classification import macro_f1
 from reinforce.evaluation.registry import published_metrics, select_sets
 from reinforce.evaluation.suite import file_name
 from reinforce.processes.cores import available_cores

@@ -16,7 +16,7 @@ from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGE
 from reinforce.evaluation import ranking as probing
 from reinforce.evaluation.classes import load_templates
 from reinforce.evaluation.encoding import build_classifier, encode_texts
-from reinforce.evaluation.kinds.classification import own_metrics
+from reinforce.evaluation.kinds.base import own_metrics
 from reinforce.evaluation.ranking import (
     classify,
     find_nearest,

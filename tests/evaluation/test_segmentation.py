@@ -17,9 +17,9 @@ from reinforce.evaluation.command import EvaluationCommand, evaluate_models
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.encoding import Models
 from reinforce.evaluation.evaluator import Evaluator, evaluate_set
-from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds import segmentation
 from reinforce.evaluation.kinds.segmentation import SegmentationSet
+from reinforce.evaluation.reading import ImageBatches
 from reinforce.evaluation.suite import evaluate_suite
 from reinforce.source.config import Limits
 from teachers.image_encoder import ImageEncoder

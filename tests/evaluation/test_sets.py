@@ -15,8 +15,15 @@ from reinforce.errors import UserError
 from reinforce.evaluation.classes import load_class_names, load_templates
 from reinforce.evaluation.command import build_evaluation
 from reinforce.evaluation.config import RetrievalSet, ZeroShotSet
-from reinforce.evaluation.kinds.labels import Labelled, read_labels
-from reinforce.evaluation.reading import LabelledImage, SetReader, make_loader, read_captions, read_label, read_samples
+from reinforce.evaluation.kinds.base import Labelled, read_labels
+from reinforce.evaluation.reading import (
+    LabelledImage,
+    SetReader,
+    make_loader,
+    read_captions,
+    read_label,
+    read_samples,
+)
 from reinforce.source.config import Input, Limits
 from tests.helpers.evaluation import (
     COLOURS,

@@ -16,11 +16,10 @@ from reinforce.errors import UserError
 from reinforce.evaluation import suite as run
 from reinforce.evaluation.encoding import Encoder, Models
 from reinforce.evaluation.evaluator import evaluate_published, read_content
-from reinforce.evaluation.images import ContentDigest, ImageBatches
 from reinforce.evaluation.kinds.base import ImageSet, SetKind, find_files
 from reinforce.evaluation.kinds.base import find_set as find_published
 from reinforce.evaluation.kinds.registry import KINDS
-from reinforce.evaluation.reading import LabelledImage
+from reinforce.evaluation.reading import ContentDigest, ImageBatches, LabelledImage
 from reinforce.evaluation.registry import select_sets
 from reinforce.evaluation.report import Metrics, Outcome
 from reinforce.evaluation.suite import Job, file_name

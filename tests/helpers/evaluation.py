@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from reinforce import settings
-from reinforce.evaluation import images
+from reinforce.evaluation import reading
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.encoding import Encoder
 from reinforce.evaluation.evaluator import Evaluator
@@ -281,8 +281,8 @@ def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
 def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that gets an entry for each image that is decoded."""
     found: list[int] = []
-    decode = images.decode
-    monkeypatch.setattr(images, "decode", lambda *a, **b: (found.append(1), decode(*a, **b))[1])
+    decode = reading.decode
+    monkeypatch.setattr(reading, "decode", lambda *a, **b: (found.append(1), decode(*a, **b))[1])
     return found
 
 

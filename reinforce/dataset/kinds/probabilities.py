@@ -25,6 +25,7 @@ from reinforce.dataset.layers import (
     compute_fingerprint,
     mapping_at,
 )
+from teachers.protocols import LEAST_TEMPERATURE, MOST_TEMPERATURE
 
 if TYPE_CHECKING:
     from reinforce.config import Config
@@ -113,8 +114,6 @@ class ClassProbabilities(LayerKind):
         return {"classifier": layer.model, "count": layer.count, "dim": stated.get("dim"), **settings, **names}
 
     def check_entry(self, entry: Mapping[str, Any]) -> None:
-        from teachers.custom import LEAST_TEMPERATURE, MOST_TEMPERATURE
-
         super().check_entry(entry)
         top, temperature = entry["top"], entry["temperature"]
         if type(top) is not int or not 1 <= top <= (entry["dim"] or math.inf):

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reinforce.errors import UserError
-from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds.base import ImageSet, SetFiles, SetKind, image_bytes, read_tables
-from reinforce.evaluation.reading import LabelledImage
+from reinforce.evaluation.reading import ImageBatches, LabelledImage
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Metrics, Outcome
 

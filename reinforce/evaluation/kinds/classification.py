@@ -17,10 +17,20 @@ import numpy as np
 
 from reinforce.errors import UserError
 from reinforce.evaluation.classes import Template, load_class_names, load_templates
-from reinforce.evaluation.images import ImageBatches
-from reinforce.evaluation.kinds.base import CLASSES, TEMPLATES, ImageSet, SetFiles, SetKind
-from reinforce.evaluation.kinds.labels import ZeroShotSet, read_labels
-from reinforce.evaluation.reading import LabelledImage, raise_on_damage, read_label
+from reinforce.evaluation.kinds.base import (
+    CLASSES,
+    TEMPLATES,
+    TOP,
+    ImageSet,
+    SetFiles,
+    SetKind,
+    ZeroShotSet,
+    classification_metrics,
+    macro_recall,
+    own_metrics,
+    read_labels,
+)
+from reinforce.evaluation.reading import ImageBatches, LabelledImage, raise_on_damage, read_label
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Metrics, Outcome
 from reinforce.source.config import Input, Limits
@@ -31,8 +41,6 @@ if TYPE_CHECKING:
     from reinforce.evaluation.encoding import Models
 
 _LABEL, _METADATA = "cls", "npy"
-_TOP = 5
-
 
 #: Makes the metrics of a model from the targets, and from int64 [N] each: the labels, the ranks of the true classes (0
 #: is first), and the predicted classes (-1: none).
@@ -65,23 +73,6 @@ def _score(
 
 def _labels(targets: Sequence[Any]) -> np.ndarray:
     return np.array([target[0] if isinstance(target, tuple) else target for target in targets], np.int64)
-
-
-def own_metrics(
-    groups: Sequence[str | None] | None, _: object, labels: np.ndarray, ranks: np.ndarray, predicted: np.ndarray
-) -> Metrics:
-    """The metrics of a user's set. ``group`` is the share of images whose predicted class is in that of the true one.
-
-    ``groups`` has the group of each class, None for one without images.
-    """
-    accuracies = classification_metrics(labels, ranks, predicted, _TOP)
-    scores: Metrics = dict(zip(("top1", "top5", "mean_per_class"), accuracies.values(), strict=True))
-    if groups is not None:
-        numbers: dict[str | None, int] = {name: i for i, name in enumerate(dict.fromkeys(groups)) if name is not None}
-        group_of = np.array([*(numbers.get(name, -1) for name in groups), -1])  # the last: no class is predicted
-        right = (group_of[predicted] == group_of[labels]) & (group_of[predicted] >= 0)
-        scores["group"] = float(right.mean())
-    return scores
 
 
 def _open_own(config: ZeroShotSet, name: str, limits: Limits, images_from: Sequence[str] = ()) -> ImageSet:
@@ -118,7 +109,7 @@ def _open(one: SuiteSet, files: SetFiles) -> ImageSet:
         if one.fields:
             metadata = np.array([values for _, values in targets], np.int64)
             top5 = one.main_metric.startswith("acc_top5")
-            prefix, hits = ("acc_top5", ranks < _TOP) if top5 else ("acc", ranks == 0)
+            prefix, hits = ("acc_top5", ranks < TOP) if top5 else ("acc", ranks == 0)
             further[f"{prefix}_avg"] = float(hits.mean())
             for worst, field in one.groups.items():
                 groups = metadata[:, one.fields.index(field)]
@@ -138,23 +129,6 @@ def _open(one: SuiteSet, files: SetFiles) -> ImageSet:
 
 
 KIND = SetKind("classification", _open, section="zero_shot", open_own=_open_own)
-
-
-def classification_metrics(labels: np.ndarray, ranks: np.ndarray, predicted: np.ndarray, classes: int) -> Metrics:
-    """Return ``acc1``, ``acc5`` and ``mean_per_class_recall`` of N samples; the arrays are int64 [N].
-
-    ``acc5`` is None for fewer than five classes.
-    """
-    return {
-        "acc1": float((ranks == 0).mean()),
-        "acc5": float((ranks < _TOP).mean()) if classes >= _TOP else None,
-        "mean_per_class_recall": macro_recall(labels, predicted),
-    }
-
-
-def macro_recall(labels: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean recall of the classes that occur in ``labels``: balanced accuracy. int64 [N] each."""
-    return float(np.mean([(predicted[labels == label] == label).mean() for label in np.unique(labels)]))
 
 
 def macro_f1(labels: np.ndarray, predicted: np.ndarray) -> float:

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from reinforce.errors import UserError
-from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetKind, SetSource
 from reinforce.evaluation.model_names import resolve_models
-from reinforce.evaluation.reading import LabelledImage, input_of, read_samples
+from reinforce.evaluation.reading import ImageBatches, LabelledImage, input_of, read_samples
 from reinforce.evaluation.report import Metrics, Outcome
 from reinforce.source.config import Limits
 from reinforce.source.samples import Refusal

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from reinforce.errors import UserError
-from reinforce.evaluation.reading import make_loader, storage_errors
+from reinforce.evaluation.reading import make_loader
 from reinforce.source.file_types import is_image_name
-from reinforce.source.urls import canonical, filesystem, read_whole
+from reinforce.source.urls import canonical, filesystem, read_whole, storage_errors
 
 LayoutName = Literal["voc2012", "ade20k"]
 #: Index of pixels that count for nothing.

@@ -17,11 +17,8 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from reinforce.errors import UserError
-from reinforce.evaluation.images import ImageBatches
-from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetKind
-from reinforce.evaluation.kinds.classification import own_metrics
-from reinforce.evaluation.kinds.labels import LabelledSource, read_labels
-from reinforce.evaluation.reading import LabelledImage
+from reinforce.evaluation.kinds.base import ImageSet, LabelledSource, OwnSet, SetKind, own_metrics, read_labels
+from reinforce.evaluation.reading import ImageBatches, LabelledImage
 from reinforce.evaluation.report import Metrics, Outcome
 from reinforce.source.config import Limits
 from reinforce.source.samples import Refusal

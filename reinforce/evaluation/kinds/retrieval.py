@@ -15,10 +15,18 @@ import numpy as np
 from pydantic import Field
 
 from reinforce.errors import UserError
-from reinforce.evaluation.images import ImageBatches
-from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetFiles, SetKind, SetSource, image_bytes, read_tables
+from reinforce.evaluation.kinds.base import (
+    ImageSet,
+    OwnSet,
+    SetFiles,
+    SetKind,
+    SetSource,
+    image_bytes,
+    read_tables,
+)
 from reinforce.evaluation.reading import (
     CaptionFields,
+    ImageBatches,
     LabelledImage,
     input_of,
     make_loader,

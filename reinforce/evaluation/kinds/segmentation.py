@@ -20,7 +20,6 @@ from PIL import Image
 from pydantic import Field
 
 from reinforce.errors import UserError
-from reinforce.evaluation.images import ImageBatches
 from reinforce.evaluation.kinds.base import ImageSet, OwnSet, SetFiles, SetKind
 from reinforce.evaluation.kinds.masks import (
     IGNORED,
@@ -34,7 +33,7 @@ from reinforce.evaluation.kinds.masks import (
     recognise,
     squashed,
 )
-from reinforce.evaluation.reading import LabelledImage
+from reinforce.evaluation.reading import ImageBatches, LabelledImage
 from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Metrics, Outcome, Report, Segmented
 from reinforce.images.policy import PUBLISHED_POLICY, ImageRefused

@@ -17,7 +17,7 @@ from glob import escape
 from typing import Any
 
 from reinforce.errors import UserError
-from reinforce.source.config import SOURCES, Input
+from reinforce.source.config import Input
 from reinforce.source.file_types import METADATA, foreign_name, is_image_name, unread_heic
 from reinforce.source.formats.base import (
     Columns,
@@ -35,7 +35,7 @@ from reinforce.source.formats.parquet import Parquet, ParquetFile, is_binary
 from reinforce.source.formats.tar import sample_of_files, split_name
 from reinforce.source.parquet_file import RefusedFile
 from reinforce.source.samples import Item, RawSample, Refusal, UnreadSample, as_utf8, parse_json
-from reinforce.source.urls import FileReader, UnreadableFile, canonical, filesystem, list_whole, read_ahead
+from reinforce.source.urls import SOURCES, FileReader, UnreadableFile, canonical, filesystem, list_whole, read_ahead
 from reinforce.terminal import plural
 from schemas import Reason
 

@@ -18,9 +18,10 @@ import pyarrow as pa
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from reinforce.dataset.aligned import AlignedShard, RowGroup, row_errors
+from reinforce.dataset.aligned import AlignedShard, RowGroup
 from reinforce.dataset.index import drop_shard_command
 from reinforce.dataset.kinds.registry import kind_of
+from reinforce.dataset.layer_file import row_errors
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading import AlignedLayers
 from reinforce.dataset.sample import ImagePolicies, KeptGroups
