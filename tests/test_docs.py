@@ -267,7 +267,7 @@ def complete(name: str) -> dict[str, Any]:
 def open_clip_models(value: Any) -> Iterator[tuple[str, str]]:
     """(model, pretrained) of every mapping in a config that names both."""
     if isinstance(value, dict):
-        if "model" in value and value.get("pretrained", "transformers") != "transformers":
+        if "model" in value and value.get("pretrained", "random") not in ("random", "transformers"):
             yield value["model"], value["pretrained"]
         for inner in value.values():
             yield from open_clip_models(inner)
