@@ -87,9 +87,9 @@ while True:
         break
     time.sleep(0.2)
 ended["actors"] = [actor["ActorClassName"] for actor in alive()]
-print(json.dumps(ended))
 ray.shutdown()
 cluster.shutdown()
+print(json.dumps(ended))  # the last line: until here, Ray may print that a node is dead
 """
 
 
