@@ -154,13 +154,18 @@ class Storage:
         """Read a JSON object; return None if the file does not exist. Raises DamagedJson, and UserError for what is no
         small file."""
         path = self.path(*parts)
+
+        def parse(content: bytes) -> Any:
+            if not content:
+                raise DamagedJson(path, "empty: it has 0 bytes")
+            return json.loads(content)
+
         try:
-            data = self.read_parsed(json.loads, *parts, limit=_JSON_BYTES)
+            data = self.read_parsed(parse, *parts, limit=_JSON_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, RecursionError) as error:
-            empty = getattr(error, "doc", None) == ""
-            raise DamagedJson(path, "empty: it has 0 bytes" if empty else f"not valid JSON ({error})") from error
+            raise DamagedJson(path, f"not valid JSON ({error})") from error
         if not isinstance(data, dict):
             raise DamagedJson(path, "not a JSON object")
         return data

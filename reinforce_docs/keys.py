@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import annotated_types
-from pydantic import BaseModel
+from pydantic import BaseModel, PlainSerializer
 from pydantic.fields import FieldInfo
 
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.config import Config
 from reinforce.explore.config import SelectConfig
-from reinforce.settings import union_members
+from reinforce.settings import InSchema, union_members
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.adapt_config import AdaptConfig
 from reinforce.tuning.config import TuneConfig
@@ -63,9 +63,11 @@ def groups(model: type[BaseModel], path: str = "") -> Iterator[Group]:
     """The sections of a config, the top level first. A section's own keys come before those of its sections."""
     prefix = f"{path}." if path else ""
     fields = [(prefix + (field.alias or name), field) for name, field in model.model_fields.items()]
-    own = tuple(_key(name, field) for name, field in fields if not _is_model(field.annotation))
+    own = tuple(_key(name, field) for name, field in fields if _choices(field) or not _is_model(field.annotation))
     yield Group(path, model, own)
     for name, field in fields:
+        if _choices(field):
+            continue
         for suffix, section in _sections(field.annotation):
             yield from groups(section, name + suffix)
 
@@ -94,17 +96,31 @@ def _text(docstring: str) -> str:
     return docstring.replace("``", "`")
 
 
+def _choices(field: FieldInfo) -> list[str]:
+    """The names that a config has instead of the keys of a section; none of other fields."""
+    shown = (
+        [note.change({}) for note in field.metadata if isinstance(note, InSchema)]
+        if _is_model(field.annotation)
+        else []
+    )
+    return [name for schema in shown for name in schema.get("enum", ())]
+
+
 def _key(name: str, field: FieldInfo) -> Key:
     bounds = [f"{sign} {getattr(limit, attribute):,}" for limit in field.metadata for attribute, sign in _SIGNS
               if getattr(limit, attribute, None) is not None]  # fmt: skip
     bounds += ["not empty" for limit in field.metadata if isinstance(limit, annotated_types.MinLen)]
-    return Key(name, type_text(field.annotation), _default(field), ", ".join(bounds), field.description or "")
+    type_ = " / ".join(_choices(field)) or type_text(field.annotation)
+    return Key(name, type_, _default(field), ", ".join(bounds), field.description or "")
 
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True, validated_data={})
+    for note in field.metadata:
+        if isinstance(note, PlainSerializer):
+            value = note.func(value)  # type: ignore[call-arg]
     if isinstance(value, BaseModel):
         return "see below"
     return json.dumps(list(value) if isinstance(value, tuple) else value, default=str)

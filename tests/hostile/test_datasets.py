@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import reinforce
+import schemas
 from reinforce.dataset.status import read_status
 from reinforce.errors import UserError
 from tests.helpers.commands import run_command
@@ -104,6 +105,10 @@ def test_bombs(bomb: Bomb, outcomes: dict[str, tuple[str, int]]) -> None:
 def test_an_embedding_dataset_follows_no_reference(copy: Path) -> None:
     reference = pa.array([{"url": "/etc/hostname", "offset": 0, "length": 4}] * ROWS)
     rewrite(copy, "image_ref", reference, instead_of="image")
+    path = layer_file(copy, "samples")
+    footer, digests = footer_of(path), pa.array([0] * ROWS, pa.uint64())
+    table = pq.read_table(path).append_column(schemas.IMAGE_DIGEST, digests)
+    pq.write_table(table.replace_schema_metadata(footer), path)
     with pytest.raises(UserError, match=r"column image, which dataset\.json states, is missing"):
         list(reinforce.open(str(copy), images_from="/etc"))
 
