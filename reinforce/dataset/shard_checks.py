@@ -540,12 +540,13 @@ class ShardReader:
         others = np.unique(hash_keys(pa.array(sorted(keys), pa.string())))
         stored = checked.rows + len(np.setdiff1d(others, checked.keys.hashes))
         recorded = self._manifest.get("input", {})
-        known = {name: value for name, value in recorded.get("limits", {}).items() if name in Limits.model_fields}
-        known = {name: value for name, value in recorded.items() if name in Input.model_fields} | {"limits": known}
+        known = {name: value for name, value in recorded.items() if name in Input.model_fields}
+        limits = {name: value for name, value in recorded.get("limits", {}).items() if name in Limits.model_fields}
         if table and recorded.get("captions_per_sample") is None:  # its rows are counted
             stored += sum(row["reason"] == Reason.DUPLICATE_KEY and row["key"] is not None for row in refused)
         try:
-            there = (format_ or find_format(DEFAULT)).count(url, Input.model_validate(known))
+            spec = Input.model_validate(known | {"limits": Limits.model_validate(limits)})
+            there = (format_ or find_format(DEFAULT)).count(url, spec)
         except Exception:  # each driver has its own exceptions
             return None
         if there is None:
