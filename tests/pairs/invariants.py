@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 import reinforce
@@ -21,6 +22,7 @@ from reinforce.dataset.layers import SAMPLES, Layer, inputs_of, model_of
 from reinforce.dataset.validate import validate
 from reinforce.dataset.vectors import normalized
 from reinforce.engine.recompute import recompute
+from reinforce.errors import UserError
 from schemas import Reason
 from teachers.fit import fit
 from teachers.pixels import to_pixels
@@ -29,6 +31,7 @@ from tests.helpers.pages_commands import check_names
 from tests.pairs.runs import Run, files_of
 
 _LIMIT = 2_000  # characters of a caption
+_SPACES = dict.fromkeys(range(32), " ")  # in place of control characters
 
 
 def read(run: Run, **options: Any) -> list[Any]:
@@ -36,10 +39,16 @@ def read(run: Run, **options: Any) -> list[Any]:
     return [*reinforce.open(run.url, images_from=[run.root], **options)]
 
 
+def rows_of(run: Run) -> list[Any]:
+    """The samples by `reinforce.open` of a run that has ended, which are read once for all invariants."""
+    run.rows = run.rows or read(run)
+    return run.rows
+
+
 def rows_are_accounted_for(run: Run) -> None:
     """Each sample of the source is a row with its captions, or refused alone and with a reason."""
     rows, refused = Counter[Any](), Counter[str]()
-    for sample in read(run):
+    for sample in rows_of(run):
         texts = sample.true_captions or ((sample.caption,) if sample.caption is not None else ())
         rows[(_name(sample.key), *map(_plain, texts))] += 1
     store = run.store
@@ -66,6 +75,17 @@ def nothing_is_found_by_validate(run: Run) -> None:
     run.messages += found.lines()
     assert [*found.errors, *found.changed] == [], [*found.lines()]
     assert bool(found.repeated.keys) == (run.case["resume"] == "exchanged")
+
+
+def a_changed_dataset_json_is_refused(run: Run) -> None:
+    """The scale of a teacher's logits, which no file but dataset.json has."""
+    kept = files_of(run.url)["dataset.json"]
+    changed = json.loads(kept)
+    changed["teachers"]["red"]["logit_scale"] = 31.0
+    run.write({"dataset.json": json.dumps(changed).encode()})
+    with pytest.raises(UserError, match=r"dataset\.json is not as it was written"):
+        read(run)
+    run.write({"dataset.json": kept})
 
 
 def another_run_gives_the_same_bytes(run: Run) -> None:
@@ -102,7 +122,7 @@ def values_are_those_of_the_models(run: Run) -> None:
         for name in layers
     }
     compared = Counter[str]()
-    for sample in read(run):
+    for sample in rows_of(run):
         for name, layer in layers.items():
             direct = DIRECT.get(layer.kind.name)
             if direct is None:
@@ -126,7 +146,7 @@ def examples_are_what_is_stored(run: Run) -> None:
     captioners = [] if texts or spec["kind"] != "captions" else ["namer"]
     samples = [
         sample
-        for sample in read(run)
+        for sample in rows_of(run)
         if np.isfinite(sample.images["red"]).all()
         and (texts or (sample.caption is not None and np.isfinite(sample.texts["red"]["caption"]).all()))
         and all(np.isfinite(sample.texts["red"][name]).all() for name in captioners)
@@ -179,6 +199,7 @@ def printed_commands_exist(run: Run) -> None:
 INVARIANTS: tuple[Callable[[Run], None], ...] = (
     rows_are_accounted_for,
     nothing_is_found_by_validate,
+    a_changed_dataset_json_is_refused,
     another_run_gives_the_same_bytes,
     models_give_again_what_is_stored,
     values_are_those_of_the_models,
@@ -197,7 +218,8 @@ def _name(key: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return " ".join("".join(" " if ord(one) < 32 else one for one in text).split())[:_LIMIT].rstrip()
+    start = text[: 2 * _LIMIT].translate(_SPACES)
+    return " ".join(start.split())[:_LIMIT].rstrip()
 
 
 def _model(run: Run, layer: Layer) -> Any:

@@ -97,7 +97,7 @@ class Run:
     spec: Mapping[str, Any] = field(default_factory=dict)
     other: str | None = None
     messages: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -131,13 +131,20 @@ class Run:
     def compute(self, output: str | None = None, complete: bool = True) -> None:
         reinforce_here(self.config(output, complete), _GROUP_ROWS)
 
+    def write(self, files: Mapping[str, bytes]) -> None:
+        """Put other content into files of the dataset."""
+        for name, content in files.items():
+            self.store.fs.pipe_file(f"{self.store.root}/{name}", content)
+        self.store.fs.invalidate_cache()
+
     def write_source(self, version: int = 0) -> None:
         store = Store(f"{self.root}/source")
         if store.fs.exists(store.root):
             store.fs.rm(store.root, recursive=True)
         case = self.case
         repeated = case["resume"] == "exchanged"
-        self.samples = make_samples(case["captions"], case["text"], case["damage"], (6, 5), repeated, version)
+        sizes = (5, 5) if repeated else (6, 5)  # a file of the other shard has as many rows, of the same keys
+        self.samples = make_samples(case["captions"], case["text"], case["damage"], sizes, repeated, version)
         self.source, self.spec = write(self.root, case["format"], self.samples, case["captions"])
 
 
@@ -224,8 +231,14 @@ def _whole(run: Run, number: int) -> None:
 
 
 def _killed(run: Run, number: int) -> None:
-    with killed_after(number % 3):
+    with killed_after(1 + number % 3):
         run.compute()
+    files = files_of(run.url)
+    for name in files:
+        layer, _, file = name.rpartition("/")
+        needed = [SAMPLES, "captions/namer"] if layer.endswith("/namer") else [SAMPLES]
+        if layer.startswith(("captions/", "embeddings/", "probabilities/", "scores/")):
+            assert [one for one in needed if one != layer and f"{one}/{file}" not in files] == [], f"{name} came before"
     run.compute()
     _compare(run)
 
@@ -302,20 +315,14 @@ def _spoil(run: Run, files: Mapping[str, bytes]) -> None:
     from tests.pairs.invariants import read
 
     kept = files_of(run.url)
-    _write(run.store, files)
+    run.write(files)
     found = validate(run.url, processes=1)
     run.messages += found.lines()
     named = {name for name in files if any(name.removesuffix(".parquet") in error for error in found.errors)}
     assert named, f"validate says nothing of {[*files]}"
     with pytest.raises(UserError):
         read(run, strict=True)
-    _write(run.store, {name: kept[name] for name in files})
-
-
-def _write(store: Store, files: Mapping[str, bytes]) -> None:
-    for name, content in files.items():
-        store.fs.pipe_file(f"{store.root}/{name}", content)
-    store.fs.invalidate_cache()
+    run.write({name: kept[name] for name in files})
 
 
 def files_of(url: str) -> dict[str, bytes]:

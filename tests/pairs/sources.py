@@ -26,7 +26,7 @@ SEVERAL = 3
 TEXTS = {
     "plain": "thing {} of a shard",
     "odd": 'He said: "{}; a|b",\n\tna\u00efve caf\u00e9 \u4e2d\uff8a <end_of_text> \u00e2\u20ac\u2122 \\ {{}}',
-    "long": "thing {} " + "and more " * 20_000,
+    "long": "thing {} " + "and more " * 15_000,
 }
 _BROKEN = 2  # the sample of a shard that a damage is of
 
@@ -158,7 +158,15 @@ def _jsonl(root: str, shards: Shards, several: bool) -> tuple[str, dict[str, Any
     contents = []
     for number, samples in enumerate(shards):
         rows = [
-            json.dumps({"key": one.key, "file_name": f"{number}/{one.file}", "text": text}) if one else '{"key": '
+            json.dumps(
+                {
+                    "key": one.key,
+                    "file_name": f"{number}/{one.file}",
+                    **({"text": text} if text is not None else {}),
+                }
+            )
+            if one
+            else '{"key": '
             for one, text in _rows(samples, several)
         ]
         contents.append("\n".join(rows))
