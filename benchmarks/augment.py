@@ -35,7 +35,7 @@ from benchmarks.stored import write_results
 from reinforce.config import Augmentations
 from reinforce.images import backends as fixed_point
 from reinforce.images import jpeg
-from reinforce.images.backends import BACKENDS, Replay, load_backend, sample_augmentation
+from reinforce.images.backends import BACKENDS, Replayer, load_backend, sample_augmentation
 from reinforce.images.device_records import CELL, fill_cell
 from reinforce.images.policy import decode
 from reinforce.images.records import Augmentation, replay
@@ -58,7 +58,7 @@ Records = Sequence[Sequence[Augmentation]]
 class Variant:
     """How samples are decoded and augmented."""
 
-    replay: Replay
+    replay: Replayer
     policy: str = "rgb-1"
     simplejpeg: bool = True
 

@@ -31,7 +31,7 @@ from reinforce.storage import Storage
 from reinforce.student.config import Quantize, StudentConfig
 from reinforce.student.layers import quantize
 from reinforce.student.train import build, student_job
-from reinforce.training.checkpoints import Checkpoints
+from reinforce.training.checkpoints import CheckpointFolder
 from reinforce.training.loop import run_rank
 from reinforce.training.ranks import join_ranks
 from teachers.open_clip.teacher import image_spec, load_model
@@ -79,10 +79,10 @@ def train(config: StudentConfig) -> None:
 
 def branch(first: StudentConfig, config: StudentConfig) -> None:
     """Let a training begin at the step at which it starts to round, with the state of ``first`` at this step."""
-    target = Checkpoints(Storage(config.output), 2)
+    target = CheckpointFolder(Storage(config.output), 2)
     if target.steps():
         return
-    progress, tensors = Checkpoints(Storage(first.output), 2).load(first.train.checkpoints.every)
+    progress, tensors = CheckpointFolder(Storage(first.output), 2).load(first.train.checkpoints.every)
     target.save(replace(progress, fixed_config=student_job(config).fixed_config), tensors)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from reinforce.engine.worker.models import Models
+from reinforce.engine.worker.models import LoadedModels
 from teachers.runtime import accelerator
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.batches import CONFIG, LAYERS, make_inference, pixels, rows
@@ -59,7 +59,7 @@ class Noting(ColorTeacher):
 
 def outputs(device: str) -> tuple[dict[str, Any], Noting]:
     there = torch.device(device)
-    models = Models(
+    models = LoadedModels(
         {"teachers": {"red": Noting(there)}, "captioners": {"namer": SeedCaptioner(there)}}, Accelerator(device)
     )
     cells = pixels()

@@ -21,7 +21,7 @@ from reinforce.engine.messages import PendingShard
 from reinforce.engine.plan.plan import build_layers, describe_models, make_plan
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, environment
 from reinforce.engine.worker.decode import DecodePool
-from reinforce.engine.worker.models import Models
+from reinforce.engine.worker.models import LoadedModels
 from reinforce.engine.worker.shard import ShardProcess, allocate_pixels
 from teachers.runtime.accelerator import Accelerator
 
@@ -71,7 +71,7 @@ def serve_worker(pipe: Connection, setup: WorkerSetup) -> None:
     stand_in = setup.device == STAND_IN
     accelerator = StandInAccelerator() if stand_in else Accelerator(setup.device)
     teacher = FixedTimeTeacher(accelerator.device)
-    models = Models({"teachers": {"fixed": teacher}}, accelerator)
+    models = LoadedModels({"teachers": {"fixed": teacher}}, accelerator)
     config = make_config("none.tar", "none", setup.augmentations, setup.cores, setup.batch)
     layers = build_layers(config, describe_models(config))
     with contextlib.ExitStack() as stack:
@@ -84,7 +84,7 @@ def serve_worker(pipe: Connection, setup: WorkerSetup) -> None:
         serve(pipe, lambda job: _run(job, setup, models, teacher, pool))
 
 
-def _run(job: Job, setup: WorkerSetup, models: Models, teacher: FixedTimeTeacher, pool: DecodePool) -> Measured:
+def _run(job: Job, setup: WorkerSetup, models: LoadedModels, teacher: FixedTimeTeacher, pool: DecodePool) -> Measured:
     """Process the shards of a job, two at a time as a worker actor does."""
     teacher.reset(job.seconds_per_image)
     below = children(os.getpid())

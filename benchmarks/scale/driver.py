@@ -13,7 +13,7 @@ from reinforce.config import parse_config
 from reinforce.dataset.store import Store
 from reinforce.engine.driver.driver import Driver
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.record import Progress
+from reinforce.engine.record import ProgressScreen
 
 #: CPU seconds of Ray 2.60 in the driver, measured on the machine of the table: to call a method, to get a result that
 #: is there, and for each reference that ``ray.wait`` looks at.
@@ -65,7 +65,7 @@ def driver_figures(workers: int, seconds: float) -> list[Figure]:
         plan = make_plan(config)
         with simulated(cluster, list(plan.layers)) as ray, contextlib.suppress(KeyboardInterrupt):
             ray.on_wait = look
-            Driver(plan, Store(config.output), Progress()).run()
+            Driver(plan, Store(config.output), ProgressScreen()).run()
     first, last = marks
     shards = last.shards - first.shards
     own = (last.cpu - first.cpu) / shards * 1000

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from reinforce.config import Config
-    from reinforce.engine.check_models import Report as Checked
+    from reinforce.engine.check_models import CheckReport as Checked
     from reinforce.engine.preflight.check_source import FirstSample
     from reinforce.engine.preflight.estimate import PlanReport
     from reinforce.engine.record import RunSummary

@@ -25,7 +25,7 @@ TextTransform = Callable[[Sequence[str]], Sequence[Any]]
 _LONGEST = 1_000_000  # tokens; a tokenizer of transformers that does not know its length states a larger number
 
 
-class Preprocess:
+class PillowTransform:
     """An ``ImageSpec`` as a transform: Pillow image -> float32 [3, height, width]; pickles small.
 
     Raises UserError for an image without pixels.
@@ -71,7 +71,7 @@ def image_transform(image: Any) -> ImageTransform:
 
 def replay_size(image: Any) -> int | None:
     """The side in pixels of the square images that a transform gives, None if it is not known."""
-    if isinstance(image, Preprocess):
+    if isinstance(image, PillowTransform):
         return image.spec.height if image.spec.height == image.spec.width else None
     if (processor := _processor(image)) is not None:
         stated: list[Any] = [getattr(processor, name, None) for name in ("crop_size", "size")]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from reinforce import settings
-from reinforce.api.inputs import Preprocess, as_rgb
+from reinforce.api.inputs import PillowTransform, as_rgb
 from reinforce.errors import UserError
 from reinforce.evaluation.command import build_evaluation
 from reinforce.evaluation.encoding import encode_texts, load_encoders
@@ -47,7 +47,7 @@ class Student:
         assert encoder.image is not None
         self.name, self.dim, self.logit_scale = name, encoder.dim, float(encoder.logit_scale or 1.0)
         self.image: ImageSpec = encoder.image
-        self.preprocess, self.tokenizer = Preprocess(encoder.image), encoder.tokenize
+        self.preprocess, self.tokenizer = PillowTransform(encoder.image), encoder.tokenize
         self._pretrained, self._encoder, self._accelerator = pretrained, encoder, accelerator
 
     @classmethod

@@ -53,7 +53,7 @@ from reinforce.source.formats.jsonl import COMPRESSIONS
 from reinforce.source.samples import CAPTION_POLICY, Item, RawSample, Refusal, UnreadSample
 from reinforce.source.urls import canonical, filesystem, open_whole, storage_errors, with_fingerprint
 from reinforce.student.data.datasets import samples_groups
-from reinforce.student.data.examples import Example, Examples, SampleFile
+from reinforce.student.data.examples import Example, ReplayedExamples, SampleFile
 from reinforce.student.data.feed import Assembler, StreamFeed, Streams
 from reinforce.student.data.stream import PartMaker, Tokenize
 from reinforce.terminal import plural, show_progress
@@ -286,7 +286,7 @@ def _state(shard: Shard) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutImages:
     """Held-out images in the order in which they are evaluated, with their ``captions``.
 
     ``output`` is the folder of the file with the encoded images, which has the ``fingerprint``.
@@ -326,7 +326,7 @@ class _Kept(NamedTuple):
     length: int
 
 
-def load_held_out(config: CaptionerConfig, source: PairSource, shards: Sequence[Shard]) -> HeldOut:
+def load_held_out(config: CaptionerConfig, source: PairSource, shards: Sequence[Shard]) -> HeldOutImages:
     """Load the held-out images from the output, or collect them from ``held_out.source`` or else ``shards``.
 
     Of a share these are the first ones of the groups in a seeded order, of a source of their own a seeded sample or
@@ -368,7 +368,7 @@ def load_held_out(config: CaptionerConfig, source: PairSource, shards: Sequence[
             _write(store, kept, images, fingerprint)
         table = read_table(store, HELD_OUT_FILE, fingerprint, ["key", "captions"])
         assert table is not None
-    return HeldOut(config.output, fingerprint, table["key"].to_pylist(), table["captions"].to_pylist())
+    return HeldOutImages(config.output, fingerprint, table["key"].to_pylist(), table["captions"].to_pylist())
 
 
 def _write(store: Store, kept: Sequence[_Kept], images: IO[bytes], fingerprint: str) -> None:
@@ -413,7 +413,7 @@ class StreamedPairs:
         digest = hashlib.sha256(json.dumps([names, self.counts.tolist()]).encode()).hexdigest()[:16]
         return f"{self.counts.sum():,} examples in {len(names):,} groups, SHA-256 {digest}"
 
-    def load(self, chunk: GroupChunk, epoch: int, keep: bool = False) -> Examples:
+    def load(self, chunk: GroupChunk, epoch: int, keep: bool = False) -> ReplayedExamples:
         """Read the examples of a chunk of a group in one epoch; see ``Streamed``.
 
         Samples that are refused have no row where they were read to be counted, and are the last ones of a group
@@ -434,7 +434,7 @@ class StreamedPairs:
             examples.append(Example(file, item.key, item.image, crop, (text,), ()))
         missing = chunk.rows - len(examples)
         reasons = dict(refused) or {"fewer samples than were counted": missing}
-        return Examples([*examples, *[None] * missing], reasons if missing else {})
+        return ReplayedExamples([*examples, *[None] * missing], reasons if missing else {})
 
     def _rows(self, chunk: GroupChunk, refused: Counter[str]) -> Iterator[tuple[RawSample, Sequence[str], int | None]]:
         """Yield the samples of a chunk with their captions, and with ``use: all`` the number of one of these."""
@@ -497,7 +497,7 @@ def predicted_lengths(tokens: torch.Tensor, end: int) -> list[int]:
     return [int(position) for position in (tokens == end).int().argmax(dim=1)]
 
 
-def load_streams(config: CaptionerConfig, size: int) -> tuple[StreamedPairs, HeldOut]:
+def load_streams(config: CaptionerConfig, size: int) -> tuple[StreamedPairs, HeldOutImages]:
     """The pairs of a config for images of ``size`` pixels a side, and the held-out ones.
 
     Raises UserError for shards that cannot be read completely, and for too few training or held-out images.

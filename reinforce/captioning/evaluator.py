@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from reinforce.captioning.config import CaptionerConfig
-from reinforce.captioning.data import HeldOut, predicted_lengths
+from reinforce.captioning.data import HeldOutImages, predicted_lengths
 from reinforce.captioning.model import CaptionerModel
 from reinforce.errors import UserError
 from reinforce.evaluation.encoding import NOT_FINITE_FIX, NotFinite
@@ -120,7 +120,7 @@ class CaptionerEvaluator:
     Those of embeddings or logits that are not finite are NaN, with a line in the log.
     """
 
-    def __init__(self, held_out: HeldOut, config: CaptionerConfig, tokenize: Tokenize, end: int) -> None:
+    def __init__(self, held_out: HeldOutImages, config: CaptionerConfig, tokenize: Tokenize, end: int) -> None:
         self._held_out = held_out
         self._config = config.evaluate
         self._precision = config.train.compute.precision

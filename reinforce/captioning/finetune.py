@@ -20,7 +20,7 @@ import torch
 
 from reinforce import settings
 from reinforce.captioning.config import CaptionerConfig, Loss
-from reinforce.captioning.data import HELD_OUT_FILE, CaptionStreams, HeldOut, StreamedPairs, load_streams
+from reinforce.captioning.data import HELD_OUT_FILE, CaptionStreams, HeldOutImages, StreamedPairs, load_streams
 from reinforce.captioning.evaluator import CaptionerEvaluator
 from reinforce.captioning.model import CaptionerModel, build_captioner, check_captioner, describe_parameters
 from reinforce.processes.imports import require
@@ -85,7 +85,7 @@ _READING = ("data.workers", "data.prefetch", "data.images_from")
 EXPORT = "captioner"
 _TEXTS_AT_ONCE = 1024
 #: What is trained on, and the held-out images.
-_Data: TypeAlias = "tuple[StreamedPairs, HeldOut]"
+_Data: TypeAlias = "tuple[StreamedPairs, HeldOutImages]"
 
 
 def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: str | None = None) -> Results:

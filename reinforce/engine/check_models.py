@@ -19,7 +19,7 @@ from reinforce.dataset.manifest import find_manifest
 from reinforce.dataset.store import Store
 from reinforce.engine.messages import user_frames
 from reinforce.engine.plan.plan import resolve_precisions, version_notes
-from reinforce.engine.worker.models import MAX_AUTO_BATCH, Floats, Models, memory_hint, size_note
+from reinforce.engine.worker.models import MAX_AUTO_BATCH, Floats, LoadedModels, memory_hint, size_note
 from reinforce.engine.worker.producers.registry import PRODUCERS
 from reinforce.errors import UserError
 from reinforce.processes.cores import available_cores, describe_share
@@ -54,7 +54,7 @@ class Measurement:
 
 
 @dataclass
-class Report:
+class CheckReport:
     """Measurements, notes for the user, and failures."""
 
     rows: list[Measurement] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Report:
 
 def check_target(
     target: str, options: str | None = None, kind: Kind | None = None, set_: list[str] | None = None
-) -> Report:
+) -> CheckReport:
     """Check the models of a YAML config, with ``set_`` as overrides, or a class ``module:Class``.
 
     ``options`` are the keyword arguments of the class as JSON. Raises UserError for a wrong target.
@@ -108,9 +108,9 @@ def check_target(
     return check_class(target, parsed, kind)
 
 
-def check_config(config: Config) -> Report:
+def check_config(config: Config) -> CheckReport:
     """Check every model of a config on the device, with the threads and up to the batch of its workers."""
-    report, redact = Report(), Redactor(config.model_dump(mode="json"))
+    report, redact = CheckReport(), Redactor(config.model_dump(mode="json"))
     machine = [{"CPU": available_cores(), "GPU": torch.cuda.device_count()}]
     workers = config.workers.fitted_to(machine)
     config, report.notes = resolve_precisions(config, lambda: find_manifest(Store(config.output)), lambda: machine)
@@ -135,9 +135,9 @@ def check_config(config: Config) -> Report:
     return report
 
 
-def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) -> Report:
+def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) -> CheckReport:
     """Check a custom class on CUDA if available, else on the CPU."""
-    report, redact = Report(), Redactor(options)
+    report, redact = CheckReport(), Redactor(options)
     spec: dict[str, Any] = {"class": target, "options": options}
     try:
         cls = ClassTeacherSpec.model_validate(spec).import_class()
@@ -160,14 +160,14 @@ def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) 
 
 
 def _check_model(
-    report: Report, redact: Redactor, name: str, spec: ModelSpec, device: str, batch: int
+    report: CheckReport, redact: Redactor, name: str, spec: ModelSpec, device: str, batch: int
 ) -> ImageSpec | None:
     """Add a model's measurements to the report, or what failed -> the preprocessing of its images, if it has some."""
     image: ImageSpec | None = None
     try:
         info = describe_model(name, spec)
         model: Any = load_model(name, spec, device)
-        models, image = Models({spec.section: {name: model}}, Accelerator(device)), getattr(model, "image", None)
+        models, image = LoadedModels({spec.section: {name: model}}, Accelerator(device)), getattr(model, "image", None)
         found = len(report.rows)
         for kind in (kind for kind in KINDS.values() if kind.section == spec.section):
             if kind.asked is not None and getattr(spec, kind.asked, None) is None:
@@ -192,7 +192,9 @@ def _check_model(
     return image
 
 
-def _measure(models: Models, prepare: Callable[[int], Callable[[], Any]], largest: int, what: str) -> tuple[float, int]:
+def _measure(
+    models: LoadedModels, prepare: Callable[[int], Callable[[], Any]], largest: int, what: str
+) -> tuple[float, int]:
     """Inputs per second in the largest batch that fits and is worth its time, and the size of that batch."""
     size = min(_FIRST_BATCH, largest)
     best = None

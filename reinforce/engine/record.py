@@ -178,7 +178,7 @@ class Rates:
     eta: float | None = None
 
 
-class Progress(Screen):
+class ProgressScreen(Screen):
     """Prints snapshots. ``show`` can be called at any rate. ``expected`` samples are those of all shards by an estimate
     before the run, by which the remaining time is computed until a shard is finished."""
 

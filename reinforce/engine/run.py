@@ -38,7 +38,7 @@ from reinforce.engine.plan.source_changes import changes_note, check_copies, fin
 from reinforce.engine.plan.source_shards import check_output, write_lists
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.engine.preflight.estimate import expected_samples
-from reinforce.engine.record import Progress, RunSummary, add_summaries, nothing_to_do
+from reinforce.engine.record import ProgressScreen, RunSummary, add_summaries, nothing_to_do
 from reinforce.errors import RayEnded, StorageError, TooManyQuarantined, UserError
 from reinforce.processes.cores import Node
 from reinforce.processes.parallel import cluster_of_run, nodes_of_run
@@ -238,7 +238,7 @@ def _compute(
         for layer, shards in store.quarantined_shards(store.listings(plan.layers), damaged).items():
             for shard in shards & pending:
                 store.forget_quarantine(layer, shard)
-    progress = Progress(expected_samples(plan))
+    progress = ProgressScreen(expected_samples(plan))
     progress.log(f"{plural(len(plan.pending), 'shard')} to compute; waiting for Ray")
     from reinforce.processes.cluster import ray_cluster  # imports Ray, which planning does not need
 

@@ -119,7 +119,7 @@ class _Encoded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Models:
+class EvaluatedModels:
     """Models by name, on one accelerator. ``not_finite`` is of one set.
 
     ``short`` says that published sets whose metrics need a training take its short schedule. ``shown`` is the number of
@@ -215,7 +215,9 @@ class Models:
                 raise UserError(f"{name} has no text side: evaluate it on sets of `knn`, `linear` and `segmentation`.")
 
 
-def load_models(specs: Mapping[str, ModelSpec], device: str, precision: Precision, batch: int, threads: int) -> Models:
+def load_models(
+    specs: Mapping[str, ModelSpec], device: str, precision: Precision, batch: int, threads: int
+) -> EvaluatedModels:
     """Load all models onto one device, with ``threads`` that decode images. Raises UserError."""
     loaded = [*load_encoders(specs, device, precision, threads)]
-    return Models({name: model for name, model, _ in loaded}, loaded[-1][2], batch, threads)
+    return EvaluatedModels({name: model for name, model, _ in loaded}, loaded[-1][2], batch, threads)

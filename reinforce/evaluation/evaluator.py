@@ -13,7 +13,7 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
-from reinforce.evaluation.encoding import NOT_FINITE_FIX, Encoder, Models
+from reinforce.evaluation.encoding import NOT_FINITE_FIX, Encoder, EvaluatedModels
 from reinforce.evaluation.kinds.base import ImageSet, SetFiles, find_set
 from reinforce.evaluation.kinds.registry import KINDS
 from reinforce.evaluation.reading import CacheBudget, ContentDigest, ImageBatches
@@ -38,8 +38,8 @@ class Evaluator:
 
     Those of the user that fit into ``config.memory`` stay decoded between evaluations. ``only`` are the names of the
     sets that are used, such as ``zero_shot/imagenet``; default: all. ``shown`` is that of
-    ``Models``. Raises UserError for a faulty set: a missing folder or shard, labels that do not match the classes,
-    invalid templates.
+    ``EvaluatedModels``. Raises UserError for a faulty set: a missing folder or shard, labels that do not match the
+    classes, invalid templates.
     """
 
     def __init__(
@@ -82,7 +82,9 @@ class Evaluator:
         suite that cannot be used; with ``keep_going`` this set has failed, too.
         """
         result = Result({}, {})
-        models = Models({_MODEL: model}, accelerator, self.config.batch, self._threads, short=True, shown=self._shown)
+        models = EvaluatedModels(
+            {_MODEL: model}, accelerator, self.config.batch, self._threads, short=True, shown=self._shown
+        )
         outcomes = {}
         for sets, images in self._own:
             for image_set in sets:
@@ -140,7 +142,7 @@ class Evaluator:
         return result
 
 
-def evaluate_set(image_set: ImageSet, images: ImageBatches, models: Models) -> Outcome:
+def evaluate_set(image_set: ImageSet, images: ImageBatches, models: EvaluatedModels) -> Outcome:
     """Evaluate models on the images of a set.
 
     A model with embeddings that are not finite is in ``failed`` of the outcome, and has no metrics.
@@ -156,7 +158,7 @@ def evaluate_set(image_set: ImageSet, images: ImageBatches, models: Models) -> O
 def evaluate_published(
     one: SuiteSet,
     files: SetFiles,
-    models: Models,
+    models: EvaluatedModels,
     digest: ContentDigest | None = None,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Outcome:
@@ -186,7 +188,7 @@ def evaluate_published(
 
 def read_content(one: SuiteSet, files: SetFiles, threads: int) -> str:
     """The digest of a set's content, of which nothing is decoded. Raises UserError where it cannot be used."""
-    none = Models({}, Accelerator("cpu"), _READ_AT_ONCE, threads)
+    none = EvaluatedModels({}, Accelerator("cpu"), _READ_AT_ONCE, threads)
     return evaluate_published(one, files, none, ContentDigest()).content
 
 

@@ -161,7 +161,7 @@ SetReader = Callable[[], Iterator[LabelledImage | Refusal]]
 
 
 @dataclass(frozen=True)
-class File:
+class SetFile:
     """An image file in a class folder."""
 
     key: str  # path relative to the set's folder
@@ -183,26 +183,26 @@ def detect_kind(urls: str | Sequence[str]) -> Literal["classes", "layers", "shar
         return "layers" if fs.isfile(posixpath.join(path, MANIFEST)) else "classes"
 
 
-def list_class_folders(url: str, where: str) -> dict[str, list[File]]:
+def list_class_folders(url: str, where: str) -> dict[str, list[SetFile]]:
     """List images by class folder, at any depth; both are sorted, hidden names are skipped. Raises UserError."""
     fs, root = filesystem(url)
     names: list[str] = []
-    files: list[File] = []
+    files: list[SetFile] = []
     if isinstance(fs, LocalFileSystem):
         for folder, subfolders, inside in os.walk(root, followlinks=True):  # sets often consist of links
             names = names or subfolders
             for path in (os.path.join(folder, name) for name in inside):
                 size = os.path.getsize(path) if os.path.exists(path) else 0  # a broken link fails when it is read
-                files.append(File(os.path.relpath(path, root).replace(os.sep, "/"), path, size))
+                files.append(SetFile(os.path.relpath(path, root).replace(os.sep, "/"), path, size))
     else:
         top = root.rstrip("/")
         entries = fs.ls(top, detail=True)
         names = [posixpath.basename(str(e["name"]).rstrip("/")) for e in entries if e["type"] == "directory"]
         for path, info in fs.find(top, detail=True).items():
-            files.append(File(path[len(top) :].lstrip("/"), path, int(info["size"] or 0)))
-    folders: dict[str, list[File]] = {name: [] for name in sorted(names) if not name.startswith(".")}
+            files.append(SetFile(path[len(top) :].lstrip("/"), path, int(info["size"] or 0)))
+    folders: dict[str, list[SetFile]] = {name: [] for name in sorted(names) if not name.startswith(".")}
     shown = canonical(url)
-    loose: list[File] = []
+    loose: list[SetFile] = []
     for file in sorted(files, key=lambda file: file.key):
         if is_image_name(file.key) and not any(part.startswith(".") for part in file.key.split("/")):
             name, slash, _ = file.key.partition("/")

@@ -41,7 +41,7 @@ from teachers.redact import redact
 from teachers.spec import ModelSpec, TeacherSpec
 
 if TYPE_CHECKING:
-    from reinforce.evaluation.encoding import Models
+    from reinforce.evaluation.encoding import EvaluatedModels
     from teachers.runtime.accelerator import Precision
 
 #: Beside the sets: the repository, the revision and the bytes of each, by its key.
@@ -370,7 +370,7 @@ class SuiteReport:
 
 
 @dataclass(frozen=True)
-class Job:
+class SetJob:
     """A set, its files, and the names of the models that lack a result on it.
 
     ``kept`` has the content of kept results by model, whose files had another state: a result is kept if the files
@@ -396,7 +396,9 @@ class Options:
     accelerator: Literal["fast", "plain"]
 
 
-def run_job(job: Job, models: Callable[[], Models], progress: Callable[[int], None], threads: int) -> Outcome | str:
+def run_job(
+    job: SetJob, models: Callable[[], EvaluatedModels], progress: Callable[[int], None], threads: int
+) -> Outcome | str:
     """The outcome of the models without a result of this content, or why the set cannot be used.
 
     ``models`` loads all models, where one is needed.
@@ -440,17 +442,17 @@ class EvaluateSet:
 
     def __init__(self, options: Options, folder: str, threads: int) -> None:
         self._options, self._folder, self._threads = options, folder, threads
-        self._models: Models | None = None
+        self._models: EvaluatedModels | None = None
         self._copies = contextlib.ExitStack()  # of remote models
 
-    def __call__(self, job: Job) -> Outcome | str:
+    def __call__(self, job: SetJob) -> Outcome | str:
         """The outcome, or why the set cannot be used. Raises UserError for a model that cannot be loaded."""
         if os.path.isdir(self._folder):
             os.chdir(self._folder)
         threads = min(self._threads, available_cores())
         return run_job(job, lambda: self._load(threads), lambda _: None, threads)
 
-    def _load(self, threads: int) -> Models:
+    def _load(self, threads: int) -> EvaluatedModels:
         if self._models is None:
             from reinforce.evaluation.encoding import load_models
 
@@ -531,7 +533,7 @@ def _plan(
     present: Sequence[tuple[SuiteSet, SetFiles]],
     stores: Mapping[str, ResultFile],
     results: dict[str, dict[str, Line]],
-) -> list[Job]:
+) -> list[SetJob]:
     """Add the lines that fit to ``results`` -> what is to be read or evaluated.
 
     Where a model has a line, but the state of the files has changed, their content decides.
@@ -548,7 +550,7 @@ def _plan(
             else:
                 kept[name] = str(line["content"])
         if names or kept:
-            jobs.append(Job(one, files, tuple(names), kept))
+            jobs.append(SetJob(one, files, tuple(names), kept))
     for name, store in stores.items():
         if store.outdated:
             Screen().log(
@@ -558,8 +560,8 @@ def _plan(
 
 
 def _in_turn(
-    jobs: Sequence[Job], specs: Mapping[str, ModelSpec], options: Options
-) -> Iterator[tuple[Job, Outcome | str]]:
+    jobs: Sequence[SetJob], specs: Mapping[str, ModelSpec], options: Options
+) -> Iterator[tuple[SetJob, Outcome | str]]:
     """Evaluate sets one after another in this process -> each with its outcome, or why it cannot be used."""
     if not jobs:
         return
@@ -578,8 +580,8 @@ def _in_turn(
 
 
 def _side_by_side(
-    jobs: Sequence[Job], options: Options, address: str | None, workers: int
-) -> Iterator[tuple[Job, Outcome | str]]:
+    jobs: Sequence[SetJob], options: Options, address: str | None, workers: int
+) -> Iterator[tuple[SetJob, Outcome | str]]:
     """Evaluate sets by workers on Ray, the largest first. One whose worker dies each time has that as its outcome.
 
     Raises UserError if there are fewer accelerators than ``workers``; 0: one for each.
@@ -611,7 +613,7 @@ def _draw(screen: Screen, one: SuiteSet, images: int) -> None:
     screen.draw(f"{one.name}: {images:,} images", images, one.size)
 
 
-def _describe(job: Job, outcome: Outcome | str, time_taken: str = "") -> str:
+def _describe(job: SetJob, outcome: Outcome | str, time_taken: str = "") -> str:
     one = job.one
     if isinstance(outcome, str):
         return f"{one.name} failed: {outcome}"
@@ -639,7 +641,7 @@ def _identity(name: str, spec: ModelSpec, precision: str) -> str:
     return f"{name}@{hashlib.blake2b(content.encode(), digest_size=8).hexdigest()}"
 
 
-def _line(job: Job, outcome: Outcome, model: str) -> Line:
+def _line(job: SetJob, outcome: Outcome, model: str) -> Line:
     one, metrics = job.one, outcome.metrics[model]
     differs = []
     if outcome.samples != one.size:

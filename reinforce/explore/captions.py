@@ -21,7 +21,7 @@ from reinforce.explore.plots import (
     histograms,
     line_style,
 )
-from reinforce.explore.rows import Rows
+from reinforce.explore.rows import SampledRows
 from reinforce.processes.imports import installed
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class TextFigures:
     frequent: tuple[tuple[str, int], ...]
 
 
-def text_figures(rows: Rows) -> dict[str, TextFigures]:
+def text_figures(rows: SampledRows) -> dict[str, TextFigures]:
     """Figures of the texts of ``caption``, the true captions, and of each captioner. Self-BLEU needs sacrebleu."""
     texts: dict[str, list[list[str] | None]] = {
         TRUE_CAPTION: [texts or None for texts in rows.captions],
@@ -151,7 +151,7 @@ def text_figures(rows: Rows) -> dict[str, TextFigures]:
     return found
 
 
-def similarities(rows: Rows) -> dict[str, dict[str, np.ndarray]]:
+def similarities(rows: SampledRows) -> dict[str, dict[str, np.ndarray]]:
     """Cosines of all captions that have one [C], by teacher and by ``caption`` or captioner; none without vectors."""
     found: dict[str, dict[str, np.ndarray]] = {}
     for teacher in rows.teachers:
@@ -185,7 +185,7 @@ def similarity_charts(cosines: Mapping[str, Mapping[str, np.ndarray]]) -> Iterat
             yield distribution(teacher, text, "similarity to the image", "captions", named)
 
 
-def correlations(rows: Rows) -> tuple[list[str], list[list[float | None]]]:
+def correlations(rows: SampledRows) -> tuple[list[str], list[list[float | None]]]:
     """The teachers, and the rank correlations of their similarities of true captions."""
     values = {teacher: rows.true_similarity(teacher) for teacher in rows.targets.scales}
     valid = np.logical_and.reduce([np.isfinite(v) for v in values.values()]) if values else np.zeros(0, bool)

@@ -24,7 +24,7 @@ from reinforce.errors import UserError
 from reinforce.explore import neighbours
 from reinforce.explore.parts import Arrays, Parts
 from reinforce.explore.passes import ShardChunk
-from reinforce.explore.rules import BoundRule, Group
+from reinforce.explore.rules import BoundRule, RuleRows
 from reinforce.source.references import image_digest
 
 _BUCKET_BYTES = 2**30  # of records that a process compares
@@ -107,7 +107,7 @@ class Duplicates:
         self.parts.save(self.stage("centroids"), number, {"centroids": centroids})
         return {"trained": np.array(len(vectors))}
 
-    def of(self, group: Group) -> npt.NDArray[Any]:
+    def of(self, group: RuleRows) -> npt.NDArray[Any]:
         values: npt.NDArray[Any]
         if self.rule.layer is not None:
             values, valid = neighbours.mean_vectors(group.tables[self.rule.layer])

@@ -25,7 +25,7 @@ from reinforce.dataset.runs import list_runs, read_summary
 from reinforce.dataset.sample import SHOWN_REPLAYS, Pictures, Sample, ShownSample, draw, webp
 from reinforce.dataset.store import Listing, Store
 from reinforce.errors import UserError
-from reinforce.explore.rows import Place, Rows
+from reinforce.explore.rows import Place, SampledRows
 from schemas.seeds import permutation
 
 _RUNS = 20  # the latest, which are shown
@@ -57,7 +57,7 @@ class Quarantined:
 
 
 @dataclass(frozen=True)
-class Quarantine:
+class QuarantineSummary:
     """What is quarantined: counts by layer and reason in the ``read`` of ``files``, and some items of each reason."""
 
     files: int
@@ -72,7 +72,7 @@ class Overview:
 
     shards: int
     layers: tuple[LayerFacts, ...]
-    quarantine: Quarantine
+    quarantine: QuarantineSummary
     runs: tuple[tuple[str, RunRecord], ...]
     problems: tuple[str, ...]
 
@@ -105,7 +105,7 @@ def read_overview(data: Dataset, seed: int) -> Overview:
     return Overview(len(readable[SAMPLES]), facts, quarantine, tuple(runs), tuple(problems))
 
 
-def _quarantine(store: Store, files: Mapping[str, Listing], seed: int, problems: list[str]) -> Quarantine:
+def _quarantine(store: Store, files: Mapping[str, Listing], seed: int, problems: list[str]) -> QuarantineSummary:
     counts: Counter[tuple[str, str]] = Counter()
     by_reason: dict[tuple[str, str], list[Quarantined]] = {}
     read = 0
@@ -124,7 +124,7 @@ def _quarantine(store: Store, files: Mapping[str, Listing], seed: int, problems:
             problems.append(str(error))
     ordered = tuple((layer, reason, count) for (layer, reason), count in sorted(counts.items()))
     in_turn = (item for nth in itertools.zip_longest(*by_reason.values()) for item in nth if item is not None)
-    return Quarantine(sum(map(len, files.values())), read, ordered, tuple(itertools.islice(in_turn, _ITEMS)))
+    return QuarantineSummary(sum(map(len, files.values())), read, ordered, tuple(itertools.islice(in_turn, _ITEMS)))
 
 
 _RANDOM, _RANKED, _NULL = 96, 24, 24  # samples in the random tab, in each ranked tab, and among null rows
@@ -152,7 +152,9 @@ class Card:
     grids: Mapping[str, str] = field(default_factory=dict)
 
 
-def choose(rows: Rows, seed: int, refused: set[tuple[str, str]], others: Collection[int] = ()) -> dict[str, list[int]]:
+def choose(
+    rows: SampledRows, seed: int, refused: set[tuple[str, str]], others: Collection[int] = ()
+) -> dict[str, list[int]]:
     """The rows of each tab, in its order; ``refused`` are the shard and key of items, and ``others`` are rows that
     other pages show."""
     tabs = {"random": permutation(len(rows), seed, "inspected samples").tolist()[:_RANDOM]}
@@ -171,7 +173,7 @@ def choose(rows: Rows, seed: int, refused: set[tuple[str, str]], others: Collect
     return tabs
 
 
-def mean_rank(rows: Rows) -> np.ndarray:
+def mean_rank(rows: SampledRows) -> np.ndarray:
     """The rank of each row's true caption by its similarity to the image, from 0 for the lowest to 1, mean over the
     teachers [R]; NaN where a teacher has no vectors of both."""
     ranks = []
@@ -185,7 +187,7 @@ def mean_rank(rows: Rows) -> np.ndarray:
     return np.mean(ranks, axis=0) if ranks else np.full(len(rows), np.nan)
 
 
-def measures(rows: Rows) -> dict[str, np.ndarray]:
+def measures(rows: SampledRows) -> dict[str, np.ndarray]:
     """Numbers of all rows [R] by which cards can be sorted and filtered, by what they are; NaN where there is none."""
     found: dict[str, np.ndarray] = {}
     if len(agreement := rows.targets.agreements()) == len(rows):
@@ -197,7 +199,7 @@ def measures(rows: Rows) -> dict[str, np.ndarray]:
     return {name: values for name, values in found.items() if np.isfinite(values).any()}
 
 
-def synthetic_gap(rows: Rows) -> np.ndarray:
+def synthetic_gap(rows: SampledRows) -> np.ndarray:
     """By how much the synthetic captions of each row are more similar to its image than the true one [R].
 
     The mean over teachers, captioners and captions; NaN where there is nothing to compare.
@@ -221,7 +223,7 @@ def _extreme(values: np.ndarray) -> list[int]:
 
 def make_cards(
     data: Dataset,
-    rows: Rows,
+    rows: SampledRows,
     tabs: Mapping[str, list[int]],
     items: Mapping[tuple[str, str], list[Quarantined]],
     write: Callable[[str, bytes], None],
@@ -272,7 +274,11 @@ class Thumbnail:
 
 
 def draw_thumbnails(
-    data: Dataset, rows: Rows, cards: Sequence[Card], places: Collection[Place], write: Callable[[str, bytes], None]
+    data: Dataset,
+    rows: SampledRows,
+    cards: Sequence[Card],
+    places: Collection[Place],
+    write: Callable[[str, bytes], None],
 ) -> dict[Place, Thumbnail]:
     """Thumbnails of cards, and of samples at other ``places``, which are read and drawn; ``write`` gets the pictures of
     these by file name."""

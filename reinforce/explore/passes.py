@@ -25,7 +25,7 @@ from reinforce.dataset.view import ViewRows
 from reinforce.errors import UserError
 from reinforce.explore.expressions import connect, evaluate, join_rows
 from reinforce.explore.parts import Arrays, Parts, content_digest
-from reinforce.explore.rules import BoundRule, Codes, Group, Ordered, Search, layers_of
+from reinforce.explore.rules import BoundRule, Codes, Ordered, RuleRows, ThresholdSearch, layers_of
 
 _CHUNK_ROWS, _CHUNK_SHARDS = 2**18, 64
 _THREADS = 8  # of a process that reads an object store
@@ -68,7 +68,7 @@ class Measure(Protocol[_T]):
     def rule(self) -> BoundRule | None:
         """The rule whose columns it reads."""
 
-    def of(self, group: Group) -> _T:
+    def of(self, group: RuleRows) -> _T:
         """The result of a row group. It is called in threads."""
 
     def result(self, number: int, chunk: ShardChunk, found: Sequence[_T], parts: Parts) -> Arrays:
@@ -124,7 +124,7 @@ class Pass(Generic[_T]):
                 of_group = codes[first : first + rows]
                 if len(of_group) < rows:
                     break
-                group = Group(shard, start + first, tables, dict(zip(texts, values, strict=True)), of_group)
+                group = RuleRows(shard, start + first, tables, dict(zip(texts, values, strict=True)), of_group)
                 for rule in self.pending:
                     rule.apply(group)
                 if self.measure is not None:
@@ -158,9 +158,9 @@ class CountValues:
     """Counts the values of a rule that may be the one above which it keeps samples."""
 
     rule: BoundRule
-    search: Search
+    search: ThresholdSearch
 
-    def of(self, group: Group) -> tuple[Ordered, Ordered]:
+    def of(self, group: RuleRows) -> tuple[Ordered, Ordered]:
         groups, values, valid = self.rule.ordered(group)
         valid &= group.kept
         return groups[valid], values[valid]
@@ -181,7 +181,7 @@ class WriteRows:
     valued: Sequence[BoundRule] = ()
     rule: None = None
 
-    def of(self, group: Group) -> _Written:
+    def of(self, group: RuleRows) -> _Written:
         columns = [group.values[rule.value.text] for rule in self.valued if rule.value is not None]
         floats = [one.cast(pa.float64(), safe=False).cast(pa.float32(), safe=False) for one in columns]
         rows = np.empty((len(group.codes), len(floats)), np.float32)

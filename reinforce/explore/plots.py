@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from reinforce import reports
 from reinforce.dataset.vectors import normalized
-from reinforce.explore.rows import BATCH, SCALES, Place, Rows
+from reinforce.explore.rows import BATCH, SCALES, Place, SampledRows
 from reinforce.images.backends import known_operations
 from schemas.seeds import permutation
 
@@ -39,7 +39,7 @@ class Similar:
     counts: Sequence[tuple[float, int]]
 
 
-def find_similar(rows: Rows) -> Similar | None:
+def find_similar(rows: SampledRows) -> Similar | None:
     """The most similar images of all rows; None without a teacher of images or with fewer than two vectors."""
     if rows.compared is None:
         return None
@@ -75,7 +75,7 @@ class Classes:
     without: int
 
 
-def count_classes(rows: Rows) -> Classes | None:
+def count_classes(rows: SampledRows) -> Classes | None:
     """The classes of the rows; None where fewer than two are stated, or where most samples have one of their own."""
     counts = Counter(name for name in rows.classes if name is not None)
     if len(counts) < 2 or 2 * len(counts) > counts.total():
@@ -87,7 +87,9 @@ def count_classes(rows: Rows) -> Classes | None:
     return Classes(len(counts), largest, smallest, hidden, len(rows) - counts.total())
 
 
-def find_neighbours(rows: Rows, order: Sequence[int]) -> list[tuple[int, Mapping[str, Sequence[tuple[int, float]]]]]:
+def find_neighbours(
+    rows: SampledRows, order: Sequence[int]
+) -> list[tuple[int, Mapping[str, Sequence[tuple[int, float]]]]]:
     """The first rows of ``order``, each with the nearest rows and their cosines, the nearest first: by each teacher
     that encodes images alone, by the mean vectors of crops."""
     vectors = {teacher: normalized(rows.image_vectors(teacher)) for teacher in rows.image_teachers}
@@ -104,7 +106,7 @@ def find_neighbours(rows: Rows, order: Sequence[int]) -> list[tuple[int, Mapping
     return found
 
 
-def similarity_charts(rows: Rows, seed: int) -> Iterator[Chart]:
+def similarity_charts(rows: SampledRows, seed: int) -> Iterator[Chart]:
     """For each teacher, cosines of two crops of one image and of two images, each the mean over their crops."""
     order = permutation(len(rows), seed, "pairs of images")
     for teacher, count in rows.image_teachers.items():
@@ -185,7 +187,7 @@ def quantile_rows(values: np.ndarray) -> list[tuple[str, int]]:
     return [(f"{places[place]:.0%}".replace("%", " %"), int(ordered[place])) for place in sorted(places)]
 
 
-def number_charts(rows: Rows) -> Iterator[tuple[Chart, list[tuple[str, Place]]]]:
+def number_charts(rows: SampledRows) -> Iterator[tuple[Chart, list[tuple[str, Place]]]]:
     """The distribution of each score, and the samples at its quantiles."""
     for (layer, name), every in rows.scores().items():
         found = every[np.isfinite(every)]
@@ -238,7 +240,7 @@ def line_style(number: int) -> dict[str, Any]:
     return {"color": reports.colour(number), "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.6}
 
 
-def area_chart(rows: Rows) -> Chart | None:
+def area_chart(rows: SampledRows) -> Chart | None:
     """The similarity of the true caption to a crop, by the crop's share of the image."""
     areas = rows.joined(rows.areas)
     lines: dict[int, np.ndarray] = {}
@@ -276,7 +278,7 @@ def area_chart(rows: Rows) -> Chart | None:
     )
 
 
-def operation_chart(rows: Rows) -> Chart | None:
+def operation_chart(rows: SampledRows) -> Chart | None:
     """How each operation changes the similarity of a crop to the true caption."""
     bits = rows.joined(rows.operations).astype(np.int32)
     used = [(name, (bits & (1 << n)) > 0) for n, name in enumerate(known_operations())]
@@ -332,7 +334,7 @@ def operation_chart(rows: Rows) -> Chart | None:
     )
 
 
-def agreement_chart(rows: Rows) -> Chart | None:
+def agreement_chart(rows: SampledRows) -> Chart | None:
     """Agreement of the teachers' targets, over samples."""
     values = rows.targets.agreements()
     values = values[np.isfinite(values)]
@@ -348,7 +350,7 @@ def agreement_chart(rows: Rows) -> Chart | None:
     )
 
 
-def entropy_chart(rows: Rows) -> Chart | None:
+def entropy_chart(rows: SampledRows) -> Chart | None:
     """The entropy of each teacher's targets by logit scale, with the scale in force."""
     lines, table = {}, []
     for number, teacher in enumerate(rows.teachers):

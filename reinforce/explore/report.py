@@ -33,7 +33,7 @@ from reinforce.explore.gallery import (
     read_overview,
 )
 from reinforce.explore.plots import Chart, quantile_rows
-from reinforce.explore.rows import Place, Rows, Sides, read_rows, select
+from reinforce.explore.rows import Place, RuleSamples, SampledRows, read_rows, select
 from reinforce.explore.select import report_lines
 from reinforce.reports import TEMPLATES, drawable, render
 from reinforce.storage import Storage, write_file
@@ -97,7 +97,7 @@ def inspect(
     folder = _ReportFolder(output)
     models = {**dict.fromkeys(SECTIONS), "teachers": teachers, "captioners": captioners}
     data = Dataset(url, models, images_from=images_from, images_key="--images-from {}")
-    sides = None if view is None else Sides(data, open_view(data.store, data.manifest, view), seed)
+    sides = None if view is None else RuleSamples(data, open_view(data.store, data.manifest, view), seed)
     overview = read_overview(data, seed)
     selection = select(data, limit, seed, None if sides is None else sides.view)
     rows = read_rows(data, selection, sides)
@@ -176,7 +176,7 @@ def inspect(
     )  # fmt: skip
 
 
-def _gallery(overview: Overview, rows: Rows, cards: Sequence[Card]) -> dict[str, Any]:
+def _gallery(overview: Overview, rows: SampledRows, cards: Sequence[Card]) -> dict[str, Any]:
     shown = {(card.shard, card.shown.key) for card in cards}
     others = [item for item in overview.quarantine.items if (item.shard, item.key) not in shown]
     counts = Counter(name for card in cards for name in card.ranks)
@@ -191,7 +191,7 @@ def _gallery(overview: Overview, rows: Rows, cards: Sequence[Card]) -> dict[str,
 
 
 def _captions(
-    rows: Rows, texts: Mapping[str, captions.TextFigures], cosines: Mapping[str, Mapping[str, np.ndarray]]
+    rows: SampledRows, texts: Mapping[str, captions.TextFigures], cosines: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, Any]:
     lengths = [captions.length_chart(texts), *captions.distinct_charts(texts)]
     return {
@@ -202,7 +202,7 @@ def _captions(
     }
 
 
-def _plots(rows: Rows) -> dict[str, Any]:
+def _plots(rows: SampledRows) -> dict[str, Any]:
     scores = [*plots.number_charts(rows)]
     return {
         **_charts(
@@ -221,7 +221,7 @@ def _charts(**sections: Sequence[Chart | None]) -> dict[str, Any]:
     return {"charts": charts, "drawn": drawable("charts of the report are")}
 
 
-def _search_files(rows: Rows) -> dict[str, str]:
+def _search_files(rows: SampledRows) -> dict[str, str]:
     """Scripts with key, shard and captions of all rows, which the search of the gallery loads."""
     files = {}
     for part, start in enumerate(range(0, len(rows), _FOUND_ROWS)):

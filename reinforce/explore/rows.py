@@ -39,7 +39,7 @@ _GROUPS = 256  # row groups at most: each takes a request for every layer
 
 
 @dataclass(frozen=True, order=True)
-class Group:
+class SampledGroup:
     """A row group, and how many of its rows are looked at, from the first; with a view, of those that it keeps."""
 
     shard: str
@@ -48,7 +48,7 @@ class Group:
 
 
 #: Where a sample is: its row group, and the row in it.
-Place: TypeAlias = tuple[Group, int]
+Place: TypeAlias = tuple[SampledGroup, int]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Selection:
     ``samples`` is the number of samples of the dataset, estimated from the opened shards unless it is ``exact``.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[SampledGroup, ...]
     samples: int
     exact: bool
     problems: tuple[str, ...]
@@ -67,8 +67,8 @@ class Selection:
     def rows(self) -> int:
         return sum(group.rows for group in self.groups)
 
-    def by_shard(self) -> dict[str, list[Group]]:
-        found: dict[str, list[Group]] = {}
+    def by_shard(self) -> dict[str, list[SampledGroup]]:
+        found: dict[str, list[SampledGroup]] = {}
         for group in self.groups:
             found.setdefault(group.shard, []).append(group)
         return found
@@ -109,15 +109,17 @@ def select(data: Dataset, limit: int, seed: int, view: View | None = None) -> Se
     return Selection(_cut(data, opened, limit, seed), samples, exact, tuple(problems))
 
 
-def _cut(data: Dataset, opened: dict[str, list[int]], limit: int, seed: int) -> tuple[Group, ...]:
+def _cut(data: Dataset, opened: dict[str, list[int]], limit: int, seed: int) -> tuple[SampledGroup, ...]:
     """Row groups with at most ``limit`` rows together, in the order of the shards."""
-    groups = [Group(shard, n, rows) for shard, counts in opened.items() for n, rows in enumerate(counts) if rows > 0]
-    chosen: list[Group] = []
+    groups = [
+        SampledGroup(shard, n, rows) for shard, counts in opened.items() for n, rows in enumerate(counts) if rows > 0
+    ]
+    chosen: list[SampledGroup] = []
     for place in permutation(len(groups), seed, "inspected row groups").tolist():
         if limit <= 0 or len(chosen) == _GROUPS:
             break
         group = groups[place]
-        chosen.append(Group(group.shard, group.number, min(group.rows, limit)))
+        chosen.append(SampledGroup(group.shard, group.number, min(group.rows, limit)))
         limit -= group.rows
     places = {shard: place for place, shard in enumerate(data.shards)}
     return tuple(sorted(chosen, key=lambda group: (places[group.shard], group.number)))
@@ -128,14 +130,14 @@ LEFT_OUT, KEPT, NO_VALUE = "left out", "kept", "left out, without a value"
 
 
 @dataclass
-class Side:
+class RuleSide:
     """The samples of one side of a rule, those that are shown first: the distance by which each is chosen, the value by
     which the rule decides, '' if it has none, and where the sample is."""
 
     name: str
     samples: list[tuple[float, str, Place]] = field(default_factory=list)
 
-    def add(self, group: Group, places: np.ndarray, distances: np.ndarray, values: np.ndarray | None) -> None:
+    def add(self, group: SampledGroup, places: np.ndarray, distances: np.ndarray, values: np.ndarray | None) -> None:
         """Add the rows at some places of a row group; the smallest distances are shown."""
         for place in places[np.argsort(distances[places], kind="stable")[:_SHOWN]].tolist():
             value = "" if values is None or np.isnan(values[place]) else f"{values[place]:.4g}"
@@ -157,13 +159,17 @@ class RuleSides:
     rule: Mapping[str, Any]
     line: Mapping[str, Any]
     value: int | None
-    sides: tuple[Side, ...] = field(default_factory=lambda: (Side(LEFT_OUT), Side(KEPT), Side(NO_VALUE)))
+    sides: tuple[RuleSide, ...] = field(
+        default_factory=lambda: (RuleSide(LEFT_OUT), RuleSide(KEPT), RuleSide(NO_VALUE))
+    )
 
     @property
     def text(self) -> str:
         return json.dumps(self.rule, ensure_ascii=False)
 
-    def add(self, group: Group, codes: np.ndarray, null: np.ndarray, order: np.ndarray, stored: np.ndarray) -> None:
+    def add(
+        self, group: SampledGroup, codes: np.ndarray, null: np.ndarray, order: np.ndarray, stored: np.ndarray
+    ) -> None:
         """Add the rows of a row group: ``codes`` number the rule that leaves a row out, 0 for none, and ``stored`` are
         the values of the view [rows, N]."""
         threshold, values, distances = self.line.get("threshold"), None, order
@@ -177,7 +183,7 @@ class RuleSides:
         without.add(group, np.flatnonzero(here & null), order, None)
 
 
-class Sides:
+class RuleSamples:
     """Samples on both sides of each rule of a view, some that it leaves out and some that it keeps, from the row groups
     that are added.
 
@@ -197,7 +203,7 @@ class Sides:
             for place, (rule, line) in enumerate(zip(view.rules, view.report, strict=True))
         ]
 
-    def add(self, group: Group, tables: Mapping[str, pa.Table], reasons: pa.Table) -> np.ndarray:
+    def add(self, group: SampledGroup, tables: Mapping[str, pa.Table], reasons: pa.Table) -> np.ndarray:
         """Add a row group; returns the places of the rows that the view keeps. Raises UserError."""
         from pandas.util import hash_array
 
@@ -312,7 +318,7 @@ class Targets:
 
 
 @dataclass
-class Rows:
+class SampledRows:
     """Values of the sampled rows, one entry of each list per row, in the order of ``places``.
 
     ``areas`` and ``operations`` are [R, K] by row group: the crop's share of the image, and a bit for each of
@@ -377,7 +383,7 @@ class Rows:
         return values.mean(axis=1) if values.shape[1] else np.full(len(self), np.nan, np.float32)
 
 
-def read_rows(data: Dataset, selection: Selection, sides: Sides | None = None) -> Rows:
+def read_rows(data: Dataset, selection: Selection, sides: RuleSamples | None = None) -> SampledRows:
     """Read the selected row groups, without images. One that cannot be read is a problem of the rows.
 
     With ``sides``, only the rows that its view keeps; kept and excluded rows are added to ``sides``.
@@ -386,7 +392,7 @@ def read_rows(data: Dataset, selection: Selection, sides: Sides | None = None) -
     encoded = {name: {one for one in inputs if embeddings_layer(name, one) in data.layers} for name in data.teachers}
     both = [name for name, of in encoded.items() if {"images", TRUE_CAPTION} <= of]
     alone = [name for name, of in encoded.items() if of == {"images"}]
-    rows = Rows(
+    rows = SampledRows(
         [*data.teachers],
         [*data.captioners],
         Targets({name: data.manifest["teachers"][name].get("logit_scale") for name in both}),
@@ -414,7 +420,7 @@ def read_rows(data: Dataset, selection: Selection, sides: Sides | None = None) -
     return rows
 
 
-def _add(rows: Rows, group: Group, places: np.ndarray, tables: Mapping[str, pa.Table]) -> None:
+def _add(rows: SampledRows, group: SampledGroup, places: np.ndarray, tables: Mapping[str, pa.Table]) -> None:
     """Add the rows at some places of a row group. Nothing is added if something in it cannot be read."""
     samples = tables[SAMPLES]
     areas, operations = _augmentations(samples)
@@ -466,7 +472,7 @@ def _class_of(metadata: str | None) -> str | None:
 
 
 def _similarities(
-    rows: Rows, samples: pa.Table, decoded: Mapping[str, Floats]
+    rows: SampledRows, samples: pa.Table, decoded: Mapping[str, Floats]
 ) -> tuple[dict[str, np.ndarray], dict[tuple[str, str], np.ndarray]]:
     """The similarities of a row group as in ``Rows.crops`` and ``Rows.texts``; each true caption counts once."""
     crops, found = {}, {}

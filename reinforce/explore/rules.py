@@ -86,7 +86,7 @@ class Counts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Search:
+class ThresholdSearch:
     """The bits known of the number ``wanted`` of each group: those above the lowest ``left``, as ``prefix`` [groups].
 
     ``wanted`` counts from the largest number. Before the first pass nothing is known of the groups. ``few`` is whether
@@ -113,7 +113,7 @@ class Search:
         bits = values >> np.uint64(self.left - self.step) & np.uint64(2**self.step - 1)
         return Counts.of(groups, bits, np.ones(len(bits), np.int64))
 
-    def narrowed(self, counts: Counts, top: int | float) -> Search:
+    def narrowed(self, counts: Counts, top: int | float) -> ThresholdSearch:
         """What is known with the counts of all shards; ``top`` is the wanted number, or share, of each group.
 
         ``left`` is 0 when ``prefix`` are the numbers. In a group of no more than ``top`` values it is the smallest.
@@ -131,7 +131,7 @@ class Search:
         prefix = self.prefix if len(self.groups) else np.zeros(len(groups), np.uint64)
         prefix = (prefix << np.uint64(self.step)) + counts.bits[first]
         few = int(counts.counts[first].sum()) <= _FEW
-        return Search(self.left - self.step, groups, prefix, wanted - above[first], few)
+        return ThresholdSearch(self.left - self.step, groups, prefix, wanted - above[first], few)
 
     def reached(self, groups: Ordered, values: Ordered) -> npt.NDArray[np.bool_]:
         """Which values are at least the number of their group, once it is known."""
@@ -146,7 +146,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 @dataclass
-class Group:
+class RuleRows:
     """Rows of a row group: columns of the samples and of layers, and the values of expressions by text.
 
     ``first`` is the number of its first row in the dataset.
@@ -190,7 +190,7 @@ class BoundRule:
     within: Expression | None = None
     layer: str | None = None
     images: tuple[str, ...] = ()
-    search: Search | None = None
+    search: ThresholdSearch | None = None
     reference: Reference | None = None
     drawn_with: Mapping[tuple[str, str], tuple[str, str] | None] = field(default_factory=dict)
 
@@ -219,7 +219,7 @@ class BoundRule:
     def sample_columns(self) -> set[str]:
         return set(self.images).union(*(one.sample_columns for one in self.expressions))
 
-    def apply(self, group: Group) -> None:
+    def apply(self, group: RuleRows) -> None:
         """Mark the rows of a group that the rule excludes, in its codes."""
         if self.spec.where is not None:
             assert self.value is not None
@@ -242,7 +242,7 @@ class BoundRule:
         group.codes[alive & ~valid] = 2 * self.number + 1
         group.codes[alive & valid & ~keeps] = 2 * self.number
 
-    def ordered(self, group: Group) -> tuple[Ordered, Ordered, Mask]:
+    def ordered(self, group: RuleRows) -> tuple[Ordered, Ordered, Mask]:
         """The group of each row, the number by which it is kept as an integer, and whether it has both [rows]."""
         if self.value is None:
             keys = group.keys.to_numpy(zero_copy_only=False)
@@ -260,7 +260,7 @@ class BoundRule:
             groups = hash_array(texts.fill_null("").to_numpy(zero_copy_only=False))
         return groups, ordered(values), valid
 
-    def best(self, group: Group) -> npt.NDArray[np.float64]:
+    def best(self, group: RuleRows) -> npt.NDArray[np.float64]:
         """The value by which a sample is preferred to its duplicates [rows]: -inf where it has none."""
         if self.value is None:
             return np.zeros(len(group.codes))

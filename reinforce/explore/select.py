@@ -62,7 +62,7 @@ from reinforce.explore.references import (
     find_datasets,
     read_reference,
 )
-from reinforce.explore.rules import HASH_BITS, BoundRule, Counts, Search, bind, layers_of, number
+from reinforce.explore.rules import HASH_BITS, BoundRule, Counts, ThresholdSearch, bind, layers_of, number
 from reinforce.processes.parallel import open_workers
 from reinforce.source.urls import FOLDER
 from reinforce.storage import ClaimFile, lock_file
@@ -322,8 +322,8 @@ class _Selection:
             digests.frombytes(result["digests"].tobytes())
         return kept, codes, digests
 
-    def _find_values(self, rule: BoundRule, top: int | float) -> Search:
-        search = Search(HASH_BITS if rule.value is None else 8 * np.dtype(rule.value.dtype).itemsize)
+    def _find_values(self, rule: BoundRule, top: int | float) -> ThresholdSearch:
+        search = ThresholdSearch(HASH_BITS if rule.value is None else 8 * np.dtype(rule.value.dtype).itemsize)
         while search.left:
             results = self._pass(f"{rule.number}-counts-{search.left}", CountValues(rule, search))
             counts = Counts.sum(Counts(**result) for result in results)

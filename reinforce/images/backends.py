@@ -143,7 +143,7 @@ OPERATIONS: Mapping[str, Operation] = {
 _ATTEMPTS = 10  # crops that are tried before falling back to a central one
 
 
-class Replay(Protocol):
+class Replayer(Protocol):
     """Applies a record to the RGB image it was sampled for. Thread-safe."""
 
     def __call__(self, image: Image.Image, augmentation: Augmentation, size: int | None = None) -> np.ndarray:
@@ -176,7 +176,7 @@ def known_operations() -> tuple[str, ...]:
 
 
 @functools.cache
-def load_backend(name: str) -> Replay:
+def load_backend(name: str) -> Replayer:
     """Load the backend of a name, once per process. Raises UserError if there is none or a package is missing."""
     if name not in BACKENDS:
         raise UserError(

@@ -29,9 +29,9 @@ from reinforce.student.terms.base import unit
 from reinforce.student.terms.pairs import Form
 from reinforce.student.terms.registry import Terms
 from reinforce.student.towers import (
-    Plan,
-    Source,
     Tower,
+    TowerPlan,
+    TowerSource,
     block_depths,
     has_weights,
     image_depths,
@@ -56,7 +56,7 @@ from teachers.spec import ModelSpec
 _LOG = logging.getLogger(__name__)
 
 
-class Student(torch.nn.Module):
+class StudentModel(torch.nn.Module):
     """An open_clip model, or a network of images alone, in training.
 
     ``clip`` is the model itself, ``config`` its ``model_cfg``, ``name`` its name in open_clip and ``text_name`` that of
@@ -185,7 +185,7 @@ class Student(torch.nn.Module):
         trained = {name: p for name, p in self.named_parameters() if name.startswith("clip.") and p.requires_grad}
         self.start = _Start({name: parameter.detach().clone() for name, parameter in trained.items()})
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Student:
+    def _apply(self, fn: Any, recurse: bool = True) -> StudentModel:
         super()._apply(fn, recurse)
         self.start = _Start({name: fn(value) for name, value in self.start.items()})  # to the device of the weights
         return self
@@ -197,7 +197,7 @@ class Student(torch.nn.Module):
         found = {image + name: depth for name, depth in image_depths(self.clip.visual).items()}
         return found | {texts + name: depth for name, depth in block_depths(names).items()}
 
-    def train(self, mode: bool = True) -> Student:
+    def train(self, mode: bool = True) -> StudentModel:
         """Set the mode; frozen towers stay as in eval, and so do batch statistics, if kept or if values are rounded.
 
         Frozen towers of a quantized student round in training, as the others do.
@@ -221,7 +221,7 @@ class _Start(dict[str, torch.Tensor]):
 
 
 class _Network(NamedTuple):
-    """The module of a student, ready to be trained; ``parts`` are further arguments of ``Student``."""
+    """The module of a student, ready to be trained; ``parts`` are further arguments of ``StudentModel``."""
 
     name: str
     clip: Any
@@ -239,7 +239,7 @@ def build_student(
     terms: Terms | None = None,
     only: Tower | None = None,
     checkpointing: bool = False,
-) -> Student:
+) -> StudentModel:
     """Build the model of a config, float32 on the CPU, with pretrained weights or random ones seeded by ``seed``.
 
     With ``only`` one tower to train, the other and the logit scale keep their values.
@@ -265,7 +265,7 @@ def build_student(
         raise UserError(f"student: {error}") from error
     avoid_faulty_convolutions(made.clip)
     with seeded(seed):
-        student = Student(made.name, made.clip.train(), made.config, made.image, made.towers, terms, **made.parts)
+        student = StudentModel(made.name, made.clip.train(), made.config, made.image, made.towers, terms, **made.parts)
     student.freeze(spec.freeze or (), only)
     student.keep_start()
     student.set_batch_norm(spec.batch_norm or ("keep" if student.pretrained else "train"))
@@ -274,14 +274,14 @@ def build_student(
 
 def _two_towers(spec: StudentSpec, seed: int, form: Form, terms: Terms | None, only: Tower | None) -> _Network:
     """A model of open_clip, or of the towers of two. Raises ValueError as ``build_student`` raises UserError."""
-    plan: Plan | None = None
+    plan: TowerPlan | None = None
     model = OpenClipOptions(model=spec.model, pretrained=spec.pretrained, preprocess=spec.preprocess)
     name, pretrained = model_name(model), has_weights(model)
     config = model_config(name)
     if spec.image_size is not None:
         config["vision_cfg"] = {**config["vision_cfg"], "image_size": spec.image_size}
     if spec.text is not None or spec.dim is not None:
-        plan = plan_student(spec, Source(name, config, pretrained), only)
+        plan = plan_student(spec, TowerSource(name, config, pretrained), only)
         config = dict(plan.config)
     if terms is not None:
         with torch.device("meta"):
@@ -327,7 +327,7 @@ def _load(model: OpenClipOptions, image_size: int | None, seed: int) -> Any:
         return random_model(model_name(model), stated_preprocess(model), image_size)
 
 
-def load_tokenizer(student: Student) -> Any:
+def load_tokenizer(student: StudentModel) -> Any:
     """open_clip's tokenizer of a model with texts, else None. Raises UserError if it cannot be used."""
     if student.backbone is not None:
         return None
@@ -346,7 +346,7 @@ def load_tokenizer(student: Student) -> Any:
     return tokenizer
 
 
-def export(student: Student, folder: str) -> None:
+def export(student: StudentModel, folder: str) -> None:
     """Write a folder that plain open_clip loads as ``local-dir:FOLDER``: the model, its config and its tokenizer.
 
     A network of images alone is written for timm, or for its class. The student's heads and learnt scales are left

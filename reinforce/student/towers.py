@@ -32,7 +32,7 @@ _STEM = re.compile(
 
 
 @dataclass(frozen=True)
-class Source:
+class TowerSource:
     """The model of open_clip that gives a tower: its name, its ``model_cfg``, and whether it has weights.
 
     With ``language_model``, the text tower has those of its language model alone.
@@ -45,15 +45,15 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TowerPlan:
     """Which model gives each tower; ``config`` is the ``model_cfg`` of both.
 
     ``space`` is the tower whose model gives the logit scale and, unless they are stated, the dimensions. ``changed``
     are the towers whose models have other dimensions.
     """
 
-    image: Source
-    text: Source
+    image: TowerSource
+    text: TowerSource
     space: Tower
     config: Mapping[str, Any] = field(repr=False)
     changed: Sequence[Tower]
@@ -64,7 +64,7 @@ class Plan:
         return {"image": self.image.pretrained, "text": self.text.pretrained}
 
 
-def plan_student(spec: StudentSpec, image: Source, only: Tower | None) -> Plan:
+def plan_student(spec: StudentSpec, image: TowerSource, only: Tower | None) -> TowerPlan:
     """Plan the student of a config by the configs of its models alone; its own model is that of ``image``.
 
     ``only`` one tower may be trained. Raises ValueError if its towers do not fit together.
@@ -76,7 +76,7 @@ def plan_student(spec: StudentSpec, image: Source, only: Tower | None) -> Plan:
             language_model, config = spec.text.pretrained == "transformers", model_config(model_name(model))
             if language_model and not config["text_cfg"].get("hf_model_name"):
                 raise ValueError(f"{model.name} has no language model of transformers: set another `pretrained`")
-            text = Source(model_name(model), config, not language_model and has_weights(model), language_model)
+            text = TowerSource(model_name(model), config, not language_model and has_weights(model), language_model)
         except (ValueError, OSError) as error:
             raise ValueError(
                 f"text: {error}. A text tower is that of a model of open_clip; for a teacher without one remove `text`"
@@ -91,7 +91,7 @@ def plan_student(spec: StudentSpec, image: Source, only: Tower | None) -> Plan:
         config.pop(key, None)
         if source.config.get(key):
             config[key] = True
-    sources: dict[Tower, Source] = {"image": image, "text": text}
+    sources: dict[Tower, TowerSource] = {"image": image, "text": text}
     changed = [tower for tower, source in sources.items() if source.config["embed_dim"] != width]
     for tower in changed:
         if sources[tower].pretrained and spec.dim is None:
@@ -100,10 +100,10 @@ def plan_student(spec: StudentSpec, image: Source, only: Tower | None) -> Plan:
                 f"the other tower {width}. Set student.dim to {width}: the tower then gets a new last layer, which is "
                 "trained and exported"
             )
-    return Plan(image, text, space, config, changed)
+    return TowerPlan(image, text, space, config, changed)
 
 
-def join_towers(plan: Plan, image: Any, text: Any) -> tuple[Any, list[str]]:
+def join_towers(plan: TowerPlan, image: Any, text: Any) -> tuple[Any, list[str]]:
     """Build the student of a plan, with random weights where a model has none, and return the names of new layers.
 
     ``image`` and ``text`` are the models of the plan; that of a text tower without weights is not used. Raises
@@ -166,7 +166,7 @@ def _weights_of(model: Any, tower: Tower, space: Tower | None = None) -> Iterato
             yield name, value
 
 
-def _of_quick_gelu(image: Source, text: Source, base: Source) -> Source:
+def _of_quick_gelu(image: TowerSource, text: TowerSource, base: TowerSource) -> TowerSource:
     """The model whose activation both towers have. Raises ValueError if two towers with weights need different ones."""
     vision, layers = image.config["vision_cfg"], image.config["vision_cfg"].get("layers")
     uses = [image] * (not vision.get("timm_model_name") and not isinstance(layers, (list, tuple)))
@@ -181,7 +181,7 @@ def _of_quick_gelu(image: Source, text: Source, base: Source) -> Source:
 
 
 @torch.no_grad()
-def _check_dimensions(clip: Any, plan: Plan) -> None:
+def _check_dimensions(clip: Any, plan: TowerPlan) -> None:
     """Raise ValueError if a tower has no last layer that gives the dimensions of the plan."""
     clip.eval()
     image = image_spec(open_clip.get_model_preprocess_cfg(clip))

@@ -24,7 +24,7 @@ from reinforce.student import online
 from reinforce.student.config import READING, StudentConfig
 from reinforce.student.data.feed import StudentFeed
 from reinforce.student.layers import batch_norms
-from reinforce.student.model import Student, build_student, export, load_tokenizer
+from reinforce.student.model import StudentModel, build_student, export, load_tokenizer
 from reinforce.student.online import online_moments, patch_moments, stored_moments
 from reinforce.student.teachers import (
     CAPTION,
@@ -36,7 +36,7 @@ from reinforce.student.teachers import (
     stored_teachers,
     text_kinds,
 )
-from reinforce.student.terms.base import Models, Rows
+from reinforce.student.terms.base import Rows, TargetModels
 from reinforce.student.terms.moments import Moments
 from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.student.towers import Tower, has_weights
@@ -128,7 +128,7 @@ class StudentTask(Task):
     logit scales. Raises UserError if the config, the datasets and the models do not fit together.
     """
 
-    model: Student
+    model: StudentModel
     notes: list[str]
     compiles_once = True
 
@@ -227,7 +227,7 @@ class StudentTask(Task):
 
         ``parts`` are by set.
         """
-        assert isinstance(model, Student)
+        assert isinstance(model, StudentModel)
         device = str(next(model.parameters()).device)
         accelerator = Accelerator(device, self._precision)
         result = self._evaluator.evaluate_module(model.clip, model.image, self.tokenizer, accelerator)
@@ -242,11 +242,11 @@ class StudentTask(Task):
 
     def export(self, model: torch.nn.Module, folder: str) -> None:
         """Write a folder that open_clip loads as model and tokenizer ``local-dir:FOLDER``."""
-        assert isinstance(model, Student)
+        assert isinstance(model, StudentModel)
         export(model, folder)
 
 
-def read_stored(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]]) -> Models:
+def read_stored(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]]) -> TargetModels:
     """The models whose targets a training run may take from datasets; ``manifests`` are their dataset.json by URL.
 
     Of the config, ``data`` and ``loss`` are read. Raises UserError if the datasets lack some or disagree.
@@ -258,7 +258,7 @@ def read_stored(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]
         known = stored_teachers(config if loss.reads_ensemble else anchors_alone, manifests)
     kinds, images = text_kinds(data, manifests), data.images != "none"
 
-    return Models(
+    return TargetModels(
         known,
         kinds,
         images,
@@ -267,7 +267,7 @@ def read_stored(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]
     )
 
 
-def _describe(student: Student, config: StudentConfig) -> str:
+def _describe(student: StudentModel, config: StudentConfig) -> str:
     millions = sum(parameter.numel() for parameter in student.clip.parameters()) / 1e6
     heads = sum(parameter.numel() for parameter in student.parameters()) / 1e6 - millions
     more = f" and {heads:.1f} M of its heads" if heads >= 0.05 else ""

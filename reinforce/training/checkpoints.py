@@ -183,7 +183,7 @@ class BestCheckpoint:
     value: float
 
 
-class Checkpoints:
+class CheckpointFolder:
     """The checkpoints in one output folder; the latest ``keep``, at least two, and the best one are kept.
 
     Damaged ones that were found by ``load`` do not count.
@@ -246,7 +246,7 @@ class Checkpoints:
 class CheckpointWriter:
     """Saves checkpoints in a thread. Leaving the block waits for the last one, and raises its error."""
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
+    def __init__(self, checkpoints: CheckpointFolder) -> None:
         self.checkpoints = checkpoints
         self._copies: dict[str, torch.Tensor] = {}
         self._pins = True
@@ -306,7 +306,7 @@ def read_config(storage: Storage) -> dict[str, Any] | None:
 
     Only its header is read. Raises DamagedCheckpoint.
     """
-    steps = Checkpoints(storage, _LEAST_KEPT).steps()
+    steps = CheckpointFolder(storage, _LEAST_KEPT).steps()
     if not steps:
         return None
     path = storage.path(FOLDER, _file_name(steps[-1]))

@@ -101,7 +101,7 @@ Scalars = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Backend:
+class TrackerRun:
     """One run of one tracker: sends the numbers of a step, and ends the run, which may have failed."""
 
     log: Callable[[int, Scalars], object]
@@ -138,7 +138,7 @@ def _named(config: Trackers | None) -> dict[str, Wandb | Mlflow | Trackio]:
 class Tracker:
     """Passes rows to a tracker in a thread of its own. After an error, which is logged once, it does nothing."""
 
-    def __init__(self, name: str, start: Callable[[], Backend], closing_seconds: float = _CLOSING_SECONDS) -> None:
+    def __init__(self, name: str, start: Callable[[], TrackerRun], closing_seconds: float = _CLOSING_SECONDS) -> None:
         self._name, self._start, self._closing_seconds = name, start, closing_seconds
         self._rows: queue.Queue[tuple[int, Scalars] | bool] = queue.Queue(_WAITING_ROWS)
         self._broken = False
@@ -185,7 +185,7 @@ class Tracker:
             _LOG.warning("log.%s failed, and gets no further rows; the training goes on: %s", self._name, text)
 
 
-def _open_wandb(section: Wandb, run: str, title: str, config: Mapping[str, Any]) -> Backend:
+def _open_wandb(section: Wandb, run: str, title: str, config: Mapping[str, Any]) -> TrackerRun:
     import wandb
 
     begun = wandb.init(
@@ -194,13 +194,13 @@ def _open_wandb(section: Wandb, run: str, title: str, config: Mapping[str, Any])
         settings=wandb.Settings(console="off", silent=True, init_timeout=60),
     )  # fmt: skip
     begun.define_metric("*", step_metric="step")  # steps that are repeated after a crash are not refused
-    return Backend(
+    return TrackerRun(
         lambda step, scalars: begun.log({"step": step, **scalars}),
         lambda failed: begun.finish(exit_code=int(failed)),
     )
 
 
-def _open_mlflow(section: Mlflow, run: str, title: str, config: Mapping[str, Any]) -> Backend:
+def _open_mlflow(section: Mlflow, run: str, title: str, config: Mapping[str, Any]) -> TrackerRun:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     if (section.uri or "").startswith("file:"):  # MLflow 3.7 wants a database, unless a folder is asked for
@@ -226,21 +226,21 @@ def _open_mlflow(section: Mlflow, run: str, title: str, config: Mapping[str, Any
         now = int(time.time() * 1000)
         client.log_batch(begun, [Metric(name, value, now, step) for name, value in scalars.items()])
 
-    return Backend(log, lambda failed: client.set_terminated(begun, "KILLED" if failed else "FINISHED"))
+    return TrackerRun(log, lambda failed: client.set_terminated(begun, "KILLED" if failed else "FINISHED"))
 
 
-def _open_trackio(section: Trackio, run: str, title: str, config: Mapping[str, Any]) -> Backend:
+def _open_trackio(section: Trackio, run: str, title: str, config: Mapping[str, Any]) -> TrackerRun:
     import trackio
 
     begun = trackio.init(
         project=section.project, name=f"{title}-{run[:6]}", space_id=section.space, config=dict(config),
         resume="allow", embed=False, auto_log_gpu=False,
     )  # fmt: skip
-    return Backend(lambda step, scalars: begun.log(dict(scalars), step=step), lambda failed: begun.finish())
+    return TrackerRun(lambda step, scalars: begun.log(dict(scalars), step=step), lambda failed: begun.finish())
 
 
 #: By the modules of the trackers, which are also the names of the extras with their packages.
-_BACKENDS: Mapping[str, Callable[..., Backend]] = {
+_BACKENDS: Mapping[str, Callable[..., TrackerRun]] = {
     "wandb": _open_wandb,
     "mlflow": _open_mlflow,
     "trackio": _open_trackio,

@@ -36,7 +36,7 @@ from reinforce.terminal import Screen, plural
 from reinforce.training import gather
 from reinforce.training.batch_norms import synchronize_batch_norms
 from reinforce.training.checkpoints import (
-    Checkpoints,
+    CheckpointFolder,
     CheckpointWriter,
     DamagedCheckpoint,
     Progress,
@@ -126,7 +126,7 @@ class _Loop:
             # its decay rises from 0 as 1 - (1 + step)^(-3/4), so that a short training does not export its start
             average = ModelEmaV3(model, decay=self.training.ema, use_warmup=True, warmup_power=3 / 4)
         self.state = State(model, make_adamw(model, self.training.optimizer), average)
-        self.checkpoints = Checkpoints(self.storage, self.training.checkpoints.keep)
+        self.checkpoints = CheckpointFolder(self.storage, self.training.checkpoints.keep)
         self.writer = CheckpointWriter(self.checkpoints)
         self.evaluations = Evaluations(
             task, job, ranks, self.state, self.writer, self.steps, stop, screen, on_evaluation

@@ -28,14 +28,14 @@ from reinforce.engine.plan.source_shards import check_output
 from reinforce.engine.preflight.estimate import source_statistics
 from reinforce.engine.run import run
 from reinforce.errors import TooManyQuarantined, UserError
-from reinforce.evaluation.encoding import Models
+from reinforce.evaluation.encoding import EvaluatedModels
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.evaluation.model_names import loading_call, resolve_models, short_name
 from reinforce.reports import TEMPLATES, notebook_table, picture_address, render
 from reinforce.storage import Storage
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.config import StudentConfig
-from reinforce.student.model import Student, build_student
+from reinforce.student.model import StudentModel, build_student
 from reinforce.student.train import train
 from reinforce.terminal import format_duration, plural
 from reinforce.training.config import total_steps
@@ -51,7 +51,7 @@ from reinforce.tuning.adapt_config import (
     mean,
 )
 from reinforce.tuning.division import divide, encode_images
-from reinforce.tuning.gain import CAPTIONS, CLASSES, Gain, HeldOut, Queries, cross_fit, one_class
+from reinforce.tuning.gain import CAPTIONS, CLASSES, Gain, HeldOutSet, Queries, cross_fit, one_class
 from reinforce.tuning.mixtures import GRID, PICTURE, Mixtures, Sweep, percent, shares, sweep
 from teachers.pixels import to_pixels
 from teachers.redact import redact, redact_values
@@ -76,7 +76,7 @@ def write_page(
     sweep: Sweep,
     gain: Gain | None,
     notes: Sequence[str],
-    held_out: Mapping[str, HeldOut],
+    held_out: Mapping[str, HeldOutSet],
     mixtures: Mixtures,
 ) -> str:
     """Write the page, one file with its pictures in it -> its path; ``notes`` are lines beside the metrics."""
@@ -254,7 +254,7 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
         mixtures = Mixtures(specs, out, sets, precision=training.train.compute.precision)
         rule = adapt_config.rule_of(config, domain, division.unequal)
         found = sweep(mixtures, specs, out, rule, GRID, log)
-    held_out_sets = {name: HeldOut(sets, name) for name in (CLASSES, CAPTIONS) if name in sets.own_sets}
+    held_out_sets = {name: HeldOutSet(sets, name) for name in (CLASSES, CAPTIONS) if name in sets.own_sets}
     answers = {
         point.alpha: _answers(mixtures, shares(found.models, point.alpha), held_out_sets) for point in found.points
     }
@@ -267,16 +267,16 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
     return Adapted(config.output, found, page, gain, notes)
 
 
-def _answers(mixtures: Mixtures, weights: Mapping[str, float], sets: Mapping[str, HeldOut]) -> Mapping[str, Queries]:
+def _answers(mixtures: Mixtures, weights: Mapping[str, float], sets: Mapping[str, HeldOutSet]) -> Mapping[str, Queries]:
     """The queries of the held-out images that a mixture answers right; they are kept with its metrics."""
 
-    def compute(models: Models) -> dict[str, Any]:
+    def compute(models: EvaluatedModels) -> dict[str, Any]:
         return {name: queries for one in sets.values() for name, queries in one.queries(models).items()}
 
     return {name: Queries(**queries) for name, queries in mixtures.kept(weights, "held_out", compute).items()}
 
 
-def _load(config: AdaptConfig) -> Student:
+def _load(config: AdaptConfig) -> StudentModel:
     """The released model, on the CPU. Raises UserError for one that cannot be trained with captions."""
     spec = StudentSpec(model=config.released.model, pretrained=config.released.pretrained)
     student = build_student(spec, seed=config.seed)
@@ -343,7 +343,7 @@ def _check_length(config: StudentConfig, images: int, log: Log) -> None:
         )
 
 
-def _log_estimate(config: AdaptConfig, plan: Any, student: Student, general: int, log: Log) -> None:
+def _log_estimate(config: AdaptConfig, plan: Any, student: StudentModel, general: int, log: Log) -> None:
     """Log what an adaptation will compute, and how long that takes by the rate of the released model here.
 
     Where the number of images is not known, nothing is logged. ``general`` is the number of general images.

@@ -33,9 +33,9 @@ from reinforce.tuning.config import (
 )
 from reinforce.tuning.results import (
     Curve,
-    Outcome,
-    Row,
     ScreeningCheck,
+    SettingResult,
+    TrialOutcome,
     best_row,
     check_screening,
     make_curves,
@@ -70,7 +70,7 @@ class TuningResult:
 
     output: str
     metric: str
-    rows: list[Row]
+    rows: list[SettingResult]
     curves: list[Curve]
     screenings: Mapping[str, TeacherScreening]
     checks: Mapping[str, ScreeningCheck]
@@ -260,14 +260,14 @@ def _run_screening(base: BaseStudent, current_scales: Mapping[str, float]) -> di
     return screenings
 
 
-def _run_stage(base: BaseStudent, search: Search, settings: list[Setting]) -> dict[Trial, Outcome]:
+def _run_stage(base: BaseStudent, search: Search, settings: list[Setting]) -> dict[Trial, TrialOutcome]:
     """Train all settings with the first seed, then those that were not stopped with the other seeds.
 
     A stopped setting next to a plateau is trained to the end as well, to find where the plateau ends. Without early
     stopping all trials run at once.
     """
 
-    def run(settings: Sequence[Setting], seeds: Sequence[int], stop_early: bool) -> dict[Trial, Outcome]:
+    def run(settings: Sequence[Setting], seeds: Sequence[int], stop_early: bool) -> dict[Trial, TrialOutcome]:
         trials = [Trial(setting, seed) for seed in seeds for setting in settings]
         return search.run({trial: base.trial_config(trial) for trial in trials}, stop_early) if trials else {}
 
@@ -295,8 +295,8 @@ def _run_stage(base: BaseStudent, search: Search, settings: list[Setting]) -> di
 
 def _summarise(
     checked: CheckedConfig,
-    outcomes: Mapping[Trial, Outcome],
-    rows: list[Row],
+    outcomes: Mapping[Trial, TrialOutcome],
+    rows: list[SettingResult],
     screenings: Mapping[str, TeacherScreening],
     best: Mapping[str, float],
 ) -> TuningResult:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from reinforce.evaluation.classes import load_templates
 from reinforce.evaluation.config import Evaluation
-from reinforce.evaluation.encoding import Models
+from reinforce.evaluation.encoding import EvaluatedModels
 from reinforce.evaluation.kinds.base import ZeroShotSet
 from reinforce.evaluation.ranking import rank_classes, rank_matches
 from reinforce.evaluation.reading import ImageBatches, LabelledImage
@@ -73,7 +73,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Example:
+class AnsweredImage:
     """An image that one of two models gets right, as both answer; ``picture`` is the address of a small WebP of it."""
 
     before: Answer
@@ -81,7 +81,7 @@ class Example:
     picture: str
 
 
-class HeldOut:
+class HeldOutSet:
     """A set of an evaluation, by its name in ``own_sets``, whose images keep their numbers."""
 
     def __init__(self, evaluation: Evaluation, name: str) -> None:
@@ -90,7 +90,7 @@ class HeldOut:
         self._set = self._kind.open_own(self._config, name, evaluation.limits, evaluation.images_from or ())
         self._limits, self._name = evaluation.limits, name
 
-    def answers(self, models: Models) -> list[Answer]:
+    def answers(self, models: EvaluatedModels) -> list[Answer]:
         """What a model takes the images for; ``models`` has one model."""
         vectors, targets = models.encode_all(ImageBatches(self._numbered, self._set.count, self._limits))
         if not targets:
@@ -113,7 +113,7 @@ class HeldOut:
         found = zip(targets, right, best, strict=True)
         return [Answer(n, key, texts[min(own)], texts[one], one in own) for (n, key, _), own, one in found]
 
-    def queries(self, models: Models) -> dict[str, Any]:
+    def queries(self, models: EvaluatedModels) -> dict[str, Any]:
         """``Queries`` as JSON, by the name of their metrics without its last part; ``models`` has one model."""
         vectors, targets = models.encode_all(ImageBatches(self._numbered, self._set.count, self._limits))
         if not targets:
@@ -148,7 +148,7 @@ class HeldOut:
 
     def examples(
         self, before: Sequence[Answer], after: Sequence[Answer], most: int
-    ) -> tuple[list[Example], list[Example]]:
+    ) -> tuple[list[AnsweredImage], list[AnsweredImage]]:
         """Up to ``most`` images that are gained, and that are lost, from one model to another, spread over the set."""
         pairs = [*zip(before, after, strict=True)]
         gained = _spread([pair for pair in pairs if pair[1].right and not pair[0].right], most)
@@ -157,7 +157,7 @@ class HeldOut:
         for item in self._numbered():
             if isinstance(item, LabelledImage) and item.target[0] in wanted:
                 pictures[item.target[0]] = _picture(decode(item.load(), self._limits))
-        found = ([Example(*pair, pictures[pair[0].number]) for pair in of] for of in (gained, lost))
+        found = ([AnsweredImage(*pair, pictures[pair[0].number]) for pair in of] for of in (gained, lost))
         return next(found), next(found)
 
     def _numbered(self) -> Iterator[LabelledImage | Refusal]:

@@ -22,14 +22,14 @@ from rich.table import Table
 from reinforce import reports
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
-from reinforce.evaluation.encoding import Models
+from reinforce.evaluation.encoding import EvaluatedModels
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.evaluation.report import score_table
 from reinforce.processes.cores import available_cores
 from reinforce.settings import flatten
 from reinforce.storage import Storage
 from reinforce.student.config import Student as StudentSpec
-from reinforce.student.model import Student, build_student, export, load_tokenizer
+from reinforce.student.model import StudentModel, build_student, export, load_tokenizer
 from reinforce.tuning.adapt_config import Point, Rule, mean
 from teachers.open_clip.teacher import OpenClipEncoder
 from teachers.redact import redact_values
@@ -55,7 +55,7 @@ _IRRELEVANT = {
 class Mixer:
     """Models by name whose weights can be mixed, and ``student``, which takes the weights of a mixture."""
 
-    student: Student
+    student: StudentModel
     tokenizer: Any
     states: Mapping[str, State]
 
@@ -125,7 +125,7 @@ def mix(states: Sequence[State], weights: Sequence[float]) -> State:
     return mixed
 
 
-def _differences(one: Student, other: Student) -> Iterator[str]:
+def _differences(one: StudentModel, other: StudentModel) -> Iterator[str]:
     """Why the weights of two models do not mean the same."""
     shapes, others = ({key: tuple(v.shape) for key, v in s.clip.state_dict().items()} for s in (one, other))
     for name in [*shapes, *others]:
@@ -199,7 +199,9 @@ class Mixtures:
         self._storage.write_json({"of": self._of, "mixtures": self._results}, KEPT)
         return metrics
 
-    def kept(self, weights: Mapping[str, float], name: str, compute: Callable[[Models], dict[str, Any]]) -> Any:
+    def kept(
+        self, weights: Mapping[str, float], name: str, compute: Callable[[EvaluatedModels], dict[str, Any]]
+    ) -> Any:
         """What ``compute`` gives of a mean whose metrics are known: JSON, which is kept with them, compressed."""
         used = {one: weight for one, weight in weights.items() if weight}
         result = next(one for one in self._results if one["weights"] == used)
@@ -209,14 +211,14 @@ class Mixtures:
             self._storage.write_json({"of": self._of, "mixtures": self._results}, KEPT)
         return json.loads(zlib.decompress(base64.b64decode(result[name])))
 
-    def loaded(self, weights: Mapping[str, float]) -> Models:
+    def loaded(self, weights: Mapping[str, float]) -> EvaluatedModels:
         """The mean of some models with weights, in eval mode, to encode images and texts."""
         self.mixer.use({name: weight for name, weight in weights.items() if weight})
         student = self.mixer.student
         model = self._accelerator.place(student.clip.eval())
         encoder = OpenClipEncoder(model, student.image, self.mixer.tokenizer, self._accelerator)
         config = self._evaluator.config
-        return Models({"model": encoder}, self._accelerator, config.batch, config.threads or available_cores())
+        return EvaluatedModels({"model": encoder}, self._accelerator, config.batch, config.threads or available_cores())
 
     def check_report(self, name: str) -> None:
         """Raise UserError if the folder has the model of a report other than ``name``."""
@@ -339,7 +341,7 @@ def shares(models: Iterable[str], alpha: float) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Trial:
+class SoupTrial:
     """The metrics of the mean of some models; ``added`` is the last of them, ``kept`` whether it stays."""
 
     models: Sequence[str]
@@ -354,7 +356,7 @@ class Soup:
 
     models: Sequence[str]
     alone: Mapping[str, Mapping[str, float]]
-    trials: Sequence[Trial]
+    trials: Sequence[SoupTrial]
     rule: Rule
 
     def table(self) -> Table:
@@ -390,13 +392,13 @@ def greedy_soup(
     if not ranked:
         raise UserError(f"{', '.join(rule.domain)} has no value for any model; see the lines above.")
     chosen, best = [ranked[0]], alone[ranked[0]]
-    trials = [Trial(tuple(chosen), best, ranked[0], True)]
+    trials = [SoupTrial(tuple(chosen), best, ranked[0], True)]
     for name in ranked[1:]:
         tried = [*chosen, name]
         metrics = mixtures.metrics({one: 1 / len(tried) for one in tried})
         log(f"mean of {len(tried)} models, with {name}: {rule.means(metrics)}")
         better = mean(metrics, rule.domain) > mean(best, rule.domain)
-        trials.append(Trial(tuple(tried), metrics, name, better))
+        trials.append(SoupTrial(tuple(tried), metrics, name, better))
         if better:
             chosen, best = tried, metrics
     result = Soup(tuple(chosen), alone, trials, rule)

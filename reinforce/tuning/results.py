@@ -21,7 +21,7 @@ from reinforce import reports
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import READING, StudentConfig
-from reinforce.training.checkpoints import Checkpoints
+from reinforce.training.checkpoints import CheckpointFolder
 from reinforce.training.config import describe_changes, make_job
 from reinforce.training.log import read_rows
 from reinforce.training.results import read_results
@@ -42,7 +42,7 @@ _GREY = "#6b7280"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """State of a trial.
 
     ``curve`` holds (step, metric) of its evaluations; ``continued`` is whether it took steps after the last of them.
@@ -76,7 +76,7 @@ def begin_trial(config: StudentConfig, steps: int) -> None:
         )
 
 
-def read_outcome(config: StudentConfig, steps: int, metric: str) -> Outcome:
+def read_outcome(config: StudentConfig, steps: int, metric: str) -> TrialOutcome:
     """Read a trial's state from its folder. A trial that was stopped by another metric is open again."""
     store = Storage(config.output)
     store.fs.invalidate_cache(store.root)  # a worker may have written there since
@@ -84,12 +84,12 @@ def read_outcome(config: StudentConfig, steps: int, metric: str) -> Outcome:
     curve = sorted((at, value) for at, value in values.items() if value is not None)
     results = read_results(store)
     if results is not None and results.steps == steps and curve and curve[-1][0] == steps:
-        return Outcome("finished", curve, seconds=results.seconds)
+        return TrialOutcome("finished", curve, seconds=results.seconds)
     stopped = store.read_json(_STOPPED)
     if stopped is not None and stopped["metric"] == metric:
-        return Outcome("stopped", [point for point in curve if point[0] <= stopped["step"]])
-    latest = max(Checkpoints(store, 1).steps(), default=0)
-    return Outcome("open", curve, continued=bool(curve) and latest > curve[-1][0])
+        return TrialOutcome("stopped", [point for point in curve if point[0] <= stopped["step"]])
+    latest = max(CheckpointFolder(store, 1).steps(), default=0)
+    return TrialOutcome("open", curve, continued=bool(curve) and latest > curve[-1][0])
 
 
 def mark_stopped(config: StudentConfig, metric: str, step: int, value: float) -> None:
@@ -98,7 +98,7 @@ def mark_stopped(config: StudentConfig, metric: str, step: int, value: float) ->
 
 
 @dataclass(frozen=True)
-class Row:
+class SettingResult:
     """Result of a setting.
 
     ``values`` is the final metric by seed; ``last_step`` the last evaluated step of the first seed's trial, and
@@ -159,12 +159,12 @@ class Curve:
     """
 
     axis: str
-    rows: Sequence[tuple[float, Row]]
+    rows: Sequence[tuple[float, SettingResult]]
     best: float | None
     plateau: Plateau | None
 
     @property
-    def neighbours(self) -> list[Row]:
+    def neighbours(self) -> list[SettingResult]:
         """The rows on both sides of the plateau, or of the best where no plateau is known."""
         if self.best is None:
             return []
@@ -189,9 +189,9 @@ class Curve:
         return text
 
 
-def make_rows(outcomes: Mapping[Trial, Outcome], seeds: Sequence[int]) -> list[Row]:
+def make_rows(outcomes: Mapping[Trial, TrialOutcome], seeds: Sequence[int]) -> list[SettingResult]:
     """Return one row for each setting, in order."""
-    by_setting: dict[str, dict[int, Outcome]] = {}
+    by_setting: dict[str, dict[int, TrialOutcome]] = {}
     settings: dict[str, Setting] = {}
     for trial, outcome in outcomes.items():
         key = f"{trial.setting.curve}: {trial.setting.name}"
@@ -205,11 +205,11 @@ def make_rows(outcomes: Mapping[Trial, Outcome], seeds: Sequence[int]) -> list[R
         state: Literal["finished", "stopped", "failed"] = "finished" if finished else "failed" if errors else "stopped"
         first = next(iter(by_seed.values())).curve
         last_step, last_value = first[-1] if first else (0, None)
-        rows.append(Row(settings[key], state, values, last_step, last_value, errors[0] if errors else None))
+        rows.append(SettingResult(settings[key], state, values, last_step, last_value, errors[0] if errors else None))
     return rows
 
 
-def make_curves(rows: Sequence[Row]) -> list[Curve]:
+def make_curves(rows: Sequence[SettingResult]) -> list[Curve]:
     """Return one curve for each teacher, and for lambda, of which several values were tried."""
     curves = []
     for name in dict.fromkeys(row.setting.curve for row in rows):
@@ -232,13 +232,13 @@ def make_curves(rows: Sequence[Row]) -> list[Curve]:
     return curves
 
 
-def best_row(rows: Sequence[Row], curve: str) -> Row | None:
+def best_row(rows: Sequence[SettingResult], curve: str) -> SettingResult | None:
     """Return the finished setting of a curve with the highest mean; the first among equals."""
     finished = [row for row in rows if row.setting.curve == curve and row.mean is not None]
     return max(finished, key=lambda row: row.mean or 0.0, default=None)
 
 
-def _make_curve(axis: str, rows: Sequence[tuple[float, Row]], noise: float | None) -> Curve:
+def _make_curve(axis: str, rows: Sequence[tuple[float, SettingResult]], noise: float | None) -> Curve:
     means = [row.mean for _, row in rows]
     finished = [(mean, index) for index, mean in enumerate(means) if mean is not None]
     if not finished:
@@ -260,7 +260,7 @@ def _make_curve(axis: str, rows: Sequence[tuple[float, Row]], noise: float | Non
     return Curve(axis, rows, rows[best][0], Plateau(rows[low][0], rows[high][0], noise, unknown))
 
 
-def results_table(rows: Sequence[Row], metric: str) -> Table:
+def results_table(rows: Sequence[SettingResult], metric: str) -> Table:
     """Return a table with one line for each setting."""
     table = Table("curve", "setting", metric, "deviation", "seeds", "", title="Trials", title_justify="left")
     best = [best_row(rows, curve) for curve in dict.fromkeys(row.setting.curve for row in rows)]

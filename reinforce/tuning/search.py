@@ -33,7 +33,7 @@ from reinforce.training.loop import run_rank
 from reinforce.training.ranks import join_ranks
 from reinforce.training.ray_train import Reserved, check_capacity, reserve
 from reinforce.tuning.config import Trial, TuneConfig
-from reinforce.tuning.results import Outcome, begin_trial, mark_stopped, read_outcome
+from reinforce.tuning.results import TrialOutcome, begin_trial, mark_stopped, read_outcome
 
 _RAY = ".ray"
 _LOCK_SECONDS = 60.0  # how long the trials of a killed search may keep their locks
@@ -62,7 +62,7 @@ class Search:
     screen: Screen
     start_cluster: Callable[[], None]
 
-    def run(self, trials: Mapping[Trial, StudentConfig], stop_early: bool) -> dict[Trial, Outcome]:
+    def run(self, trials: Mapping[Trial, StudentConfig], stop_early: bool) -> dict[Trial, TrialOutcome]:
         """Run all trials to the end, or until ASHA stops them if ``stop_early``.
 
         Raises UserError if a folder holds another training run, and Stopped after a signal.
@@ -93,9 +93,9 @@ class Search:
             self._tune({trial.name: trials[trial] for trial in open_}, scheduler, len(trials))
         return {trial: self._read_outcome(config, scheduler.errors.get(trial.name)) for trial, config in trials.items()}
 
-    def _read_outcome(self, config: StudentConfig, error: str | None = None) -> Outcome:
+    def _read_outcome(self, config: StudentConfig, error: str | None = None) -> TrialOutcome:
         outcome = read_outcome(config, self.steps, self.metric)
-        return outcome if error is None else Outcome("open", outcome.curve, error=error)
+        return outcome if error is None else TrialOutcome("open", outcome.curve, error=error)
 
     def _tune(self, configs: Mapping[str, StudentConfig], scheduler: _Scheduler, trials: int) -> None:
         """Run the trials that are open; as many of ``trials`` as fit share the cores, however many are done."""
@@ -180,7 +180,7 @@ class _Scheduler(FIFOScheduler):
         """Return no state: Tune pickles the scheduler for its own way of resuming, which is not used here."""
         return {}
 
-    def replay(self, trial: Trial, outcome: Outcome) -> None:
+    def replay(self, trial: Trial, outcome: TrialOutcome) -> None:
         """Report the evaluations of earlier searches to ASHA.
 
         Their decisions were carried out at the time, except for the last evaluation of a trial that was killed before

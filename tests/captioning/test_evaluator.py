@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from reinforce.captioning.data import HeldOut, load_streams
+from reinforce.captioning.data import HeldOutImages, load_streams
 from reinforce.captioning.evaluator import CaptionerEvaluator, cider
 from reinforce.captioning.model import CaptionerModel
 from reinforce.errors import UserError
@@ -37,13 +37,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_evaluator(folder: Path, **changes: object) -> tuple[CaptionerEvaluator, HeldOut, CaptionerModel]:
+def make_evaluator(folder: Path, **changes: object) -> tuple[CaptionerEvaluator, HeldOutImages, CaptionerModel]:
     config = captioner_config(folder, **changes)
     pairs = load_streams(config, 32)[1]
     return CaptionerEvaluator(pairs, config, Tokenizer("coca_ViT-B-32"), END), pairs, make_captioner(folder).eval()
 
 
-def load_pixels(pairs: HeldOut, model: CaptionerModel) -> torch.Tensor:
+def load_pixels(pairs: HeldOutImages, model: CaptionerModel) -> torch.Tensor:
     images = [fit(decode(image, Limits()), model.image) for image in pairs.images()]
     return to_pixels(torch.from_numpy(np.stack(images)), model.image)
 

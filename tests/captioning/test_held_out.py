@@ -10,7 +10,7 @@ import pytest
 
 import schemas
 from reinforce.captioning.config import CaptionerConfig
-from reinforce.captioning.data import HELD_OUT_FILE, HeldOut, load_streams
+from reinforce.captioning.data import HELD_OUT_FILE, HeldOutImages, load_streams
 from reinforce.errors import UserError
 from schemas.seeds import seed_for
 from tests.helpers.captioning import captioned, captioner_config, take_keys, write_shards
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(config: CaptionerConfig) -> HeldOut:
+def load(config: CaptionerConfig) -> HeldOutImages:
     return load_streams(config, 16)[1]
 
 
@@ -45,7 +45,7 @@ def test_a_share_is_seeded_by_key_in_a_seeded_order_and_never_trained_on(folder:
     assert all(len(texts) == 2 for texts in held_out.captions)
     assert int(streamed.counts.sum()) + len(held_out) == 100
     assert not {*held_out.keys} & take_keys(streamed)
-    assert load(config_of(folder, tmp_path / "two")) == HeldOut(**{**vars(held_out), "output": f"{tmp_path}/two"})
+    assert load(config_of(folder, tmp_path / "two")) == HeldOutImages(**{**vars(held_out), "output": f"{tmp_path}/two"})
     other = load(config_of(folder, tmp_path / "three", seed=1))
     assert {*other.keys} != {*held_out.keys}
     [table] = [pq.read_table(tmp_path / "one" / HELD_OUT_FILE)]

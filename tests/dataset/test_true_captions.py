@@ -26,7 +26,7 @@ from reinforce.errors import UserError
 from reinforce.evaluation.config import RetrievalSet
 from reinforce.evaluation.reading import LabelledImage
 from reinforce.explore.captions import similarities, text_figures
-from reinforce.explore.rows import Rows, read_rows, select
+from reinforce.explore.rows import SampledRows, read_rows, select
 from reinforce.publishing.embeddings import export_embeddings
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
@@ -141,7 +141,7 @@ def test_a_student_draws_one_an_epoch_with_its_own_vector_and_resumes(made: Path
     assert {*batch["key"]} == seen.keys(), "a batch may be larger than the usable rows"
 
 
-def inspected(made: Path) -> Rows:
+def inspected(made: Path) -> SampledRows:
     data = Dataset(str(made))
     return read_rows(data, select(data, 100, 0))
 

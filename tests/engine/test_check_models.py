@@ -14,8 +14,8 @@ from rich.console import Console
 
 from reinforce.config import parse_config
 from reinforce.engine import check_models as check
-from reinforce.engine.check_models import Report, check_class, check_config, check_target
-from reinforce.engine.worker.models import Models
+from reinforce.engine.check_models import CheckReport, check_class, check_config, check_target
+from reinforce.engine.worker.models import LoadedModels
 from reinforce.errors import UserError
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.commands import printed_by, run_command
@@ -42,7 +42,7 @@ class Both(SeedCaptioner):
         return pixels
 
 
-def sides(report: Report) -> list[tuple[str, str, int | None, int]]:
+def sides(report: CheckReport) -> list[tuple[str, str, int | None, int]]:
     return [(row.model, row.side, row.dim, row.batch) for row in report.rows]
 
 
@@ -169,5 +169,5 @@ def test_a_batch_that_does_not_fit_in_memory_is_not_measured() -> None:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return lambda: None
 
-    assert check._measure(Models({}, Accelerator("cpu")), prepare, 256, "x")[1] == 16
+    assert check._measure(LoadedModels({}, Accelerator("cpu")), prepare, 256, "x")[1] == 16
     assert sizes == [8, 16, 32]

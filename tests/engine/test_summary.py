@@ -17,7 +17,7 @@ from reinforce.engine.plan.plan import LayerState, NotInSource, Plan
 from reinforce.engine.rates import Stages, add_stages, fuller, rate_lines, with_rates
 from reinforce.engine.record import (
     Ending,
-    Progress,
+    ProgressScreen,
     RunSummary,
     RunTotals,
     Snapshot,
@@ -184,7 +184,7 @@ CARD = {"name": "NVIDIA H100 80GB HBM3", "memory_peak": 2**30, "memory_total": 8
 def test_the_line_shows_speed_busy_share_and_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = Progress()
+    progress = ProgressScreen()
     assert "ETA" not in progress.line(replace(START, samples=10))
     assert "ETA" not in progress.line(replace(START, samples=10, samples_done=10)), "of a shard to be continued"
     now[0] = 190.0
@@ -207,7 +207,7 @@ def test_before_workers_have_started_the_line_shows_their_seconds_and_then_the_t
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = Progress(expected=400.0)
+    progress = ProgressScreen(expected=400.0)
     now[0] = 130.0
     progress.show(starting := replace(START, shards=1, workers=0, starting=2))
     assert progress.line(starting) == "0 of 1 shard  2 workers loading models for 30 s  0 samples"
@@ -230,7 +230,7 @@ def test_before_workers_have_started_the_line_shows_their_seconds_and_then_the_t
 
 
 def test_the_line_names_silent_hosts_and_the_shards_that_wait_for_them() -> None:
-    progress = Progress()
+    progress = ProgressScreen()
     assert "silent" not in progress.line(START)
     assert progress.line(replace(START, silent={"b": 1})).endswith("  1 shard waits for silent host b")
     assert progress.line(replace(START, silent={"b": 2, "a": 1})).endswith("  3 shards wait for silent hosts a, b")

@@ -19,7 +19,7 @@ from reinforce.evaluation.evaluator import read_content
 from reinforce.evaluation.kinds import base as files
 from reinforce.evaluation.kinds.base import find_files
 from reinforce.evaluation.kinds.registry import KINDS
-from reinforce.evaluation.suite import Job, SuiteReport, count_workers, file_name
+from reinforce.evaluation.suite import SetJob, SuiteReport, count_workers, file_name
 from reinforce.processes.parallel import Actors
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import (
@@ -276,7 +276,7 @@ def test_workers_of_ray_have_the_results_of_one_process_also_after_one_is_killed
     killed: list[int] = []
     call = Actors._call
 
-    def call_and_kill(self: Actors, worker: Any, function: Any, job: Job) -> Any:
+    def call_and_kill(self: Actors, worker: Any, function: Any, job: SetJob) -> Any:
         begun.append(job.one.key)
         future = call(self, worker, function, job)
         if not killed:

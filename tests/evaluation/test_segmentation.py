@@ -15,7 +15,7 @@ from reinforce import settings, terminal
 from reinforce.errors import UserError
 from reinforce.evaluation.command import EvaluationCommand, evaluate_models
 from reinforce.evaluation.config import Evaluation
-from reinforce.evaluation.encoding import Models
+from reinforce.evaluation.encoding import EvaluatedModels
 from reinforce.evaluation.evaluator import Evaluator, evaluate_set
 from reinforce.evaluation.kinds import segmentation
 from reinforce.evaluation.kinds.segmentation import SegmentationSet
@@ -238,7 +238,7 @@ def test_one_model_without_patches_costs_the_others_nothing(tmp_path: Path) -> N
     masks = SegmentationSet(images=str(tmp_path), **{**FAST, "steps": 2})
     assert segmentation.KIND.open_own is not None
     opened = segmentation.KIND.open_own(masks, "set", Limits(), ())
-    models = Models({"good": PatchColours(), "bad": ConstantEncoder()}, CPU, 4, 2)
+    models = EvaluatedModels({"good": PatchColours(), "bad": ConstantEncoder()}, CPU, 4, 2)
     outcome = evaluate_set(opened, ImageBatches(opened.examples, policy=opened.policy), models)
     assert {*outcome.metrics} == {"good"}
     assert {*outcome.failed} == {"bad"}

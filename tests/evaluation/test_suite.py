@@ -14,7 +14,7 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.evaluation import suite as run
-from reinforce.evaluation.encoding import Encoder, Models
+from reinforce.evaluation.encoding import Encoder, EvaluatedModels
 from reinforce.evaluation.evaluator import evaluate_published, read_content
 from reinforce.evaluation.kinds.base import ImageSet, SetKind, find_files
 from reinforce.evaluation.kinds.base import find_set as find_published
@@ -22,7 +22,7 @@ from reinforce.evaluation.kinds.registry import KINDS
 from reinforce.evaluation.reading import ContentDigest, ImageBatches, LabelledImage
 from reinforce.evaluation.registry import select_sets
 from reinforce.evaluation.report import Metrics, Outcome
-from reinforce.evaluation.suite import Job, file_name
+from reinforce.evaluation.suite import SetJob, file_name
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import (
     COLOURS,
@@ -47,7 +47,7 @@ from tests.helpers.models import tiny_models
 
 def evaluate_set(root: Path, key: str, **encoders: Encoder) -> Outcome:
     """Evaluate encoders, by default one that is right about colours, on a set below ``root``."""
-    one, models = find_set(key), Models(encoders or {"oracle": ColourOracle()}, CPU, batch=5, threads=2)
+    one, models = find_set(key), EvaluatedModels(encoders or {"oracle": ColourOracle()}, CPU, batch=5, threads=2)
     return evaluate_published(one, find_published(one, str(root)), models)
 
 
@@ -60,7 +60,7 @@ def test_sets_with_the_same_classes_share_a_classifier(tmp_path: Path) -> None:
             return super().encode_texts(texts)
 
     encoder = Counter()
-    models = Models({"model": encoder}, CPU, batch=5, threads=2)
+    models = EvaluatedModels({"model": encoder}, CPU, batch=5, threads=2)
     templates = {"imagenet1k": ["{c}", "a {c}"], "imagenetv2": ["{c}", "a {c}"], "imagenet_sketch": ["{c}", "the {c}"]}
     counts = []
     for key, lines in templates.items():
@@ -166,7 +166,7 @@ def test_the_languages_of_xm3600_are_sets_that_share_images(tmp_path: Path, monk
     captions = {colour: {one: [f"{colour} in {one}", "a second caption"] for one in languages} for colour in COLOURS}
     captions["red"]["de"] = ["blue by mistake"]
     file = write_xm3600(tmp_path, captions)
-    models = Models({"oracle": ColourOracle(), "constant": ConstantEncoder()}, CPU, batch=5, threads=2)
+    models = EvaluatedModels({"oracle": ColourOracle(), "constant": ConstantEncoder()}, CPU, batch=5, threads=2)
     decoded = count_decoded(monkeypatch)
 
     def evaluate(key: str) -> Outcome:
@@ -195,7 +195,7 @@ def test_the_languages_of_xm3600_are_sets_that_share_images(tmp_path: Path, monk
 def test_one_more_kind_of_sets_needs_a_kind_and_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The share of images that have the colour of their label in a file of names."""
 
-    def score(models: Models, images: ImageBatches) -> Outcome:
+    def score(models: EvaluatedModels, images: ImageBatches) -> Outcome:
         vectors, targets = models.encode_all(images)
         metrics: dict[str, Metrics] = {
             name: {"share": float((found.argmax(1).numpy() == targets).mean())} for name, found in vectors.items()
@@ -210,7 +210,7 @@ def test_one_more_kind_of_sets_needs_a_kind_and_a_line(tmp_path: Path, monkeypat
     write_classification(tmp_path, "mnist", colour_samples())
     files = find_published(find_set("mnist"), str(tmp_path))
     one = replace(find_set("mnist"), kind="colours", main_metric="share")
-    models = Models({"oracle": ColourOracle(), "constant": ConstantEncoder()}, CPU, batch=5, threads=2)
+    models = EvaluatedModels({"oracle": ColourOracle(), "constant": ConstantEncoder()}, CPU, batch=5, threads=2)
     outcome = evaluate_published(one, files, models, ContentDigest())
     assert outcome.metrics == {"oracle": {"share": 1}, "constant": {"share": pytest.approx(1 / 6)}}
     assert outcome.content == read_content(one, files, 2)
@@ -314,7 +314,7 @@ def test_one_broken_image_in_a_thousand_is_left_out_and_named(tmp_path: Path) ->
     write_classification(tmp_path, "cifar10", samples)
     one, outcome = find_set("cifar10"), evaluate_set(tmp_path, "cifar10")
     assert outcome.samples == len(samples)
-    line = run._line(Job(one, find_published(one, str(tmp_path)), ("oracle",)), outcome, "oracle")
+    line = run._line(SetJob(one, find_published(one, str(tmp_path)), ("oracle",)), outcome, "oracle")
     assert line["refused"] == ["1 of 1,200 left out: s0000007 (image_format)"]
     assert line["metrics"]["main_metric"] == 1
 

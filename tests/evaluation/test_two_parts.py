@@ -14,7 +14,7 @@ import yaml
 
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
-from reinforce.evaluation.encoding import Models
+from reinforce.evaluation.encoding import EvaluatedModels
 from reinforce.evaluation.report import Result
 from reinforce.settings import parse
 from teachers.protocols import ImageSpec
@@ -224,7 +224,7 @@ def test_equal_parts_are_decoded_and_encoded_once(root: Path, tmp_path: Path, mo
         for section, named in sets.items()
         for name, one in named.items()
     }
-    decoded, encode_all = count_decoded(monkeypatch), Models.encode_all
+    decoded, encode_all = count_decoded(monkeypatch), EvaluatedModels.encode_all
     encoded: list[int] = []
     kept: list[int] = []
 
@@ -233,11 +233,11 @@ def test_equal_parts_are_decoded_and_encoded_once(root: Path, tmp_path: Path, mo
             encoded.append(len(pixels))
             return super().encode_images(pixels)
 
-    def record_kept(models: Models, *args: Any) -> Any:
+    def record_kept(models: EvaluatedModels, *args: Any) -> Any:
         kept.append(len(models.kept))
         return encode_all(models, *args)
 
-    monkeypatch.setattr(Models, "encode_all", record_kept)
+    monkeypatch.setattr(EvaluatedModels, "encode_all", record_kept)
     evaluator, counted = make_evaluator(**sets), Counted()
     assert evaluator.images == 42 + 36
     for passes in (1, 2):

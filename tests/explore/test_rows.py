@@ -21,19 +21,19 @@ from reinforce.explore.plots import (
     similarity_charts,
 )
 from reinforce.explore.report import inspect
-from reinforce.explore.rows import BATCH, SCALES, Rows, Targets, read_rows, select
+from reinforce.explore.rows import BATCH, SCALES, SampledRows, Targets, read_rows, select
 from reinforce.images.backends import known_operations
 from tests.helpers.models import ImageOnly
 from tests.helpers.reinforced import small_dataset
 
 
 @pytest.fixture(scope="module")
-def rows(labelled: str) -> Rows:
+def rows(labelled: str) -> SampledRows:
     data = reinforce.open(labelled)
     return read_rows(data, select(data, 1000, 0))
 
 
-def test_rows_have_the_similarities_and_crops_of_their_samples(labelled: str, rows: Rows) -> None:
+def test_rows_have_the_similarities_and_crops_of_their_samples(labelled: str, rows: SampledRows) -> None:
     samples = list(reinforce.open(labelled))
     assert rows.keys == [sample.key for sample in samples]
     areas, bits = np.concatenate(rows.areas), np.concatenate(rows.operations)
@@ -50,7 +50,9 @@ def test_rows_have_the_similarities_and_crops_of_their_samples(labelled: str, ro
             assert found == {op.name for op in augmentation.ops or ()}
 
 
-def test_tabs_are_ordered_by_what_they_show_of_a_seeded_selection(labelled: str, rows: Rows, tmp_path: Path) -> None:
+def test_tabs_are_ordered_by_what_they_show_of_a_seeded_selection(
+    labelled: str, rows: SampledRows, tmp_path: Path
+) -> None:
     tabs = choose(rows, 0, set())
     gap = synthetic_gap(rows)
     assert [*gap[tabs["synthetic"]]] == sorted(gap[gap > 0], reverse=True)[:24]
@@ -79,7 +81,7 @@ def test_tabs_are_ordered_by_what_they_show_of_a_seeded_selection(labelled: str,
     assert (found.samples, found.exact, found.rows) == (30, False, 2)
 
 
-def test_similar_images_are_the_pairs_of_the_definition_and_rows_without_a_vector_have_none(rows: Rows) -> None:
+def test_similar_images_are_the_pairs_of_the_definition_and_rows_without_a_vector_have_none(rows: SampledRows) -> None:
     for count in (44, 1100):  # more rows than are compared at once
         made = unit(count, 8, seed=3)
         made[5] = np.nan
@@ -96,7 +98,7 @@ def test_similar_images_are_the_pairs_of_the_definition_and_rows_without_a_vecto
     assert find_similar(replace(rows, compared=None)) is None
 
 
-def test_classes_are_counted_unless_most_samples_have_one_of_their_own(rows: Rows) -> None:
+def test_classes_are_counted_unless_most_samples_have_one_of_their_own(rows: SampledRows) -> None:
     found = count_classes(replace(rows, classes=["b"] * 30 + ["a"] * 10 + [None] * 4))
     assert (found.largest, found.hidden, found.without) == ([("b", 30), ("a", 10)], 0, 4)
     many = count_classes(replace(rows, classes=[f"{n:03d}" for n in range(50) for _ in range(3)]))
@@ -171,7 +173,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return small_dataset(tmp_path_factory.mktemp("alone"), (21, 9), teachers=TEACHERS, captioners={}, input=ALONE)
 
 
-def rows_of(url: str) -> Rows:
+def rows_of(url: str) -> SampledRows:
     data = reinforce.open(url)
     return read_rows(data, select(data, 1000, 0))
 

@@ -28,7 +28,7 @@ from reinforce.explore import passes
 from reinforce.explore import rules as thresholds
 from reinforce.explore.expressions import check
 from reinforce.explore.report import inspect
-from reinforce.explore.rules import Counts, Search, number, ordered
+from reinforce.explore.rules import Counts, ThresholdSearch, number, ordered
 from reinforce.explore.select import report_lines
 from tests.helpers.commands import Command
 from tests.helpers.data import config_of, members_of, write_tar
@@ -218,7 +218,7 @@ def test_thresholds_of_groups_are_exact_for_any_numbers(few: int, dtype: str, da
     pairs = data.draw(st.lists(st.tuples(st.integers(0, 3), one[dtype]), min_size=1, max_size=50))
     groups, values = np.array([group for group, _ in pairs], np.uint64), np.array([one for _, one in pairs], dtype)
     parts = [(groups[part], ordered(values[part])) for part in (slice(0, None, 2), slice(1, None, 2))]
-    search = Search(8 * values.dtype.itemsize)
+    search = ThresholdSearch(8 * values.dtype.itemsize)
     with mock.patch.object(thresholds, "_FEW", few):
         while search.left:
             search = search.narrowed(Counts.sum(search.counts(*part) for part in parts), top)

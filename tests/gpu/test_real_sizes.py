@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from reinforce import settings
 from reinforce.student.config import StudentConfig
-from reinforce.student.model import Student
+from reinforce.student.model import StudentModel
 from reinforce.student.terms import pairs as chunks
 from reinforce.student.terms.pairs import Objective, contrastive_losses
 from reinforce.training.step import backpropagate
@@ -90,7 +90,7 @@ def test_128_images_with_5_captions_are_one_part_on_40_gib_and_a_step_waits_for_
 class _Students:
     """A student's task, without a dataset."""
 
-    def __init__(self, model: Student) -> None:
+    def __init__(self, model: StudentModel) -> None:
         self.model = model
         self._objective = Objective(0.7, "softmax", dict.fromkeys(TEACHERS, 60.0))
 
@@ -104,7 +104,7 @@ class _Students:
 
 
 @functools.cache
-def step(name: str, checkpointing: bool, microbatches: int = 1, kept: int = 0) -> tuple[Student, PeakMemory]:
+def step(name: str, checkpointing: bool, microbatches: int = 1, kept: int = 0) -> tuple[StudentModel, PeakMemory]:
     """A student in bf16 after a step of ``SAMPLES`` with two texts, and what the step did."""
     mode = FakeTensorMode()
     student = fake_student(mode, name, checkpointing)

@@ -16,12 +16,12 @@ from reinforce.dataset.store import Store
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.worker import actor as full_batch
 from reinforce.engine.worker.actor import find_batch
-from reinforce.engine.worker.models import Models, load_models
+from reinforce.engine.worker.models import LoadedModels, load_models
 from reinforce.engine.worker.producers.registry import measure_costs
 from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
 from reinforce.evaluation.kinds import probes
-from reinforce.evaluation.kinds.probes import Features
+from reinforce.evaluation.kinds.probes import PartFeatures
 from reinforce.images.device import augment
 from reinforce.images.device_records import CellRecord
 from reinforce.student.train import train
@@ -67,7 +67,7 @@ class Noting(ColorTeacher):
 
 def outputs(device: str) -> tuple[dict[str, Any], Noting]:
     there = torch.device(device)
-    models = Models(
+    models = LoadedModels(
         {"teachers": {"red": Noting(there)}, "captioners": {"namer": SeedCaptioner(there)}}, Accelerator(device)
     )
     cells = pixels()
@@ -79,7 +79,7 @@ def outputs(device: str) -> tuple[dict[str, Any], Noting]:
 
 def test_cells_can_be_written_again_where_only_captions_of_row_groups_see_images(cuda: StandIn) -> None:
     def captions(device: str) -> Any:
-        models = Models({"captioners": {"namer": GroupCaptioner(torch.device(device))}}, Accelerator(device))
+        models = LoadedModels({"captioners": {"namer": GroupCaptioner(torch.device(device))}}, Accelerator(device))
         cells = pixels()
         for array in cells.whole.values():
             models.accelerator.pin(array)
@@ -132,7 +132,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
 
 
-def load(config: dict[str, Any], **changes: Any) -> tuple[Config, Plan, Models]:
+def load(config: dict[str, Any], **changes: Any) -> tuple[Config, Plan, LoadedModels]:
     parsed = parse_config({**config, **changes})
     plan = make_plan(parsed)
     return parsed, plan, load_models(parsed, plan.layers.values())
@@ -296,7 +296,7 @@ def test_images_are_augmented_on_the_cpu_for_mps(caplog: pytest.LogCaptureFixtur
 def test_probes_of_features_are_computed_on_the_cpu_for_mps(caplog: pytest.LogCaptureFixture) -> None:
     features = torch.nn.functional.normalize(torch.randn(30, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     labels = np.arange(30) % 3
-    data = Features(features, labels, features, labels)
+    data = PartFeatures(features, labels, features, labels)
     sets = ((probes._classify, probes.LinearSet), (probes._classify_nearest, probes.KnnSet))
     configs = [(classify, of.model_construct(l2=[0.01], k=[3], temperature=0.1)) for classify, of in sets]
     expected = [classify(config, data, Accelerator("cpu")) for classify, config in configs]

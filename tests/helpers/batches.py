@@ -13,8 +13,8 @@ from reinforce.dataset.layers import Layer
 from reinforce.engine.plan.plan import build_layers, describe_models
 from reinforce.engine.worker.decode import PixelCells, Row
 from reinforce.engine.worker.inference import Inference, Session
-from reinforce.engine.worker.models import Counters, Models
-from reinforce.engine.worker.producers.embeddings import TextEmbeddings
+from reinforce.engine.worker.models import Counters, LoadedModels
+from reinforce.engine.worker.producers.embeddings import TextEmbeddingsProducer
 from reinforce.engine.worker.producers.registry import make_producers
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.data import config_of
@@ -63,21 +63,25 @@ class Writing(SeedCaptioner):
         return self.change(super().caption(pixels, seeds), seeds, self.calls)
 
 
-def models_of(red: Any = None, namer: Any = None, blue: Any = None, accelerator: Accelerator | None = None) -> Models:
+def models_of(
+    red: Any = None, namer: Any = None, blue: Any = None, accelerator: Accelerator | None = None
+) -> LoadedModels:
     """The models of ``config_of``, or others in their place."""
     teachers = {"red": red or ColorTeacher(CPU), "blue": blue or ColorTeacher(CPU, size=24, dim=12, seed=1)}
     captioners = {"namer": namer or SeedCaptioner(CPU)}
-    return Models({"teachers": teachers, "captioners": captioners}, accelerator or Accelerator("cpu"))
+    return LoadedModels({"teachers": teachers, "captioners": captioners}, accelerator or Accelerator("cpu"))
 
 
 def make_inference(
-    config: Config, layers: Iterable[Layer], models: Models, counters: Counters | None = None
+    config: Config, layers: Iterable[Layer], models: LoadedModels, counters: Counters | None = None
 ) -> Inference:
     """The models of layers as a worker runs them on batches."""
     session = Session(config, models, counters)
     return Inference(session, make_producers(layers, session))
 
 
-def text_encoder(config: Config, layer: Layer, models: Models, counters: Counters | None = None) -> TextEmbeddings:
+def text_encoder(
+    config: Config, layer: Layer, models: LoadedModels, counters: Counters | None = None
+) -> TextEmbeddingsProducer:
     """The producer of a layer of texts."""
-    return TextEmbeddings([layer], Session(config, models, counters))
+    return TextEmbeddingsProducer([layer], Session(config, models, counters))

@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
-from reinforce.student.model import Student
+from reinforce.student.model import StudentModel
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
 from teachers.coca.captioner import probe
 from teachers.coca.decoder import CocaNetwork
@@ -141,7 +141,7 @@ def _student(model: Any, name: str) -> None:
             del blocks[2:]
     accelerator = Accelerator(DEVICE, "bf16")
     image = image_spec(open_clip.get_model_preprocess_cfg(model))
-    student = _on_card(Student(name, model, open_clip.get_model_config(name), image, ())).train()
+    student = _on_card(StudentModel(name, model, open_clip.get_model_config(name), image, ())).train()
     texts = torch.zeros(_IMAGES, model.context_length, dtype=torch.int64, device=DEVICE)
     images = torch.zeros(_IMAGES, image.height, image.width, 3, dtype=torch.uint8, device=DEVICE)
     batch = {IMAGE: images, CAPTION: texts, SYNTHETIC: texts.clone()}

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reinforce.student.model import Student
+from reinforce.student.model import StudentModel
 from teachers.open_clip.teacher import image_spec
 
 # torch.use_deterministic_algorithms in torch 2.13 lists what raises on CUDA; these are ATen's names.
@@ -71,12 +71,12 @@ def build_without_memory(mode: FakeTensorMode, name: str) -> Any:
     return model.eval()
 
 
-def fake_student(mode: FakeTensorMode, name: str, checkpointing: bool = False) -> Student:
+def fake_student(mode: FakeTensorMode, name: str, checkpointing: bool = False) -> StudentModel:
     """A student in training, whose parameters and buffers are fake."""
     clip, config = build_without_memory(mode, name), open_clip.get_model_config(name)
     if checkpointing:
         clip.set_grad_checkpointing()
-    return Student(name, clip, config, image_spec(open_clip.get_model_preprocess_cfg(clip)), ()).train()
+    return StudentModel(name, clip, config, image_spec(open_clip.get_model_preprocess_cfg(clip)), ()).train()
 
 
 class PeakMemory(Operations):

@@ -17,7 +17,7 @@ from reinforce.config import Config
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import SAMPLES, Content, Layer, LayerKind, compute_fingerprint
 from reinforce.engine.worker.inference import Batch, Outputs
-from reinforce.engine.worker.producers.base import Producer, RowGroup
+from reinforce.engine.worker.producers.base import Producer, RowGroupTables
 from reinforce.engine.worker.producers.registry import PRODUCERS
 from reinforce.source.config import Input
 from reinforce.source.formats.base import Shard, SourceFormat
@@ -143,7 +143,7 @@ class BrightnessProducer(Producer):
             means = first.float().mean(dim=(1, 2, 3))
         return lambda: {layer.name: means.cpu().numpy()}
 
-    def table(self, layer: Layer, group: RowGroup) -> pa.Table:
+    def table(self, layer: Layer, group: RowGroupTables) -> pa.Table:
         self.refuse_unreadable(layer, group)
         readable = np.array([row.unreadable is None for row in group.rows])
         values = pa.array(np.concatenate(group.outputs(layer.name)), pa.float32(), mask=~readable)

@@ -12,9 +12,9 @@ import open_clip
 import torch
 
 from reinforce import settings
-from reinforce.student.config import Student as StudentSpec
 from reinforce.student.config import StudentConfig
-from reinforce.student.model import Student, build_student
+from reinforce.student.config import StudentModel as StudentSpec
+from reinforce.student.model import StudentModel, build_student
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.features import Features
 from reinforce.student.terms.registry import Terms
@@ -100,13 +100,13 @@ def built(
     features: Mapping[str, TeacherInfo] | None = None,
     weight: float = 1.0,
     **options: Any,
-) -> Student:
+) -> StudentModel:
     """A student with heads for the vectors of the teachers in ``features``."""
     spec = StudentSpec(model=name, pretrained=pretrained, preprocess=preprocess)
     return build_student(spec, seed=seed, terms=Terms([Features(weight, features or {})]), **options)
 
 
-def batch_for(student: Student, pairs: int = 4, **options: Any) -> Any:
+def batch_for(student: StudentModel, pairs: int = 4, **options: Any) -> Any:
     """A batch with targets for the heads of the student."""
     made = batch(student.image.height, pairs, **options)
     generator = torch.Generator().manual_seed(1)
@@ -140,7 +140,7 @@ def inside(folder: str) -> Iterator[None]:
         os.chdir(before)
 
 
-def train_briefly(student: Student, steps: int = 2) -> None:
+def train_briefly(student: StudentModel, steps: int = 2) -> None:
     """Change all weights and running statistics a little, as training does."""
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     for _ in range(steps):

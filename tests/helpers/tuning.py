@@ -8,7 +8,7 @@ from typing import Any
 from reinforce import settings
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import Setting, Trial, TuneConfig
-from reinforce.tuning.results import Curve, Outcome, make_curves, make_rows
+from reinforce.tuning.results import Curve, TrialOutcome, make_curves, make_rows
 from reinforce.tuning.screening import ScaleMeasures, TeacherScreening
 
 METRIC = "retrieval/own/text_to_image/r1"
@@ -28,14 +28,14 @@ def tune_config(**keys: Any) -> TuneConfig:
     return settings.parse(TuneConfig, {**base, **keys})
 
 
-def scale_outcomes(by_scale: dict[float, list[float] | None]) -> dict[Trial, Outcome]:
+def scale_outcomes(by_scale: dict[float, list[float] | None]) -> dict[Trial, TrialOutcome]:
     """Outcomes by scale: the metric with each seed, or None where the first trial was stopped at step 5."""
     outcomes = {}
     for scale, values in by_scale.items():
         setting = Setting("red", {"red": scale}, alone=True)
         for seed, value in enumerate(values or [0.1]):
             state: Any = "stopped" if values is None else "finished"
-            outcomes[Trial(setting, seed)] = Outcome(
+            outcomes[Trial(setting, seed)] = TrialOutcome(
                 state, [(5, value / 2 if values else value), (10, value)][: 1 + bool(values)]
             )
     return outcomes

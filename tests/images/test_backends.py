@@ -30,7 +30,7 @@ from reinforce.images.backends import (
     BACKENDS,
     RESIZERS,
     Backend,
-    Replay,
+    Replayer,
     known_operations,
     load_backend,
     load_resizer,
@@ -58,7 +58,7 @@ GOLDEN = "b1ad86cc409b42a1dfe2d5374f425d418f13205ef6da7a99bdd471f2048b21df"
 SIDES = st.one_of(st.integers(1, 8), st.integers(1, 300))
 
 
-def replayed_digest(replay: Replay | None = None) -> str:
+def replayed_digest(replay: Replayer | None = None) -> str:
     """SHA-256 of the replayed pixels of records for images of many sizes."""
     digest, replay = hashlib.sha256(), replay or load_backend(BACKEND)
     for number, (image, record) in enumerate(records()):

@@ -15,7 +15,7 @@ from reinforce.engine.check_models import check_config
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.recompute import recompute
 from reinforce.engine.worker.actor import find_batch
-from reinforce.engine.worker.models import Models, load_models
+from reinforce.engine.worker.models import LoadedModels, load_models
 from reinforce.errors import UserError
 from reinforce.student.data.feed import StudentFeed
 from teachers.registry import load_model
@@ -89,7 +89,7 @@ def test_each_row_has_the_translation_of_its_caption_or_a_reason_also_in_a_fresh
     assert {LAYER, "embeddings/vit/de"} <= {name for name, one in again.layers.items() if one.fits}
 
 
-def limit_memory(models: Models) -> list[int]:
+def limit_memory(models: LoadedModels) -> list[int]:
     """Let the translator run out of memory above three captions -> the sizes of its batches."""
     translator: Any = models.captioners["de"]
     generate, sizes = translator.generate, list[int]()

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import reinforce
 from reinforce.errors import UserError
 from reinforce.student.config import BatchNorm
-from reinforce.student.config import Student as StudentSpec
+from reinforce.student.config import StudentModel as StudentSpec
 from reinforce.student.layers import batch_norms
-from reinforce.student.model import Student, build_student
+from reinforce.student.model import StudentModel, build_student
 from reinforce.training.checkpoints import State, make_adamw
 from reinforce.training.config import Optimizer
 from tests.helpers.models.tiny_models import MEAN, STD
@@ -43,7 +43,7 @@ def published_students() -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.slow if "-B" in name else ()) for name in names]
 
 
-def released(model: str, folder: Path, batch_norm: BatchNorm | None = None) -> Student:
+def released(model: str, folder: Path, batch_norm: BatchNorm | None = None) -> StudentModel:
     """A student that starts from a file of weights whose statistics are not those of the batches below."""
     folder.mkdir(exist_ok=True)
     file, spec = folder / "weights.safetensors", StudentSpec(model=model)
@@ -62,11 +62,11 @@ def released(model: str, folder: Path, batch_norm: BatchNorm | None = None) -> S
     return student
 
 
-def batch_of(student: Student, pairs: int = 4) -> Any:
+def batch_of(student: StudentModel, pairs: int = 4) -> Any:
     return batch(student.image.height, pairs, student.clip.context_length)
 
 
-def take_steps(student: Student, steps: int = 2, lr: float = 0.0, pairs: int = 4) -> torch.Tensor:
+def take_steps(student: StudentModel, steps: int = 2, lr: float = 0.0, pairs: int = 4) -> torch.Tensor:
     """Train with all parts of a step that could change weights; returns the last features."""
     config = Optimizer(lr=lr, final_lr=0.0)
     state = State(student, make_adamw(student, config))
@@ -106,7 +106,7 @@ def test_at_a_rate_of_zero_a_student_stays_equal_and_computes_as_in_eval(
     assert len(changed(moving, before, "running")) == 2 * norms
 
 
-def changed(student: Student, before: dict[str, torch.Tensor], part: str) -> list[str]:
+def changed(student: StudentModel, before: dict[str, torch.Tensor], part: str) -> list[str]:
     """Names with this part of the tensors that are not as before."""
     after = student.state_dict().items()
     return [name for name, value in after if part in name and not torch.equal(value, before[name])]

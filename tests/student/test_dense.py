@@ -23,7 +23,7 @@ from reinforce.student.config import Student as StudentSpec
 from reinforce.student.model import build_student
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo, stored_models
 from reinforce.student.terms import dense
-from reinforce.student.terms.base import MAP, Models
+from reinforce.student.terms.base import MAP, TargetModels
 from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.student.train import StudentTask, build
 from teachers.image_encoder import features_and_map
@@ -36,7 +36,7 @@ from tests.helpers.trainings import curve
 
 TEACHER = {"class": "tests.helpers.models.patches:Cells", "options": {"rows": 4, "columns": 4, "channels": 5}}
 BLIND = {"class": "tests.helpers.models:ColorTeacher"}
-MODELS = Models(
+MODELS = TargetModels(
     {"dino": TeacherInfo(5, frozenset([IMAGES]), None, "")},
     entries=lambda section, names: {"dino": {"grid": [3, 5], "dim": 6}} if section == "patches" else {},
 )
@@ -150,7 +150,7 @@ def test_other_heads_start_as_without_the_term(tmp_path: Path) -> None:
 
 
 def test_models_without_patches_are_refused(tmp_path: Path, dataset: str) -> None:
-    plain = Models({"vit": TeacherInfo(8, frozenset([IMAGES, TEXTS]), 70.0, "")})
+    plain = TargetModels({"vit": TeacherInfo(8, frozenset([IMAGES, TEXTS]), 70.0, "")})
     for loss, message in (
         ({"dense": 1.0}, r"loss\.dense needs layers patches/TEACHER, and the datasets have none"),
         ({"dense": 1.0, "targets": "online", "teachers": {"blind": BLIND}}, r"none of `loss\.teachers` has patches"),

@@ -12,7 +12,7 @@ from timm.optim import param_groups_layer_decay
 
 import reinforce
 from reinforce.errors import UserError
-from reinforce.student.model import Student, build_student
+from reinforce.student.model import StudentModel, build_student
 from reinforce.training.checkpoints import make_adamw
 from reinforce.training.config import Optimizer
 from tests.helpers.students import TEACHER, built, student_config, student_folder
@@ -45,7 +45,7 @@ STUDENTS: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
 }  # fmt: skip
 
 
-def scales(student: Student, config: Optimizer) -> dict[str, float]:
+def scales(student: StudentModel, config: Optimizer) -> dict[str, float]:
     found = {id(p): group["scale"] for group in make_adamw(student, config).param_groups for p in group["params"]}
     return {name: found[id(p)] for name, p in student.named_parameters() if p.requires_grad}
 

@@ -13,7 +13,7 @@ from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
-from reinforce.student.terms.base import Models
+from reinforce.student.terms.base import TargetModels
 from reinforce.student.terms.moments import Fit, Moments
 from reinforce.student.terms.registry import make_terms
 from reinforce.student.train import StudentTask
@@ -124,10 +124,10 @@ def test_moments_are_those_of_all_parts_and_need_vectors_that_differ() -> None:
 def test_settings_that_do_not_fit_are_refused_before_a_model_is_built() -> None:
     eyes = {"eyes": TeacherInfo(5, frozenset([IMAGES]), None, "")}
     both = {"both": TeacherInfo(5, frozenset([IMAGES, TEXTS]), 10.0, "")}
-    alone = Models(eyes, kinds=())
-    refused: list[tuple[Any, Models, str]] = [
+    alone = TargetModels(eyes, kinds=())
+    refused: list[tuple[Any, TargetModels, str]] = [
         ({"weights": {"ears": 2.0}}, alone, "the term uses no teacher 'ears'; it uses: eyes"),
-        ({"weights": {"both": 2.0}}, Models({**eyes, **both}), "the term uses no teacher 'both'; it uses: eyes"),
+        ({"weights": {"both": 2.0}}, TargetModels({**eyes, **both}), "the term uses no teacher 'both'; it uses: eyes"),
     ]
     for features, models, message in refused:
         with pytest.raises(UserError, match=message):

@@ -17,12 +17,12 @@ from reinforce.errors import UserError
 from reinforce.processes.signals import Stopped, StopSignal
 from reinforce.shipping.targets.base import reparameterize
 from reinforce.storage import Storage
-from reinforce.student.config import Student as StudentSpec
 from reinforce.student.config import StudentConfig
+from reinforce.student.config import StudentModel as StudentSpec
 from reinforce.student.layers import can_quantize, quantize, round_inputs, round_weights
-from reinforce.student.model import Student, build_student
+from reinforce.student.model import StudentModel, build_student
 from reinforce.student.train import build, student_job
-from reinforce.training.checkpoints import Checkpoints
+from reinforce.training.checkpoints import CheckpointFolder
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.ranks import results_of_ranks
 from tests.helpers.students import batch_for, built, student_config, student_folder, train_briefly
@@ -31,17 +31,17 @@ from tests.helpers.trainings import gradients_of, run, stopping
 STEPS = 5
 
 
-def trained(folder: Path, kind: str = "mobileclip", **options: Any) -> Student:
+def trained(folder: Path, kind: str = "mobileclip", **options: Any) -> StudentModel:
     student = built(student_folder(folder, kind), **options)
     train_briefly(student)
     return student
 
 
-def features(student: Student) -> torch.Tensor:
+def features(student: StudentModel) -> torch.Tensor:
     return torch.cat(list(student(batch_for(student)).features.values()))
 
 
-def rounded_export(student: Student) -> Student:
+def rounded_export(student: StudentModel) -> StudentModel:
     """The reparameterised student with rounded weights, as an export with int8 weights computes."""
     other = copy.deepcopy(student).eval()
     other.clip = reparameterize(other.clip)
@@ -147,7 +147,7 @@ def train(config: StudentConfig, stop_at: int | None = None) -> dict[str, torch.
     task, feed = build(config, Accelerator("cpu"))
     stop = StopSignal()
     run(student_job(config), feed if stop_at is None else stopping(feed, stop, stop_at), stop, task)
-    checkpoints = Checkpoints(Storage(config.output), 1)
+    checkpoints = CheckpointFolder(Storage(config.output), 1)
     return checkpoints.load(max(checkpoints.steps()))[1]
 
 

@@ -15,7 +15,7 @@ from reinforce.errors import UserError
 from reinforce.student import online
 from reinforce.student.config import Data, Loss, StudentConfig
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo, stored_teachers
-from reinforce.student.terms.base import Models
+from reinforce.student.terms.base import TargetModels
 from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.student.train import student_job
 from teachers.registry import teacher_spec
@@ -32,7 +32,7 @@ def loss(**keys: Any) -> Loss:
 
 
 def terms(loss: Loss, **teachers: TeacherInfo) -> Terms:
-    return make_terms(loss, Models(teachers))
+    return make_terms(loss, TargetModels(teachers))
 
 
 def config(*urls: str, loss: dict[str, Any] | None = None, **data: Any) -> StudentConfig:

@@ -14,8 +14,8 @@ import reinforce
 from reinforce.errors import UserError
 from reinforce.student import model as student_model
 from reinforce.student.config import FeatureLoss
-from reinforce.student.config import Student as StudentSpec
-from reinforce.student.model import Student, build_student, export
+from reinforce.student.config import StudentModel as StudentSpec
+from reinforce.student.model import StudentModel, build_student, export
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.features import Features
 from reinforce.student.terms.registry import Terms
@@ -26,7 +26,7 @@ from tests.helpers.students import KINDS, batch_for, plain_open_clip, student_fo
 TEXT = {"caption": ["a photo of a cat", "A dog."]}
 
 
-def built(terms: Terms | None = None, only: Any = None, **spec: Any) -> Student:
+def built(terms: Terms | None = None, only: Any = None, **spec: Any) -> StudentModel:
     return build_student(StudentSpec.model_validate(spec), seed=0, terms=terms, only=only)
 
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from reinforce.errors import UserError
 from reinforce.storage import Storage
-from reinforce.training.checkpoints import BestCheckpoint, Checkpoints
+from reinforce.training.checkpoints import BestCheckpoint, CheckpointFolder
 from reinforce.training.config import Job
 from reinforce.training.results import Results, read_results
 from reinforce.training.task import Metrics
@@ -53,7 +53,7 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_latest(tmp_path: Path) -
 
     made = job(tmp_path, evaluate_every=3, best="top1", checkpoints={"every": 100, "keep": 1})
     results = scored(made, math.nan, 0.9, 0.4, math.nan)
-    assert Checkpoints(Storage(made.output), 1).steps() == [6, 9, 12]
+    assert CheckpointFolder(Storage(made.output), 1).steps() == [6, 9, 12]
     assert results.best == BestCheckpoint(6, "top1", 0.9)
     assert "best top1: 90.00 at step 6" in results.summary()
     assert re.search("top1 +not finite", results.summary())

@@ -18,7 +18,7 @@ from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.training.checkpoints import (
     BestCheckpoint,
-    Checkpoints,
+    CheckpointFolder,
     CheckpointWriter,
     DamagedCheckpoint,
     Progress,
@@ -27,8 +27,8 @@ from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.trainings import PairFeed, job, run
 
 
-def checkpoints(folder: Path, keep: int = 2) -> Checkpoints:
-    return Checkpoints(Store(str(folder)), keep)
+def checkpoints(folder: Path, keep: int = 2) -> CheckpointFolder:
+    return CheckpointFolder(Store(str(folder)), keep)
 
 
 def test_a_checkpoint_written_in_a_thread_has_the_bytes_of_the_state_when_it_was_saved_and_is_loaded_as_it_was(
@@ -41,13 +41,13 @@ def test_a_checkpoint_written_in_a_thread_has_the_bytes_of_the_state_when_it_was
     for step in (1, 2):
         separate = {name: (step * tensor).contiguous() for name, tensor in tensors.items()}
         checkpoints(tmp_path / "plain").save(Progress(step, config, 1.5, 2), separate)
-    begin, write = threading.Event(), Checkpoints.save
+    begin, write = threading.Event(), CheckpointFolder.save
 
     def late(*arguments: Any) -> None:
         begin.wait(600)
         write(*arguments)
 
-    monkeypatch.setattr(Checkpoints, "save", late)
+    monkeypatch.setattr(CheckpointFolder, "save", late)
     with CheckpointWriter(checkpoints(tmp_path / "thread")) as writer:
         writer.save(Progress(1, config, 1.5, 2), tensors)
         for tensor in (tied, conv, tensors["scale"], tensors["bf"]):
@@ -103,7 +103,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_training_soon(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", f"{tmp_path}/checkpoints/x")
 
-    monkeypatch.setattr(Checkpoints, "save", full)
+    monkeypatch.setattr(CheckpointFolder, "save", full)
     feed = PairFeed()
     with pytest.raises(UserError, match=r"cannot be written: .*No space left.*checkpoints/x.*; make room"):
         run(job(tmp_path, steps=40, checkpoints={"every": every}), feed)

@@ -28,11 +28,11 @@ from reinforce.training.checkpoints import BestCheckpoint
 from reinforce.training.config import Job, Trackers
 from reinforce.training.log import (
     RUNS,
-    Backend,
     Log,
     Scalars,
     Throughput,
     Tracker,
+    TrackerRun,
     check_trackers,
     draw_curves,
     format_row,
@@ -241,7 +241,7 @@ class Kept:
 
 def test_a_tracker_gets_finite_numbers_in_order_and_how_the_training_ended() -> None:
     kept = Kept()
-    tracker = Tracker("x", lambda: Backend(kept.log, kept.close))
+    tracker = Tracker("x", lambda: TrackerRun(kept.log, kept.close))
     tracker.add(1, {"loss": 2.0, "memory": float("inf")})
     tracker.add(2, {"loss": float("nan")})
     tracker.add(3, {"loss": 1.0, "skipped": 0})
@@ -267,9 +267,9 @@ class Broken(Kept):
 def test_a_tracker_that_fails_is_reported_once(
     where: str, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def start() -> Backend:
+    def start() -> TrackerRun:
         broken = Broken(where, error)
-        return Backend(broken.log, broken.close)
+        return TrackerRun(broken.log, broken.close)
 
     tracker = Tracker("wandb", start)
     for step in range(50):
@@ -287,7 +287,7 @@ def test_a_tracker_that_does_not_answer_costs_no_step_and_does_not_hold_the_end(
 ) -> None:
     answer = threading.Event()
 
-    slow = Backend(lambda step, scalars: answer.wait(600), lambda failed: None)
+    slow = TrackerRun(lambda step, scalars: answer.wait(600), lambda failed: None)
     tracker = Tracker("mlflow", lambda: slow, closing_seconds=0.2)
     for step in range(10_100):
         tracker.add(step, {"loss": 1.0})

@@ -25,7 +25,7 @@ from tensorboard.summary.writer import event_file_writer
 from reinforce.errors import UserError
 from reinforce.processes.signals import Stopped, StopSignal
 from reinforce.storage import Storage
-from reinforce.training.checkpoints import Checkpoints, Progress
+from reinforce.training.checkpoints import CheckpointFolder, Progress
 from reinforce.training.config import Job
 from reinforce.training.loop import run_rank
 from reinforce.training.ranks import Ranks
@@ -209,7 +209,7 @@ def test_a_training_resumes_on_the_same_data_only(tmp_path: Path) -> None:
     def resumed(data: dict[str, Any], steps: int, **config: Any) -> Progress:
         made = job(tmp_path, steps=steps, evaluate_every=1)
         run(replace(made, fixed_config={**made.fixed_config, **config}), PairFeed(data=data))
-        return Checkpoints(Storage(str(tmp_path)), 1).load(steps)[0]
+        return CheckpointFolder(Storage(str(tmp_path)), 1).load(steps)[0]
 
     first = {"data.teachers": ["a"], "url: embeddings/a/images": "4f3e"}
     assert resumed(first, 3, **{"data.teachers": None}).data == first

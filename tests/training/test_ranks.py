@@ -25,7 +25,7 @@ from reinforce.errors import UserError
 from reinforce.processes.signals import Stopped, StopSignal
 from reinforce.training import gather, log
 from reinforce.training.batch_norms import synchronize_batch_norms
-from reinforce.training.checkpoints import Checkpoints, DamagedCheckpoint, State
+from reinforce.training.checkpoints import CheckpointFolder, DamagedCheckpoint, State
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
 from reinforce.training.ranks import Ranks, join_ranks, share_from_first, wrap_ddp
@@ -88,16 +88,16 @@ def hang(folder: Path, rank: int, ranks: Ranks) -> None:
 @contextlib.contextmanager
 def damaged(step: int) -> Iterator[None]:
     """The checkpoint of a step is damaged as this rank reads it."""
-    load = Checkpoints.load
+    load = CheckpointFolder.load
 
-    def load_others(self: Checkpoints, found: int) -> Any:
+    def load_others(self: CheckpointFolder, found: int) -> Any:
         if found == step:
             raise DamagedCheckpoint("its file is not a whole checkpoint")
         return load(self, found)
 
-    Checkpoints.load = load_others  # type: ignore[method-assign]
+    CheckpointFolder.load = load_others  # type: ignore[method-assign]
     yield
-    Checkpoints.load = load  # type: ignore[method-assign]
+    CheckpointFolder.load = load  # type: ignore[method-assign]
 
 
 def divide(rank: int, ranks: Ranks) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from reinforce.storage import Storage
 from reinforce.training import trials
-from reinforce.training.checkpoints import Checkpoints, State
+from reinforce.training.checkpoints import CheckpointFolder, State
 from reinforce.training.ranks import Ranks
 from reinforce.training.trials import Trials
 from teachers.fast_paths import recompilation, usage
@@ -137,8 +137,8 @@ def test_a_compiled_training_has_the_curve_of_a_plain_one_and_one_that_resumes_s
     on, off = (job(tmp_path / str(on), steps=6, compute={**compute, "compile": on}) for on in (True, False))
     run(off, task=seeded())
     stopped_after(3, on, task=seeded())
-    assert Checkpoints(Storage(on.output), 1).load(3)[0].compiled
-    assert not Checkpoints(Storage(off.output), 1).load(6)[0].compiled
+    assert CheckpointFolder(Storage(on.output), 1).load(3)[0].compiled
+    assert not CheckpointFolder(Storage(off.output), 1).load(6)[0].compiled
     [found] = usage.snapshot()
     assert (found.asked, found.used, found.plain) == (True, 6, 0)
     capsys.readouterr()

@@ -22,7 +22,7 @@ from reinforce.terminal import Screen
 from reinforce.training.log import LOG
 from reinforce.tuning.command import _run_stage
 from reinforce.tuning.config import BaseStudent, Trial, TuneConfig, scale_settings
-from reinforce.tuning.results import Outcome
+from reinforce.tuning.results import TrialOutcome
 from reinforce.tuning.search import Search
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.reinforced import small_dataset
@@ -132,10 +132,10 @@ def test_settings_that_are_not_stopped_are_trained_with_every_seed_and_then_the_
     asked: list[tuple[bool, list[str]]] = []
 
     class Answers(Search):
-        def run(self, trials: Mapping[Trial, StudentConfig], stop_early: bool) -> dict[Trial, Outcome]:
+        def run(self, trials: Mapping[Trial, StudentConfig], stop_early: bool) -> dict[Trial, TrialOutcome]:
             asked.append((stop_early, [trial.name for trial in trials]))
             return {
-                trial: Outcome("stopped" if stop_early and trial.setting.scales["red"] in (10.0, 80.0)
+                trial: TrialOutcome("stopped" if stop_early and trial.setting.scales["red"] in (10.0, 80.0)
                                else "finished", [(STEPS, values[trial.setting.scales["red"]] + 0.02 * trial.seed)])
                 for trial in trials
             }  # fmt: skip

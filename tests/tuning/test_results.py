@@ -12,7 +12,7 @@ from rich.table import Table
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import Setting, Trial
 from reinforce.tuning.results import (
-    Outcome,
+    TrialOutcome,
     check_screening,
     make_curves,
     make_rows,
@@ -52,12 +52,12 @@ def test_plateau_is_unknown_of_one_seed_and_on_the_side_where_trials_were_stoppe
 def test_joint_curve_takes_the_best_setting_at_each_value_and_none_with_a_failed_trial() -> None:
     outcomes = {}
     for red, blue, value in ((10.0, 1.0, 0.3), (10.0, 2.0, 0.5), (20.0, 1.0, 0.6), (20.0, 2.0, 0.2)):
-        outcomes[Trial(Setting("joint", {"red": red, "blue": blue}), 0)] = Outcome("finished", [(10, value)])
+        outcomes[Trial(Setting("joint", {"red": red, "blue": blue}), 0)] = TrialOutcome("finished", [(10, value)])
     of_red, of_blue = make_curves(make_rows(outcomes, [0]))
     assert [(value, row.mean) for value, row in of_red.rows] == [(10.0, 0.5), (20.0, 0.6)]
     assert [(value, row.mean) for value, row in of_blue.rows] == [(1.0, 0.6), (2.0, 0.5)]
     outcomes = scale_outcomes({10.0: [0.2, 0.2], 20.0: [0.9]})
-    outcomes[Trial(Setting("red", {"red": 20.0}, alone=True), 1)] = Outcome("open", [(5, 0.9)], error="no memory")
+    outcomes[Trial(Setting("red", {"red": 20.0}, alone=True), 1)] = TrialOutcome("open", [(5, 0.9)], error="no memory")
     rows = make_rows(outcomes, [0, 1])
     assert [(row.state, row.mean) for row in rows] == [("finished", 0.2), ("failed", None)]
     assert rows[1].json()["fault"] == "no memory"
@@ -83,7 +83,7 @@ def cells(table: Table) -> list[tuple[str, ...]]:
 
 def test_tables_show_the_best_a_stopped_and_a_failed_setting_and_the_scale_nearest_to_the_most_likely_one() -> None:
     outcomes = scale_outcomes({10.0: [0.2, 0.2], 20.0: [0.3, 0.3], 40.0: None})
-    outcomes[Trial(Setting("red", {"red": 80.0}, alone=True), 0)] = Outcome("open", error="no memory")
+    outcomes[Trial(Setting("red", {"red": 80.0}, alone=True), 0)] = TrialOutcome("open", error="no memory")
     assert cells(results_table(make_rows(outcomes, [0, 1]), "accuracy")) == [
         ("red", "red 10", "0.2000", "0.0000", "2", ""),
         ("red", "red 20", "0.3000", "0.0000", "2", "best"),

@@ -27,7 +27,7 @@ from reinforce.tuning.config import (
     render_student_yaml,
     scale_settings,
 )
-from reinforce.tuning.results import Outcome, begin_trial, mark_stopped, read_outcome
+from reinforce.tuning.results import TrialOutcome, begin_trial, mark_stopped, read_outcome
 from reinforce.tuning.search import Search, _Scheduler
 from tests.helpers.tuning import METRIC, STUDENT, trial_student, tune_config
 
@@ -150,13 +150,13 @@ def test_log_is_read_up_to_a_line_that_a_kill_truncated_and_to_the_evaluation_th
     tmp_path: Path,
 ) -> None:
     config = trial_student(tmp_path / "one")
-    assert read_outcome(config, 12, METRIC) == Outcome("open", []), "no log yet"
+    assert read_outcome(config, 12, METRIC) == TrialOutcome("open", []), "no log yet"
     Path(config.output).mkdir()
     lines = [evaluation(4, 0.1), json.dumps({"step": 5, "loss": 1.0}), evaluation(8, 0.2), '{"step": 9, "lo']
     Path(config.output, "log.jsonl").write_text("\n".join(lines))
-    assert read_outcome(config, 12, METRIC) == Outcome("open", [(4, 0.1), (8, 0.2)])
+    assert read_outcome(config, 12, METRIC) == TrialOutcome("open", [(4, 0.1), (8, 0.2)])
     mark_stopped(config, METRIC, 4, 0.1)
-    assert read_outcome(config, 12, METRIC) == Outcome("stopped", [(4, 0.1)])
+    assert read_outcome(config, 12, METRIC) == TrialOutcome("stopped", [(4, 0.1)])
     assert read_outcome(config, 12, "another").state == "open"
     stored = json.loads((tmp_path / "one" / "stopped.json").read_text())
     assert stored == {"metric": METRIC, "step": 4, "value": 0.1, "by": "ASHA"}

@@ -35,7 +35,7 @@ class Captions(LayerKind):
     values = "captions"
     unit = "captions"
     taken = True
-    producer = "captions:Captions"
+    producer = "captions:CaptionsProducer"
     section = "captioners"
     model_key = "captioner"
     required = ("count",)

@@ -186,7 +186,7 @@ class ImageEmbeddings(_Embeddings):
     name = "images"
     pattern = embeddings_layer("*", "images")
     unit = "images"
-    producer = "embeddings:ImageEmbeddings"
+    producer = "embeddings:ImageEmbeddingsProducer"
     crops = True
     picks = "crop"
 
@@ -200,7 +200,7 @@ class TextEmbeddings(_Embeddings):
     name = "texts"
     pattern = embeddings_layer("*", "*")
     unit = "texts"
-    producer = "embeddings:TextEmbeddings"
+    producer = "embeddings:TextEmbeddingsProducer"
     picks = "text"
 
     def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ class PatchFeatures(LayerKind):
     columns = ("key", "patches")
     values = "patches"
     unit = "images"
-    producer = "patches:PatchFeatures"
+    producer = "patches:PatchFeaturesProducer"
     section = "teachers"
     model_key = "teacher"
     required = ("teacher", "count", "dim", "dtype", "grid", "codebook")

@@ -75,7 +75,7 @@ class ClassProbabilities(LayerKind):
     columns = ("key", "classes", "probabilities", "rest")
     values = "probabilities"
     unit = "images"
-    producer = "probabilities:ClassProbabilities"
+    producer = "probabilities:ClassProbabilitiesProducer"
     section = "classifiers"
     model_key = "classifier"
     required = ("classifier", "count", "dim", "model", *_SETTINGS)

@@ -10,7 +10,7 @@ from reinforce.dataset.kinds.captions import Captions
 from reinforce.dataset.kinds.embeddings import ImageEmbeddings, TextEmbeddings
 from reinforce.dataset.kinds.patches import PatchFeatures
 from reinforce.dataset.kinds.probabilities import ClassProbabilities
-from reinforce.dataset.kinds.samples import Samples
+from reinforce.dataset.kinds.samples import SamplesKind
 from reinforce.dataset.kinds.scores import Scores
 from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, matches
 
@@ -18,7 +18,7 @@ from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, matches
 KINDS: dict[str, LayerKind] = {
     kind.name: kind
     for kind in (
-        Samples(),
+        SamplesKind(),
         Captions(),
         ClassProbabilities(),
         ImageEmbeddings(),

@@ -32,7 +32,7 @@ PUBLISHED_FORMAT = "datacompdr-1"
 _RECIPE = ("images", "seed", "policies", "input", "augmentations")
 
 
-class Samples(LayerKind):
+class SamplesKind(LayerKind):
     name = "samples"
     pattern = SAMPLES
     level = 0
@@ -40,7 +40,7 @@ class Samples(LayerKind):
     stored_plain = ("image",)
     values = None
     unit = "samples"
-    producer = "samples:Samples"
+    producer = "samples:SamplesProducer"
     file_schemas = tuple(schemas.samples_schema(images, True, True) for images in ("embed", "reference", NO_IMAGES))
 
     def layers(

@@ -53,7 +53,7 @@ class StoredRows(Protocol):
         """The columns of the samples that the scorer names, and keys."""
 
 
-class Scorer(ABC):
+class SampleScorer(ABC):
     """Computes some scores of each sample, by an entry of the config and the most true captions of a sample.
 
     ``SCORERS`` has the class for each key of the entry. Making one raises ValueError or OSError that names the fix.
@@ -96,7 +96,7 @@ _COLUMNS: dict[Fact, tuple[str, ...]] = {
 }
 
 
-class Facts(Scorer):
+class Facts(SampleScorer):
     """Sizes of the image, and lengths of the true caption, which are null where there is none.
 
     ``tokens`` are those of the whole caption, without the marks at its start and end.
@@ -161,7 +161,7 @@ class Facts(Scorer):
         return lambda text: len(tokenizer.tokenizer.encode(tokenizer.clean_fn(text), add_special_tokens=False))
 
 
-class Head(Scorer):
+class Head(SampleScorer):
     """``weight`` [N, D] or [D] and ``bias`` [N] of a safetensors file, applied to each augmented image of a row.
 
     Each output gives its mean and its maximum over the augmentations: ``score_mean`` and ``score_max``.
@@ -214,7 +214,7 @@ _SIMILARITY_VERSION = 1
 _EACH_CAPTION_ONCE = 2  # the version of layers over several true captions
 
 
-class Similarity(Scorer):
+class Similarity(SampleScorer):
     """Cosines of a row's augmented images and its texts.
 
     For each kind of texts, such as ``caption``: ``caption_mean`` and ``caption_max`` over augmentations and texts,
@@ -256,10 +256,14 @@ class Similarity(Scorer):
 
 
 #: The scorers by the key of a config that chooses them.
-SCORERS: dict[str, Callable[[Score, int], Scorer]] = {Similarity.key: Similarity, Head.key: Head, Facts.key: Facts}
+SCORERS: dict[str, Callable[[Score, int], SampleScorer]] = {
+    Similarity.key: Similarity,
+    Head.key: Head,
+    Facts.key: Facts,
+}
 
 
-def make_scorer(spec: Score, captions: int = 1) -> Scorer:
+def make_scorer(spec: Score, captions: int = 1) -> SampleScorer:
     """The scorer of an entry of ``scores`` of a dataset with at most ``captions`` true captions a sample. Raises
     ValueError or OSError that names the fix."""
     scorer = next(scorer for key, scorer in SCORERS.items() if getattr(spec, key) is not None)
@@ -273,7 +277,7 @@ class Scores(LayerKind):
     columns = ("key", "scores")
     values = None  # a score is null where one of its inputs is, which says why in the quarantine of its layer
     unit = "samples"
-    producer = "scores:Scores"
+    producer = "scores:ScoresProducer"
     section = "scores"
     required = ("names", "needs", "score")
     file_schemas = (schemas.scores_schema(()),)

@@ -72,7 +72,7 @@ from reinforce.engine.record import (
     WORKER_LOST,
     Ending,
     Events,
-    Progress,
+    ProgressScreen,
     Rates,
     Recorder,
     RunSummary,
@@ -122,7 +122,7 @@ class Driver:
     lacks.
     """
 
-    def __init__(self, plan: Plan, store: Store, progress: Progress, claims: Claims | None = None) -> None:
+    def __init__(self, plan: Plan, store: Store, progress: ProgressScreen, claims: Claims | None = None) -> None:
         self.plan, self.store, self.progress = plan, store, progress
         self.needed = frozenset(name for shard in plan.pending for name in shard.layers)
         models = any(plan.layers[name].loads_model for name in self.needed)

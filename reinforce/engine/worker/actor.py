@@ -45,7 +45,7 @@ from reinforce.engine.worker.inference import IN_WORK, Inference, Session, devic
 from reinforce.engine.worker.models import (
     MAX_AUTO_BATCH,
     Counters,
-    Models,
+    LoadedModels,
     describe_loaded,
     load_models,
     rows_per_batch,
@@ -86,7 +86,7 @@ class Worker:
             os.chdir(folder)
         self.store = Store(config.output)
         self.redact = Redactor(config.model_dump(mode="json"))
-        self.models: Models | None = None
+        self.models: LoadedModels | None = None
         self.pool: DecodePool | None = None
         self.watch = WorkerWatch()
         self.metrics = Recorder(str(index))
@@ -243,7 +243,7 @@ def as_actor(config: Config) -> Any:
     )(Worker)
 
 
-def fit_batch(models: Models, config: Config, layers: Iterable[Layer]) -> Config:
+def fit_batch(models: LoadedModels, config: Config, layers: Iterable[Layer]) -> Config:
     """``config`` with a number for ``workers.batch: auto``.
 
     On CUDA, full batches of the models that make ``layers`` are tried, and halved if they do not fit. Raises UserError
@@ -254,7 +254,7 @@ def fit_batch(models: Models, config: Config, layers: Iterable[Layer]) -> Config
     return _with_batch(config, config.workers.images)
 
 
-def find_batch(models: Models, config: Config, layers: list[Layer], largest: int = MAX_AUTO_BATCH) -> Config:
+def find_batch(models: LoadedModels, config: Config, layers: list[Layer], largest: int = MAX_AUTO_BATCH) -> Config:
     """As ``fit_batch`` on CUDA; ``auto`` is at most ``largest``."""
     automatic = config.workers.batch == "auto"
     if automatic:
@@ -275,7 +275,7 @@ def _with_batch(config: Config, batch: int) -> Config:
     return config.model_copy(update={"workers": config.workers.model_copy(update={"batch": batch})})
 
 
-def _try_batch(models: Models, config: Config, layers: list[Layer]) -> bool:
+def _try_batch(models: LoadedModels, config: Config, layers: list[Layer]) -> bool:
     """Run full batches side by side -> whether something did not fit and batches are smaller now."""
     sessions = [Session(config, models) for _ in range(_COPIED)]
     inferences = [Inference(session, make_producers(layers, session)) for session in sessions]

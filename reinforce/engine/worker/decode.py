@@ -43,7 +43,7 @@ from PIL.Image import new as new_image
 from reinforce.config import Config
 from reinforce.engine.pulse import LeaseWatch
 from reinforce.images import policy as image
-from reinforce.images.backends import Replay, load_backend, sample_augmentation
+from reinforce.images.backends import Replayer, load_backend, sample_augmentation
 from reinforce.images.policy import ImageRefused, decode, image_policy
 from reinforce.images.records import Augmentation, Crop, from_records, to_records
 from reinforce.labels.members import LabelValue, MemberReader, RowLabels, Unreadable
@@ -81,7 +81,7 @@ class PixelCells:
         """Whether rows have pixels at all."""
         return self.crops is not None or bool(self.whole)
 
-    def write(self, cell: int, image: Image, augmentations: Sequence[Augmentation], replay: Replay) -> None:
+    def write(self, cell: int, image: Image, augmentations: Sequence[Augmentation], replay: Replayer) -> None:
         """Write the pixels of one RGB image, with the crops by ``replay``.
 
         Raises ValueError if an augmentation does not fit the image.

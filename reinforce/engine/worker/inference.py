@@ -28,7 +28,7 @@ from reinforce.engine.messages import raising_layer_failure
 from reinforce.engine.pulse import PREPARING, WAITING, LeaseWatch
 from reinforce.engine.rates import Cost, Stages
 from reinforce.engine.worker.decode import PixelCells, PixelLayout, Row, runs
-from reinforce.engine.worker.models import COPYING, Counters, Demand, Models, OutOfMemory, attempt, rows_per_batch
+from reinforce.engine.worker.models import COPYING, Counters, Demand, LoadedModels, OutOfMemory, attempt, rows_per_batch
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator, TimeMark
 
@@ -44,7 +44,7 @@ class Session:
     """The models for one shard. ``counters`` receives the busy time of this shard, ``watch`` its steps."""
 
     def __init__(
-        self, config: Config, models: Models, counters: Counters | None = None, watch: LeaseWatch | None = None
+        self, config: Config, models: LoadedModels, counters: Counters | None = None, watch: LeaseWatch | None = None
     ) -> None:
         self.config, self.models = config, models
         self.watch = watch or LeaseWatch()
@@ -159,7 +159,7 @@ class Batch:
     whole: Mapping[ImageSpec, torch.Tensor]
 
 
-class Encoder(ABC):
+class LayerEncoder(ABC):
     """Runs the models of some layers on batches of rows. The defaults are those of models that see no image."""
 
     #: Whether it sees the augmented images, and the preprocessing of the whole images that it sees.
@@ -196,7 +196,7 @@ class Encoder(ABC):
 class Inference:
     """Runs the models of ``encoders``, which share the pixels of each batch."""
 
-    def __init__(self, session: Session, encoders: Iterable[Encoder]) -> None:
+    def __init__(self, session: Session, encoders: Iterable[LayerEncoder]) -> None:
         self._session, self._encoders = session, [*encoders]
         # Teachers come before captioners: their large forward passes show first whether the memory suffices.
         self._seeing = [one for one in reversed(self._encoders) if one.crops or one.whole]

@@ -317,7 +317,7 @@ class PriorityLock:
 
 
 @dataclass
-class Models:
+class LoadedModels:
     """The loaded models of a worker, by section and name, and the accelerator they share, one batch at a time."""
 
     loaded: Mapping[str, Mapping[str, Any]]
@@ -430,13 +430,13 @@ class Models:
             yield
 
 
-def crops_per_batch(models: Models, config: Config) -> int:
+def crops_per_batch(models: LoadedModels, config: Config) -> int:
     """Augmented images of a full batch."""
     rows = models.batches.fitting("rows", rows_per_batch(config))
     return models.batches.fitting("crops", rows * config.augmentations.count)
 
 
-def load_models(config: Config, layers: Iterable[Layer]) -> Models:
+def load_models(config: Config, layers: Iterable[Layer]) -> LoadedModels:
     """Load the models that make ``layers``, as ``accelerator`` of the config says.
 
     Raises UserError if one, or the augmentation backend, cannot be loaded.
@@ -455,7 +455,7 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
             section: {name: load_model(name, spec, device) for name, spec in specs.items() if (section, name) in owners}
             for section, specs in config.models.items()
         }
-        models = Models(loaded, Accelerator(device))
+        models = LoadedModels(loaded, Accelerator(device))
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
         raise UserError(f"{error}{user_frames(error)}{memory_hint(error)}") from error
     for name, teacher in models.teachers.items():
@@ -497,7 +497,7 @@ def on_this_machine(config: Config) -> Config:
     return config.model_copy(update={"workers": config.workers.model_copy(update={"gpus": gpus})})
 
 
-def describe_loaded(models: Models, config: Config) -> dict[tuple[str, str], dict[str, Any]]:
+def describe_loaded(models: LoadedModels, config: Config) -> dict[tuple[str, str], dict[str, Any]]:
     """Entries of dataset.json of each loaded model besides its identity, by section and name."""
     specs = config.models
     stated = {

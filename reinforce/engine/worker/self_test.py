@@ -35,7 +35,7 @@ import torch
 
 from reinforce.config import Config
 from reinforce.engine.messages import user_frames
-from reinforce.engine.worker.models import Floats, Models, memory_hint, to_numpy
+from reinforce.engine.worker.models import Floats, LoadedModels, memory_hint, to_numpy
 from reinforce.errors import UserError
 from teachers.custom import PIXELS
 from teachers.pixels import to_pixels
@@ -95,7 +95,7 @@ def test_rows(size: int) -> list[int]:
     return [place % _IMAGES for place in range(size)]
 
 
-def of_images(models: Models, image: ImageSpec | None, run: Callable[[torch.Tensor], Any]) -> Start:
+def of_images(models: LoadedModels, image: ImageSpec | None, run: Callable[[torch.Tensor], Any]) -> Start:
     """Lets a model ``run`` the pixels of test images, preprocessed by ``image``."""
 
     def start(rows: Sequence[int]) -> Callable[[], Any]:
@@ -105,13 +105,13 @@ def of_images(models: Models, image: ImageSpec | None, run: Callable[[torch.Tens
     return start
 
 
-def _run(models: Models, start: Start, rows: Sequence[int]) -> Any:
+def _run(models: LoadedModels, start: Start, rows: Sequence[int]) -> Any:
     run = start(rows)
     with models.use_accelerator():
         return run()
 
 
-def check_fp8(models: Models, name: str, pixels: torch.Tensor) -> None:
+def check_fp8(models: LoadedModels, name: str, pixels: torch.Tensor) -> None:
     """Compare a teacher in fp8 with itself in bf16 on crops, float32 [B, 3, H, W], in the accelerator's turn.
 
     It happens once, and afterwards only a teacher in fp8 is held. Raises UserError if they differ too much.
@@ -130,7 +130,7 @@ def check_fp8(models: Models, name: str, pixels: torch.Tensor) -> None:
     models.batches.note(f"teachers.{name}: {compared}")
 
 
-def check_text_encoder(models: Models, name: str, precision: Precision, batch: int | None = None) -> Floats:
+def check_text_encoder(models: LoadedModels, name: str, precision: Precision, batch: int | None = None) -> Floats:
     """Test the text encoder of a teacher -> the norms of its embeddings; as ``check_encoder``."""
     teacher = models.teachers[name]
 
@@ -145,7 +145,7 @@ def check_text_encoder(models: Models, name: str, precision: Precision, batch: i
     return check_encoder(models, name, "texts", start, precision, batch)
 
 
-def check_captioner(models: Models, name: str, count: int, batch: int | None = None) -> None:
+def check_captioner(models: LoadedModels, name: str, count: int, batch: int | None = None) -> None:
     """Test a captioner that writes ``count`` captions for an image. Raises UserError.
 
     ``batch`` is that of ``check_encoder``; one that is not ``repeatable`` is not asked for it. None: two images.
@@ -193,7 +193,9 @@ def check_captioner(models: Models, name: str, count: int, batch: int | None = N
         raise _failed(name, "captions", captioner, error, batch) from error
 
 
-def score_probes(models: Models, name: str, inputs: Sequence[str], names: Sequence[str], rows: Sequence[int]) -> Floats:
+def score_probes(
+    models: LoadedModels, name: str, inputs: Sequence[str], names: Sequence[str], rows: Sequence[int]
+) -> Floats:
     """Score test images and texts -> [rows, names]."""
     scorer = models.loaded["scores"][name]
     pixels = probe_images(models, scorer.image, rows) if PIXELS in inputs else None
@@ -201,7 +203,7 @@ def score_probes(models: Models, name: str, inputs: Sequence[str], names: Sequen
     return models.score(scorer, values, len(rows), names)
 
 
-def check_numbers(models: Models, name: str, what: str, model: Any, start: Start, batch: int | None) -> None:
+def check_numbers(models: LoadedModels, name: str, what: str, model: Any, start: Start, batch: int | None) -> None:
     """Test a model that computes numbers, ``what``, [rows, N] of test inputs, as ``check_encoder``."""
     computed = partial(_run, models, start)
     try:
@@ -237,7 +239,7 @@ def _check_captions_of_batch(together: list[list[str]], rows: list[int], alone: 
         raise ValueError(f"images get other captions in a batch, {together[0]!r}, than alone, {alone[rows[0]]!r}")
 
 
-def _affordable(models: Models, batch: int, start: float) -> int:
+def _affordable(models: LoadedModels, batch: int, start: float) -> int:
     """The size of a full batch to test; ``start`` is the CPU time of this process before three inputs were computed."""
     if models.accelerator.device.type == "cuda":
         return batch
@@ -259,7 +261,7 @@ def _any_begins_alike(a: list[list[str]], b: list[list[str]]) -> bool:
 
 
 def check_encoder(
-    models: Models, name: str, side: str, start: Start, precision: Precision, batch: int | None = None
+    models: LoadedModels, name: str, side: str, start: Start, precision: Precision, batch: int | None = None
 ) -> Floats:
     """Test what a teacher computes, vectors [B, D] of unit norm -> their norms. Raises UserError.
 
@@ -320,7 +322,7 @@ def _least_cosine(a: Floats, b: Floats) -> float:
     return float((products / lengths).min())
 
 
-def probe_images(models: Models, spec: ImageSpec | None, rows: Sequence[int]) -> torch.Tensor:
+def probe_images(models: LoadedModels, spec: ImageSpec | None, rows: Sequence[int]) -> torch.Tensor:
     """Images of 4 x 4 seeded colors as a model's pixels, [rows, 3, H, W]."""
     if spec is None:
         raise ValueError("it has no `image` (an ImageSpec), so it cannot encode images")

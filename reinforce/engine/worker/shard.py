@@ -51,11 +51,11 @@ from reinforce.engine.worker.inference import (
     device_report,
     rows_ahead,
 )
-from reinforce.engine.worker.models import Counters, Models
+from reinforce.engine.worker.models import Counters, LoadedModels
 from reinforce.engine.worker.producers.base import (
     MisalignedLayer,
     Refusals,
-    RowGroup,
+    RowGroupTables,
     set_inputs_aside,
     set_stale_aside,
 )
@@ -90,7 +90,9 @@ _LABEL_COLUMNS = ("metadata", "width", "height", "augmentations")  # of stored s
 _NOMINAL_VECTOR_BYTES = 1536 * 2
 
 
-def allocate_pixels(pool: DecodePool, config: Config, layers: Iterable[Layer], models: Models, shards: int) -> None:
+def allocate_pixels(
+    pool: DecodePool, config: Config, layers: Iterable[Layer], models: LoadedModels, shards: int
+) -> None:
     """Allocate the cells of ``shards`` shards with ``layers`` once, page-locked for copies to the accelerator."""
     session = Session(config, models)
     layout = Inference(session, make_producers(layers, session)).layout
@@ -111,7 +113,7 @@ class ShardProcess:
     config: Config
     all_layers: Mapping[str, Layer]
     store: Store
-    models: Models
+    models: LoadedModels
     pool: DecodePool
     group_rows: int = GROUP_ROWS
     watch: LeaseWatch = field(default_factory=LeaseWatch)
@@ -291,7 +293,7 @@ class ShardProcess:
             of_group += batch
             self.counters.samples += len(batch)
             self.models.counters.samples += len(batch)
-        group = RowGroup(of_group, outputs, stored)
+        group = RowGroupTables(of_group, outputs, stored)
         self.keys = self.keys.joined(ShardKeys.of(group.keys))
         for row in group.rows if SAMPLES in self.layers else ():
             if isinstance(row.sample, RawSample) and (row.sample.url is not None or not self.shard.is_file):

@@ -16,7 +16,7 @@ from reinforce.evaluation.registry import SuiteSet
 from reinforce.evaluation.report import Metrics, Outcome
 
 if TYPE_CHECKING:
-    from reinforce.evaluation.encoding import Models
+    from reinforce.evaluation.encoding import EvaluatedModels
 
 _COLUMNS = ["cue", "candidate_images", "candidates", "associations"]
 
@@ -35,7 +35,7 @@ class _Instance:
         return [self.text, self.associated.tolist()]
 
 
-def _score(models: Models, images: ImageBatches) -> Outcome:
+def _score(models: EvaluatedModels, images: ImageBatches) -> Outcome:
     """The mean Jaccard indices of models. An instance with a broken image is refused as a whole."""
     vectors, targets = models.encode_all(images)
     refused = {str(refusal.key).partition("/")[0]: refusal for refusal in images.refused}

@@ -49,7 +49,7 @@ from reinforce.terminal import plural
 from schemas import Reason
 
 if TYPE_CHECKING:
-    from reinforce.evaluation.encoding import Models
+    from reinforce.evaluation.encoding import EvaluatedModels
 
 CLASSES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -205,7 +205,7 @@ class ImageSet:
 
     name: str
     examples: SetReader
-    score: Callable[[Models, ImageBatches], Outcome]
+    score: Callable[[EvaluatedModels, ImageBatches], Outcome]
     count: int = 0
     policy: str = IMAGE_POLICY
     parts: Any = None  # of a set with a `source`: what another set of this source is opened with

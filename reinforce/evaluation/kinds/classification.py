@@ -38,7 +38,7 @@ from reinforce.source.formats.base import Shard, read_samples
 from reinforce.source.samples import RawSample, Refusal
 
 if TYPE_CHECKING:
-    from reinforce.evaluation.encoding import Models
+    from reinforce.evaluation.encoding import EvaluatedModels
 
 _LABEL, _METADATA = "cls", "npy"
 
@@ -51,7 +51,7 @@ def _score(
     classes: Sequence[str],
     templates: Sequence[Template],
     make_metrics: _MakeMetrics,
-    models: Models,
+    models: EvaluatedModels,
     images: ImageBatches,
 ) -> Outcome:
     """The metrics of models on images, whose targets are indices into ``classes``, or pairs of one and metadata."""

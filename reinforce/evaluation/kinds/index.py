@@ -25,7 +25,7 @@ from reinforce.source.samples import Refusal
 if TYPE_CHECKING:
     import torch
 
-    from reinforce.evaluation.encoding import Models
+    from reinforce.evaluation.encoding import EvaluatedModels
     from teachers.runtime.accelerator import Accelerator
 
 
@@ -58,7 +58,7 @@ class _Index:
         with resolve_models([config.teacher], teachers=True):
             pass  # reports a teacher that does not exist
 
-    def vectors(self, models: Models, images: ImageBatches) -> tuple[list[str], torch.Tensor | None]:
+    def vectors(self, models: EvaluatedModels, images: ImageBatches) -> tuple[list[str], torch.Tensor | None]:
         """Keys, and vectors [N, D] on the CPU or None if there is no image. Raises UserError if the teacher fails."""
         if self._found is None:
             from reinforce.evaluation.encoding import NOT_FINITE_FIX, NotFinite, load_encoder
@@ -74,7 +74,7 @@ class _Index:
         return self._found
 
 
-def _score(config: IndexSet, index: _Index, models: Models, images: ImageBatches) -> Outcome:
+def _score(config: IndexSet, index: _Index, models: EvaluatedModels, images: ImageBatches) -> Outcome:
     keys, stored = index.vectors(models, images)
     vectors, of_models = models.encode_all(images)
     outcome = Outcome({}, len(keys) + len(images.refused), images.refused)

@@ -27,7 +27,7 @@ from reinforce.terminal import plural
 if TYPE_CHECKING:
     import torch
 
-    from reinforce.evaluation.encoding import Models
+    from reinforce.evaluation.encoding import EvaluatedModels
     from teachers.runtime.accelerator import Accelerator
 
 TRAIN, TEST = "train", "test"
@@ -54,7 +54,7 @@ class TwoPartSet(OwnSet):
 
 
 @dataclass(frozen=True)
-class Features:
+class PartFeatures:
     """Finite features of unit norm on the CPU, float32 [N, D] and [Q, D], with classes, int64 [N] and [Q].
 
     Classes of the training part are 0 to the highest without gaps, and those of the test part are among them.
@@ -67,7 +67,7 @@ class Features:
 
 
 #: Learns from the training part, and returns the metrics on the test part.
-Classify = Callable[[TwoPartSet, Features, "Accelerator"], Metrics]
+Classify = Callable[[TwoPartSet, PartFeatures, "Accelerator"], Metrics]
 
 
 class _Parts:
@@ -146,7 +146,7 @@ def _open(
     if fault := parts.fault(config, *parts.counts):
         raise UserError(f"{name}: {fault}")
 
-    def score(models: Models, images: ImageBatches) -> Outcome:
+    def score(models: EvaluatedModels, images: ImageBatches) -> Outcome:
         vectors, targets = models.encode_all(images, config.source)
         if not targets:
             return Outcome({}, len(images.refused), images.refused)
@@ -160,7 +160,7 @@ def _open(
         dense = np.cumsum(counts[0] > 0) - 1  # classes of `classes: imagenet` may have no image
         metrics: dict[str, Metrics] = {}
         for model, of_model in vectors.items():
-            features = Features(of_model[:first], dense[labels[:first]], of_model[first:], dense[labels[first:]])
+            features = PartFeatures(of_model[:first], dense[labels[:first]], of_model[first:], dense[labels[first:]])
             finite = bool(of_model.isfinite().all())  # else `evaluate_set` reports how many are not
             metrics[model] = classify(config, features, models.accelerator) if finite else {}
         return replace(outcome, metrics=metrics)
@@ -201,7 +201,7 @@ class KnnSet(TwoPartSet):
         )
 
 
-def _classify_nearest(config: TwoPartSet, features: Features, accelerator: Accelerator) -> Metrics:
+def _classify_nearest(config: TwoPartSet, features: PartFeatures, accelerator: Accelerator) -> Metrics:
     import torch
 
     from reinforce.evaluation.ranking import classify
@@ -240,7 +240,7 @@ class LinearSet(TwoPartSet):
         )
 
 
-def _classify(config: TwoPartSet, features: Features, accelerator: Accelerator) -> Metrics:
+def _classify(config: TwoPartSet, features: PartFeatures, accelerator: Accelerator) -> Metrics:
     import torch
 
     from reinforce.evaluation.ranking import PROBE_BLOCK, fit_probe, rank_classes

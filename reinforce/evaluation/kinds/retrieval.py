@@ -41,7 +41,7 @@ from reinforce.source.urls import canonical, filesystem, read_whole
 from schemas import Reason
 
 if TYPE_CHECKING:
-    from reinforce.evaluation.encoding import Models
+    from reinforce.evaluation.encoding import EvaluatedModels
 
 _PREFIX_BYTES = 32 * 2**20  # of ShareGPT4V's file of gigabytes, which has the set at its beginning
 #: Directions, with the names that DataComp's result files have for them.
@@ -98,7 +98,7 @@ def _read(url: str) -> str:
     return read_whole(fs, path).decode("utf-8-sig")
 
 
-def _score_choice(models: Models, images: ImageBatches) -> Outcome:
+def _score_choice(models: EvaluatedModels, images: ImageBatches) -> Outcome:
     """The share of images whose right caption, the first of two, has the higher score.
 
     Equal scores, and scores that are not finite, are misses; the published evaluation counts equal scores as hits.
@@ -135,7 +135,7 @@ class RetrievalSet(SetSource, OwnSet):
         return [f"{way}/r{k}" for way in _WAYS for k in RECALLS]
 
 
-def _score(distinct: bool, models: Models, images: ImageBatches, shared: str = "") -> Outcome:
+def _score(distinct: bool, models: EvaluatedModels, images: ImageBatches, shared: str = "") -> Outcome:
     """The recalls of models on images with captions.
 
     If ``distinct``, equal captions are one text, which matches all of their images. Else each caption is a text that

@@ -48,7 +48,7 @@ from schemas.seeds import permutation, uniforms
 if TYPE_CHECKING:
     import torch
 
-    from reinforce.evaluation.encoding import Encoder, Models
+    from reinforce.evaluation.encoding import Encoder, EvaluatedModels
     from reinforce.evaluation.kinds.segmentation_head import Segmenter
     from teachers.image_encoder import PatchEncoder
     from teachers.runtime.accelerator import Accelerator
@@ -205,7 +205,7 @@ def _open(one: SuiteSet, files: SetFiles) -> ImageSet:
     """A published set. Raises UserError."""
     found = _list(SegmentationSet(images=files.folder, schedule="published"), one.name)
 
-    def score(models: Models, images: ImageBatches) -> Outcome:
+    def score(models: EvaluatedModels, images: ImageBatches) -> Outcome:
         schedule: Literal["short", "published"] = "short" if models.short else "published"
         config = found.config.model_copy(update={"schedule": schedule})
         return _score(replace(found, config=config), models, images)
@@ -216,7 +216,7 @@ def _open(one: SuiteSet, files: SetFiles) -> ImageSet:
 KIND = SetKind("segmentation", _open, section="segmentation", open_own=_open_own)
 
 
-def _score(masks: _Masks, models: Models, images: ImageBatches) -> Outcome:
+def _score(masks: _Masks, models: EvaluatedModels, images: ImageBatches) -> Outcome:
     """The metrics of heads that are trained for each model. What cannot be used has failed, with the reason."""
     segmenters: dict[str, Segmenter] = {}
     failed: dict[str, str] = {}
@@ -239,8 +239,10 @@ def _score(masks: _Masks, models: Models, images: ImageBatches) -> Outcome:
     return Outcome(metrics, samples, all_refused, masks.classes, failed, segmented=segmented)
 
 
-def _train(masks: _Masks, name: str, models: Models, images: ImageBatches, refused: dict[str, Refusal]) -> Segmenter:
-    from reinforce.evaluation.kinds.segmentation_head import Schedule, Segmenter, train_head
+def _train(
+    masks: _Masks, name: str, models: EvaluatedModels, images: ImageBatches, refused: dict[str, Refusal]
+) -> Segmenter:
+    from reinforce.evaluation.kinds.segmentation_head import HeadSchedule, Segmenter, train_head
     from teachers.image_encoder import patches_of
 
     config, accelerator, encoder = masks.config, models.accelerator, models.encoders[name]
@@ -250,7 +252,7 @@ def _train(masks: _Masks, name: str, models: Models, images: ImageBatches, refus
     patches = patches_of(encoder, accelerator.device, config.stage, size)
     steps, warmup = _STEPS[config.schedule]
     steps = config.steps or steps
-    schedule = Schedule(
+    schedule = HeadSchedule(
         steps=steps,
         batch=config.batch,
         warmup=min(steps // 2, warmup),
@@ -323,7 +325,7 @@ def _crops(
 
 
 def _measure(
-    masks: _Masks, segmenters: Mapping[str, Segmenter], models: Models, images: ImageBatches
+    masks: _Masks, segmenters: Mapping[str, Segmenter], models: EvaluatedModels, images: ImageBatches
 ) -> tuple[dict[str, Metrics], dict[str, list[Segmented]]]:
     """Measure all models on the test part -> metrics and pictures by model."""
     import torch

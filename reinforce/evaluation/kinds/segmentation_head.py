@@ -24,7 +24,7 @@ _INIT = 0.01  # standard deviation of the first weights
 
 
 @dataclass(frozen=True)
-class Schedule:
+class HeadSchedule:
     """How a head is trained, in steps of ``batch`` crops."""
 
     steps: int
@@ -70,7 +70,7 @@ def train_head(
     encoder: PatchEncoder,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     classes: int,
-    schedule: Schedule,
+    schedule: HeadSchedule,
     device: torch.device,
     seed: int,
 ) -> LinearHead:

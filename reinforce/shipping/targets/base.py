@@ -36,7 +36,7 @@ class Tower:
     example: Callable[[int], torch.Tensor]
 
 
-class ImageTower(torch.nn.Module):
+class ExportedImageTower(torch.nn.Module):
     """uint8 RGB pixels [N, height, width, 3] -> float32 embeddings [N, dim] of unit norm.
 
     The normalization by mean and standard deviation is part of the graph, so that callers cannot get it wrong.
@@ -59,7 +59,7 @@ class ImageTower(torch.nn.Module):
         return normalize(self.clip.encode_image((pixels - self.mean) / self.std), dim=-1)
 
 
-class TextTower(torch.nn.Module):
+class ExportedTextTower(torch.nn.Module):
     """int64 tokens [N, context length] -> float32 [N, dim] of unit norm."""
 
     def __init__(self, clip: Any) -> None:
@@ -97,10 +97,15 @@ def split_towers(clip: Any, spec: ImageSpec, tokens: torch.Tensor | None) -> lis
         noise = torch.rand(smooth.shape, generator=generator) - 0.5
         return ((smooth + 0.1 * noise).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
 
-    towers = [Tower("image", "images", ImageTower(clip, spec).eval(), images)]
+    towers = [Tower("image", "images", ExportedImageTower(clip, spec).eval(), images)]
     if tokens is not None:
         towers.append(
-            Tower("text", "tokens", TextTower(clip).eval(), lambda count: tokens[torch.arange(count) % len(tokens)])
+            Tower(
+                "text",
+                "tokens",
+                ExportedTextTower(clip).eval(),
+                lambda count: tokens[torch.arange(count) % len(tokens)],
+            )
         )
     return towers
 

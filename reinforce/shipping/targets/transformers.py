@@ -37,7 +37,7 @@ _GELUS = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
 
 
 @dataclass(frozen=True)
-class _Part:
+class _ModelPart:
     """A tower: its config in transformers, its weights by their names there, and its projection [D, width]."""
 
     config: Any
@@ -99,7 +99,7 @@ def _loaded(model: Any, state: State) -> Any:
     return model.float().eval().requires_grad_(False)
 
 
-def _image_model(part: _Part) -> Any:
+def _image_model(part: _ModelPart) -> Any:
     if isinstance(part.config, transformers.CLIPVisionConfig):
         part = _without_bias(part)
         projection = torch.eye(part.config.hidden_size) if part.projection is None else part.projection
@@ -116,7 +116,7 @@ def _image_model(part: _Part) -> Any:
     return _loaded(model, {**part.state, f"{head}.weight": part.projection, f"{head}.bias": bias})
 
 
-def _vit(visual: Any) -> _Part:
+def _vit(visual: Any) -> _ModelPart:
     """Open_clip's ViT as a ``CLIPVisionModel``."""
     if visual.attn_pool is not None or visual.pool_type != "tok":
         pool = "by attention" if visual.attn_pool is not None else f"by `{visual.pool_type}`"
@@ -134,10 +134,10 @@ def _vit(visual: Any) -> _Part:
     if height != width:
         raise ValueError(f"its image tower takes images of {height} x {width}, and CLIPVisionModel square ones")
     config = transformers.CLIPVisionConfig(image_size=height, patch_size=patch, **_shape(visual.transformer, "image"))
-    return _Part(config, state, None if projection is None else projection.T.contiguous())
+    return _ModelPart(config, state, None if projection is None else projection.T.contiguous())
 
 
-def _timm(visual: Any, config: Mapping[str, Any]) -> _Part:
+def _timm(visual: Any, config: Mapping[str, Any]) -> _ModelPart:
     """A tower of timm in transformers' wrapper, which has no classifier: open_clip uses that as the projection."""
     trunk, own = visual.trunk, dict(visual.trunk.state_dict().items())
     if any(".reparam_conv." in key for key in own):
@@ -162,10 +162,10 @@ def _timm(visual: Any, config: Mapping[str, Any]) -> _Part:
     wrapper = transformers.TimmWrapperConfig(
         architecture=config["timm_model_name"], model_args=options, hidden_size=trunk.num_features
     )
-    return _Part(wrapper, {f"timm_model.{key}": value for key, value in own.items()}, projection, bias)
+    return _ModelPart(wrapper, {f"timm_model.{key}": value for key, value in own.items()}, projection, bias)
 
 
-def _without_bias(part: _Part) -> _Part:
+def _without_bias(part: _ModelPart) -> _ModelPart:
     """Return a tower whose projection has no bias b, by adding d with W d = b to the bias of the norm before it."""
     if part.bias is None or not bool(part.bias.any()):
         return part
@@ -179,10 +179,10 @@ def _without_bias(part: _Part) -> _Part:
             "the image tower alone with --tower image, or another format"
         )
     state = {**part.state, name: (part.state[name].double() + shift).float()}
-    return _Part(part.config, state, part.projection)
+    return _ModelPart(part.config, state, part.projection)
 
 
-def _clip_text(tower: Any, tokens: torch.Tensor) -> _Part:
+def _clip_text(tower: Any, tokens: torch.Tensor) -> _ModelPart:
     """Open_clip's own text transformer as a ``CLIPTextModel``."""
     pool = tower.text_pool_type if isinstance(tower, open_clip.CLIP) else tower.pool_type
     if tower.attn_mask is None:
@@ -213,10 +213,10 @@ def _clip_text(tower: Any, tokens: torch.Tensor) -> _Part:
         vocab_size=words, max_position_embeddings=positions, eos_token_id=end_token, pad_token_id=end_token,
         bos_token_id=None, **_shape(tower.transformer, "text"),
     )  # fmt: skip
-    return _Part(config, state, projection)
+    return _ModelPart(config, state, projection)
 
 
-def _transformers_text(tower: Any) -> _Part:
+def _transformers_text(tower: Any) -> _ModelPart:
     """A text tower of transformers, whose own pooling of the first token the dual encoder takes."""
     pooler = type(getattr(tower, "pooler", None)).__name__
     pools = getattr(tower.transformer, "pooler", None) is not None if hasattr(tower, "transformer") else False
@@ -230,7 +230,7 @@ def _transformers_text(tower: Any) -> _Part:
     projection = tower.proj.weight if isinstance(tower.proj, nn.Linear) else None
     config = copy.deepcopy(tower.config)
     config._name_or_path = ""  # where it was loaded from
-    return _Part(config, dict(tower.transformer.state_dict()), projection)
+    return _ModelPart(config, dict(tower.transformer.state_dict()), projection)
 
 
 def _norms(own: State, names: Mapping[str, str]) -> State:

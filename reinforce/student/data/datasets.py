@@ -33,7 +33,7 @@ from reinforce.source.config import Limits
 from reinforce.source.references import ImageRoots
 from reinforce.student.config import Data, Source
 from reinforce.student.data.examples import ExampleSpec
-from reinforce.student.data.stream import StreamedDataset, Target
+from reinforce.student.data.stream import StreamedDataset, TargetShape
 from reinforce.student.teachers import captioner_names
 from reinforce.terminal import plural
 
@@ -112,7 +112,7 @@ def _open_dataset(source: Source, data: Data, seed: int, models: Models) -> Stre
     if unfinished := [layer for layer, _ in spec.targets if layers[layer].get("dim", 0) is None]:
         raise UserError(f"{url}: dataset.json has no dimension of {unfinished[0]}. Finish the run.")
     targets = tuple(
-        Target(model_of(layer), tensor.name or of, *tensor[1:])
+        TargetShape(model_of(layer), tensor.name or of, *tensor[1:])
         for layer, of in spec.targets
         for tensor in kind_of(layer).target_tensors(layers[layer])
     )

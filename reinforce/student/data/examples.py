@@ -138,7 +138,7 @@ class Example(NamedTuple):
 NO_CAPTION = "no caption"
 
 
-class Examples(NamedTuple):
+class ReplayedExamples(NamedTuple):
     """Examples of consecutive rows, None for an unusable row, and counts of unusable rows by reason."""
 
     rows: list[Example | None]
@@ -147,7 +147,7 @@ class Examples(NamedTuple):
 
 def make_examples(
     samples: pa.Table, read: ReadLayer, first: int, stop: int, file: SampleFile, spec: ExampleSpec, epoch: int
-) -> Examples:
+) -> ReplayedExamples:
     """Make the examples of rows ``first`` to ``stop`` of a row group in one epoch.
 
     ``read`` reads the row group of another layer; one layer is in memory at a time. A row is usable if it has a text
@@ -185,7 +185,7 @@ def make_examples(
     for i, image in zip(places, images, strict=True):
         targets = tuple(block[i] for block in blocks)
         examples[i] = Example(file, keys[i], image, augmentations[i], tuple(text[i] for text in texts), targets)
-    return Examples(examples, unusable)
+    return ReplayedExamples(examples, unusable)
 
 
 def find_stored(

@@ -49,13 +49,13 @@ from reinforce.settings import flatten
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import Models, open_datasets
 from reinforce.student.data.stream import (
-    Part,
+    BatchPart,
     PartBuffers,
     PartMaker,
     RankStream,
     Streamed,
     StreamPlan,
-    Target,
+    TargetShape,
     Tokenize,
 )
 from reinforce.training.order import places
@@ -101,12 +101,12 @@ class Assembler:
     """
 
     kinds: tuple[str, ...]
-    targets: tuple[Target, ...]
+    targets: tuple[TargetShape, ...]
     online: tuple[str, ...]
     pin: bool
     _pool: BufferPool = field(default_factory=BufferPool)
 
-    def assemble(self, parts: Sequence[Part], buffers: Sequence[PartBuffers], places: Ints | None = None) -> Batch:
+    def assemble(self, parts: Sequence[BatchPart], buffers: Sequence[PartBuffers], places: Ints | None = None) -> Batch:
         """Concatenate the parts of a batch; ``buffers`` hold their images and targets and have the parts' lengths.
 
         ``places`` [B] are those in the batch of the concatenated rows, if they are in another order.
@@ -246,7 +246,7 @@ class StreamFeed:
         buffers = stream.buffers = self._maker.allocate(processes, depth, rows, shared=True)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["reinforce.student.data.preloaded"])
-        loader: DataLoader[Part | UserError] = DataLoader(
+        loader: DataLoader[BatchPart | UserError] = DataLoader(
             _WorkerStream(stream),
             batch_size=None,
             collate_fn=_identity,
@@ -269,7 +269,9 @@ class StreamFeed:
             of_rows = places(stream.batch, step, stream.plan.streams // stream.ranks, processes)
             yield self._assemble(parts, filled, of_rows)
 
-    def _assemble(self, parts: Sequence[Part], buffers: Sequence[PartBuffers], rows: Ints | None = None) -> _Assembled:
+    def _assemble(
+        self, parts: Sequence[BatchPart], buffers: Sequence[PartBuffers], rows: Ints | None = None
+    ) -> _Assembled:
         """Make a batch of the parts of all processes, and name the first rows that were replaced."""
         for line in itertools.chain.from_iterable(part.replaced for part in parts):
             if len(self._named) < _MOST_NAMED and line not in self._named:
@@ -335,7 +337,7 @@ class _WorkerStream(IterableDataset[Any]):
     def __init__(self, stream: RankStream) -> None:
         self._stream = stream
 
-    def __iter__(self) -> Iterator[Part | UserError]:
+    def __iter__(self) -> Iterator[BatchPart | UserError]:
         try:
             for part in self._stream:
                 yield part._replace(buffers=None)

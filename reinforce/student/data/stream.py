@@ -34,9 +34,9 @@ from reinforce.source.references import ChangedImages, ImageRoots
 from reinforce.student.data.examples import (
     NO_CAPTION,
     Example,
-    Examples,
     ExampleSpec,
     ReadLayer,
+    ReplayedExamples,
     SampleFile,
     find_stored,
     make_examples,
@@ -97,7 +97,7 @@ def _aligned_sizes(layout: Sequence[_Layout]) -> list[int]:
     return [-(-np.dtype(dtype).itemsize * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT for dtype, shape in layout]
 
 
-class Part(NamedTuple):
+class BatchPart(NamedTuple):
     """Some examples of a batch."""
 
     keys: list[str]
@@ -120,7 +120,7 @@ class PartMaker:
     """
 
     size: int
-    targets: tuple[Target, ...]
+    targets: tuple[TargetShape, ...]
     tokenize: Tokenize
     crop: int | None = None
     scaled: bool = True
@@ -146,7 +146,7 @@ class PartMaker:
 
     def make(
         self, examples: list[Example], buffers: PartBuffers, unusable: Counter[str], spare: Spare | None = None
-    ) -> Part:
+    ) -> BatchPart:
         """Make a part in ``buffers`` for at least as many examples.
 
         Raises UserError if an image cannot be decoded or does not fit its augmentation record.
@@ -180,7 +180,7 @@ class PartMaker:
         texts = [example.texts for example in examples]
         tokens = [self.tokenize(of_kind) for of_kind in zip(*texts, strict=True)]
         keys = [example.key for example in examples]
-        return Part(keys, buffers, tokens, texts if self.crop else [], unusable, records, replaced)
+        return BatchPart(keys, buffers, tokens, texts if self.crop else [], unusable, records, replaced)
 
     def _draw(self, example: Example, i: int, pixels: _Pixels) -> CellRecord | None:
         """Decode and augment the image of example ``i``, or return what the device is to do with it.
@@ -218,7 +218,7 @@ class PartMaker:
         ) from error
 
 
-class Target(NamedTuple):
+class TargetShape(NamedTuple):
     """A target of an example: ``batch["targets"][model][name]`` is its tensor [B, *shape]."""
 
     model: str
@@ -241,7 +241,7 @@ class Streamed(Protocol):
     @property
     def groups(self) -> npt.NDArray[np.int64]: ...
 
-    def load(self, chunk: GroupChunk, epoch: int, keep: bool = False) -> Examples:
+    def load(self, chunk: GroupChunk, epoch: int, keep: bool = False) -> ReplayedExamples:
         """Read a chunk's examples of one epoch; with ``keep``, its group may be kept for other chunks of it."""
 
 
@@ -259,7 +259,7 @@ class StreamedDataset:
     weight: float
     layers: AlignedLayers
     spec: ExampleSpec
-    targets: tuple[Target, ...]
+    targets: tuple[TargetShape, ...]
     policies: ImagePolicies
     size: int
     shards: tuple[str, ...]
@@ -290,7 +290,7 @@ class StreamedDataset:
         layers = replace(self.layers, columns={**self.layers.columns, SAMPLES: samples})
         return replace(self, layers=layers, spec=replace(self.spec, pixels=False), kept=KeptGroups())
 
-    def load(self, chunk: GroupChunk, epoch: int, keep: bool = False) -> Examples:
+    def load(self, chunk: GroupChunk, epoch: int, keep: bool = False) -> ReplayedExamples:
         """Read a chunk's examples of one epoch; with ``keep``, its row group is kept for other chunks of it.
 
         Raises UserError if files or images are missing or damaged.
@@ -347,7 +347,9 @@ class StreamedDataset:
             )
         return group
 
-    def _make_examples(self, shard: str, samples: pa.Table, read: ReadLayer, chunk: GroupChunk, epoch: int) -> Examples:
+    def _make_examples(
+        self, shard: str, samples: pa.Table, read: ReadLayer, chunk: GroupChunk, epoch: int
+    ) -> ReplayedExamples:
         path, policies = self.layers.store.layer_path(SAMPLES, shard), self.policies
         file = SampleFile(path, policies.limits, policies.image, policies.augmentation, self.roots)
         try:
@@ -396,7 +398,7 @@ class DatasetReader:
         self.unusable: Counter[str] = Counter()  # unusable rows so far, by reason
         self._dataset, self._order, self._stream, self._pool, self._apart = dataset, order, stream, pool, apart
         self._chunks = ((window, chunk) for window in order.windows(stream, position) for chunk in window.chunks)
-        self._pending: deque[tuple[Window, Future[Examples]]] = deque()
+        self._pending: deque[tuple[Window, Future[ReplayedExamples]]] = deque()
         self._rows_held = 0
         epoch = -(-order.total // order.streams)  # rows of the stream
         self._most_rows, self._keep = min(order.window, epoch), epoch <= order.window
@@ -467,7 +469,7 @@ class StreamPlan:
     window: int
 
 
-class RankStream(IterableDataset[Part]):
+class RankStream(IterableDataset[BatchPart]):
     """Parts of one rank's batches of ``batch`` samples, beginning with a step.
 
     Each of n loader processes reads every n-th stream of the rank and makes one part per step, so n consecutive parts,
@@ -490,7 +492,7 @@ class RankStream(IterableDataset[Part]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
 
-    def __iter__(self) -> Iterator[Part]:
+    def __iter__(self) -> Iterator[BatchPart]:
         info = get_worker_info()
         process, processes = (info.id, info.num_workers) if info else (0, 1)
         local = self.plan.streams // self.ranks

@@ -15,7 +15,7 @@ import torch
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
 from reinforce.student.teachers import TeacherInfo
-from reinforce.student.terms.base import Models, Tensors, Term
+from reinforce.student.terms.base import TargetModels, Tensors, Term
 from reinforce.student.terms.features import cosine_distance
 
 
@@ -46,7 +46,7 @@ class AnchorFeatures(Term):
         }
 
 
-def make(loss: Loss, models: Models) -> AnchorFeatures | None:
+def make(loss: Loss, models: TargetModels) -> AnchorFeatures | None:
     """The term of a config. Raises UserError if the teacher has no vectors."""
     if loss.anchor is None or loss.anchor.features is None or models.anchor is None:
         return None

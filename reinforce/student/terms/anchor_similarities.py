@@ -14,7 +14,7 @@ import torch
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
 from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS
-from reinforce.student.terms.base import Models, Rows, Term
+from reinforce.student.terms.base import Rows, TargetModels, Term
 from reinforce.student.terms.pairs import Objective, contrastive_losses, logit_scale
 
 
@@ -33,7 +33,7 @@ class AnchorSimilarities(Term):
         return {name.replace("distill", "anchor_similarities"): self.weight * value for name, value in found.items()}
 
 
-def make(loss: Loss, models: Models) -> AnchorSimilarities | None:
+def make(loss: Loss, models: TargetModels) -> AnchorSimilarities | None:
     """The term of a config. Raises UserError if the teacher has not both sides, or no logit scale."""
     if loss.anchor is None or loss.anchor.similarities is None or models.anchor is None:
         return None

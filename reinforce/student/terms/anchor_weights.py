@@ -14,7 +14,7 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
-from reinforce.student.terms.base import Models, Tensors, Term
+from reinforce.student.terms.base import TargetModels, Tensors, Term
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class AnchorWeights(Term):
         return {"anchor_weights": self.weight * distance_from_start(weights, start)}
 
 
-def make(loss: Loss, models: Models) -> AnchorWeights | None:
+def make(loss: Loss, models: TargetModels) -> AnchorWeights | None:
     """The term of a config."""
     return None if loss.anchor is None or loss.anchor.weights is None else AnchorWeights(loss.anchor.weights)
 

@@ -24,7 +24,7 @@ ReadEntries: TypeAlias = "Callable[[str, Sequence[str] | None], Mapping[str, Any
 
 
 @dataclass(frozen=True)
-class Models:
+class TargetModels:
     """The models whose targets a training run may take.
 
     ``teachers`` are described by a TeacherInfo; ``entries`` finds the models that have other targets, by name, as

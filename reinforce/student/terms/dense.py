@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from reinforce.errors import UserError
 from reinforce.student.config import DenseLoss, Loss
-from reinforce.student.terms.base import MAP, Models, Tensors, Term, head_name
+from reinforce.student.terms.base import MAP, TargetModels, Tensors, Term, head_name
 from reinforce.student.terms.moments import Moments, Standardise
 
 #: Name of the targets, under which they are asked for.
@@ -102,7 +102,7 @@ def distances(projected: torch.Tensor, target: torch.Tensor, cosine: float) -> t
     return (cosine * away + round(1 - cosine, 12) * apart).mean(dim=(1, 2))  # 0.1 of 0.9, to the bit
 
 
-def make(loss: Loss, models: Models) -> Dense | None:
+def make(loss: Loss, models: TargetModels) -> Dense | None:
     """The term of a config. Raises UserError if a teacher that it names, or every teacher, has no patches."""
     if loss.dense is None:
         return None

@@ -29,7 +29,7 @@ import torch
 from reinforce.errors import UserError
 from reinforce.student.config import FeatureLoss, Loss
 from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo
-from reinforce.student.terms.base import Models, Rows, Tensors, Term, check_rows, head_name, unit
+from reinforce.student.terms.base import Rows, TargetModels, Tensors, Term, check_rows, head_name, unit
 from reinforce.student.terms.moments import Moments, Standardise
 from reinforce.student.terms.pairs import Logits, cross_entropies, full_precision
 from reinforce.training import gather
@@ -215,7 +215,7 @@ class _Queue(torch.nn.Module):
         self.count.add_(len(vectors)).clamp_(max=len(self.vectors))
 
 
-def make(loss: Loss, models: Models) -> Features | None:
+def make(loss: Loss, models: TargetModels) -> Features | None:
     """The term of a config; None if lambda is 0 or no teacher is for it.
 
     Raises UserError for the weight of a teacher that is not used, and for vectors that are all equal.

@@ -18,7 +18,7 @@ import torch
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
 from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo
-from reinforce.student.terms.base import Models, Rows, Tensors, Term, as_scalar, check_rows, head_name, unit
+from reinforce.student.terms.base import Rows, TargetModels, Tensors, Term, as_scalar, check_rows, head_name, unit
 from reinforce.student.terms.pairs import Logits, cross_entropies, full_precision
 from reinforce.training import gather
 from teachers.runtime.determinism import tf32
@@ -59,7 +59,7 @@ class Interactive(Term):
         return losses
 
 
-def make(loss: Loss, models: Models) -> Interactive | None:
+def make(loss: Loss, models: TargetModels) -> Interactive | None:
     """The term of a config. Raises UserError if no teacher has both sides."""
     if loss.interactive is None:
         return None

@@ -61,7 +61,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
 from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo
-from reinforce.student.terms.base import Models, Rows, Term, scale_name
+from reinforce.student.terms.base import Rows, TargetModels, Term, scale_name
 from reinforce.training import gather
 from reinforce.training.config import HIGHEST_LOGIT_SCALE
 from teachers.runtime.determinism import tf32
@@ -91,7 +91,7 @@ class Pairs(Term):
         return contrastive_losses(objective, features, scale, bias, rows.targets, rows.reduced)
 
 
-def make(loss: Loss, models: Models) -> Pairs | None:
+def make(loss: Loss, models: TargetModels) -> Pairs | None:
     """The term of a config, None if it would have no loss. Raises UserError if a teacher has no logit scale."""
     if not (models.texts and models.images):
         return None

@@ -22,11 +22,11 @@ from reinforce.dataset.kinds.probabilities import ClassProbabilities
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
 from reinforce.student.teachers import IMAGE
-from reinforce.student.terms.base import Models, Tensors, Term, check_rows, head_name
+from reinforce.student.terms.base import TargetModels, Tensors, Term, check_rows, head_name
 
 
 @dataclass(frozen=True)
-class Probabilities(Term):
+class ProbabilitiesTerm(Term):
     """``probabilities/CLASSIFIER``; ``entries`` are those of the layers in dataset.json, by classifier."""
 
     weight: float
@@ -51,7 +51,7 @@ class Probabilities(Term):
         return losses
 
 
-def make(loss: Loss, models: Models) -> Probabilities | None:
+def make(loss: Loss, models: TargetModels) -> ProbabilitiesTerm | None:
     """The term of a config. Raises UserError if the datasets have no classifier."""
     if loss.probabilities is None:
         return None
@@ -65,7 +65,7 @@ def make(loss: Loss, models: Models) -> Probabilities | None:
         ("classifiers", name): f"probabilities of the {entry['top']} most likely of {entry['dim']:,} classes"
         for name, entry in entries.items()
     }
-    return Probabilities(loss.probabilities, entries, uses=uses)
+    return ProbabilitiesTerm(loss.probabilities, entries, uses=uses)
 
 
 def probabilities(

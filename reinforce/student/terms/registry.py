@@ -14,7 +14,7 @@ from reinforce.dataset.kinds.registry import owner_of
 from reinforce.errors import UserError
 from reinforce.student.config import TERMS, Loss
 from reinforce.student.teachers import IMAGE
-from reinforce.student.terms.base import MAP, Models, Rows, Tensors, Term, module_name, scale_name
+from reinforce.student.terms.base import MAP, Rows, TargetModels, Tensors, Term, module_name, scale_name
 from teachers.image_encoder import features_and_map
 
 #: The module of each term, in the order of the losses.
@@ -114,7 +114,7 @@ class _Scale(torch.nn.Module):
         return self.logit_scale.exp()
 
 
-def make_terms(loss: Loss, models: Models) -> Terms:
+def make_terms(loss: Loss, models: TargetModels) -> Terms:
     """The terms of a config. Raises UserError if the models do not fit, or if nothing would be learnt."""
     others, teachers = models, {**models.teachers}
     for name in loss.anchors:

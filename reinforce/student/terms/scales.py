@@ -8,7 +8,7 @@ import torch
 
 from reinforce.student.config import Loss
 from reinforce.student.teachers import CAPTION, IMAGE, SYNTHETIC
-from reinforce.student.terms.base import Models, Rows, Term, scale_name
+from reinforce.student.terms.base import Rows, TargetModels, Term, scale_name
 from reinforce.student.terms.pairs import find_scales, scale_losses
 
 
@@ -25,7 +25,7 @@ class Scales(Term):
         return scale_losses(learnt, vectors, rows.reduced)
 
 
-def make(loss: Loss, models: Models) -> Scales | None:
+def make(loss: Loss, models: TargetModels) -> Scales | None:
     """The term of a config that learns scales."""
     if not (loss.learn_scales and models.texts and models.images):
         return None

@@ -21,7 +21,7 @@ from reinforce.dataset.store import Store
 from reinforce.engine.driver import driver
 from reinforce.engine.driver.worker_pool import ShardQueue, Slot
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.record import Progress, RunSummary
+from reinforce.engine.record import ProgressScreen, RunSummary
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def run(folder: Path, shards: int, cluster: Cluster) -> tuple[RunSummary, Simula
     config = parse_config(config_of(str(folder), shards, cluster.nodes * cluster.workers_per_node))
     plan = make_plan(config)
     with simulated(cluster, list(plan.layers)) as ray:
-        return driver.Driver(plan, Store(config.output), Progress()).run(), ray
+        return driver.Driver(plan, Store(config.output), ProgressScreen()).run(), ray
 
 
 def test_a_run_survives_lost_nodes_and_deaths_of_workers(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from reinforce.engine.driver.worker_pool import Slot
 from reinforce.engine.messages import ShardFailure, ShardResult, WorkerId, WorkerInfo
 from reinforce.engine.plan.plan import LayerState, Plan
 from reinforce.engine.preflight.check_machines import heic_note
-from reinforce.engine.record import Progress
+from reinforce.engine.record import ProgressScreen
 from reinforce.processes.imports import reads_heic
 from schemas import Reason
 from tests.helpers.driver import Actor, pool_of, shard, started
@@ -30,7 +30,7 @@ class Workers:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         config = parse_config({"source": "a.tar", "output": str(folder)})
         self.lines: list[str] = []
-        progress = Progress()
+        progress = ProgressScreen()
         monkeypatch.setattr(progress, "log", self.lines.append)
         monkeypatch.setattr("reinforce.engine.driver.driver.live_resources", list)
         self.here, self.there = started("x"), started("y")

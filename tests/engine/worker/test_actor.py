@@ -28,7 +28,7 @@ from reinforce.engine.plan.plan import build_layers, describe_models, make_plan
 from reinforce.engine.worker import actor
 from reinforce.engine.worker.actor import Worker, as_actor
 from reinforce.engine.worker.decode import DecodePool
-from reinforce.engine.worker.models import Models, load_models
+from reinforce.engine.worker.models import LoadedModels, load_models
 from reinforce.engine.worker.producers import base as inputs
 from reinforce.engine.worker.producers import registry
 from reinforce.engine.worker.producers.registry import measure_costs
@@ -218,13 +218,13 @@ def test_a_worker_counts_operations_of_towers_that_stay_compiled(
     worker = Worker(config, layers, frozenset(layers), str(tmp_path))
     calls, default = [], sys.getswitchinterval()
 
-    def encode(models: Models, *sizes: int) -> None:
+    def encode(models: LoadedModels, *sizes: int) -> None:
         for rows in sizes:
             before = graphs.calls
             models.teachers["vit"].encode_images(models.accelerator.put(torch.zeros(rows, 3, 32, 32)))
             calls.append(graphs.calls - before)
 
-    def measure(models: Models, *others: Any) -> Any:
+    def measure(models: LoadedModels, *others: Any) -> Any:
         encode(models, 1)
         costs = measure_costs(models, *others)
         encode(models, 1, 40, 70)  # in batches of sizes that were compiled before, and of others

@@ -22,7 +22,7 @@ from reinforce.engine.worker.models import (
     BatchSizes,
     Counters,
     Demand,
-    Models,
+    LoadedModels,
     OutOfMemory,
     attempt,
     memory_hint,
@@ -78,7 +78,7 @@ def limited(function: Callable[..., Any], limit: int) -> Callable[..., Any]:
     return run
 
 
-def limit_memory(models: Models, where: str, limit: int) -> None:
+def limit_memory(models: LoadedModels, where: str, limit: int) -> None:
     """Let one of a worker's steps run out of memory above ``limit`` inputs."""
     owner: Any = {"copy": models.accelerator, "captions": models.captioners.get("namer")}.get(where)
     owner = owner or models.teachers["red"]
@@ -234,7 +234,7 @@ def test_an_attempt_that_runs_out_of_memory_releases_what_its_functions_held() -
     assert attempt(lambda: 3) == 3
 
 
-def loaded(batch: Any, capacity: int = 17) -> tuple[Models, Config, list[Layer]]:
+def loaded(batch: Any, capacity: int = 17) -> tuple[LoadedModels, Config, list[Layer]]:
     """Models of which ``red`` needs memory for three rows for each that it encodes, and encodes at most 10 texts."""
     device = SmallDevice(capacity)
 

@@ -21,8 +21,8 @@ from reinforce.engine.messages import ShardResult
 from reinforce.engine.plan.plan import build_layers, describe_models, make_plan
 from reinforce.engine.worker.decode import Decoded, Row
 from reinforce.engine.worker.inference import Batch, Session
-from reinforce.engine.worker.models import Models
-from reinforce.engine.worker.producers.base import MisalignedLayer, Refusals, RowGroup
+from reinforce.engine.worker.models import LoadedModels
+from reinforce.engine.worker.producers.base import MisalignedLayer, Refusals, RowGroupTables
 from reinforce.engine.worker.producers.registry import make_producers
 from reinforce.images.policy import decode
 from reinforce.images.records import replay
@@ -192,10 +192,10 @@ def test_a_shard_whose_quarantine_file_is_damaged_is_computed_and_the_file_set_a
     assert copy.read_bytes() == damaged
 
 
-def table(layer: str, group: RowGroup, **changes: Any) -> tuple[pa.Table, Refusals]:
+def table(layer: str, group: RowGroupTables, **changes: Any) -> tuple[pa.Table, Refusals]:
     """The table of a layer of a config with a teacher ``red`` of dimension 8 and 2 augmentations."""
     config = parse_config(config_of("x.tar", "out", **changes))
-    models = Models({"teachers": {"red": ColorTeacher(torch.device("cpu"))}}, Accelerator("cpu"))
+    models = LoadedModels({"teachers": {"red": ColorTeacher(torch.device("cpu"))}}, Accelerator("cpu"))
     layers = build_layers(config, describe_models(config))
     [producer] = make_producers([layers[layer]], Session(config, models), source="s3://bucket/x.tar")
     [(_, found)] = producer.tables(group)
@@ -211,7 +211,9 @@ def test_a_row_whose_decode_process_crashed_has_no_published_vector_and_its_refu
         Row("a", values={name: np.ones((count, 8), np.float32)}, caption="A"),
         Row("b", decoded=Decoded(unreadable=Refusal("b", Reason.IMAGE_CRASHED, "gone"))),
     ]
-    found, refusals = table(name, RowGroup(rows, [], {}), teachers={"old": old}, reinforcements="x.tar", captioners={})
+    found, refusals = table(
+        name, RowGroupTables(rows, [], {}), teachers={"old": old}, reinforcements="x.tar", captioners={}
+    )
     assert [value is None for value in found["embeddings"].to_pylist()] == [False, True]
     assert refusals.counts() == {"image_crashed": 1}
 
@@ -224,7 +226,7 @@ def test_vectors_are_null_where_an_image_is_unreadable_or_they_are_not_finite_an
         Row("d", decoded=Decoded(unreadable=Refusal("d", Reason.IMAGE_BROKEN, "gone")))
     ]
     name = "embeddings/red/images"
-    found, refusals = table(name, RowGroup(rows, [{name: values[:3]}, {name: values[3:]}, {}], {}))
+    found, refusals = table(name, RowGroupTables(rows, [{name: values[:3]}, {name: values[3:]}, {}], {}))
     assert [value is None for value in found["embeddings"].to_pylist()] == [False, True, True, True]
     assert refusals.counts() == {"not_finite": 2, "image_broken": 1}
 
@@ -233,7 +235,7 @@ def test_captions_of_a_row_group_are_decoded_without_the_rows_that_have_labels()
     config, captioner = parse_config(config_of("x.tar", "out")), GroupCaptioner(torch.device("cpu"))
     layer = build_layers(config, describe_models(config))["captions/namer"]
     layer = replace(layer, labels="those of another run")  # type: ignore[arg-type]
-    models = Models({"captioners": {"namer": captioner}}, Accelerator("cpu"))
+    models = LoadedModels({"captioners": {"namer": captioner}}, Accelerator("cpu"))
     [producer] = make_producers([layer], Session(config, models))
     given = {layer.name: ["one", "two"]}
     batches = [[Row("a"), Row("b", values=given)], [Row("c", values=given)], [Row("d")]]
@@ -242,21 +244,21 @@ def test_captions_of_a_row_group_are_decoded_without_the_rows_that_have_labels()
         whole = {captioner.image: torch.full((len(rows), 8, 8, 3), 100, dtype=torch.uint8)}
         outputs.append(producer.encode(Batch(rows, "rows", None, whole), producer.prepare(rows))())
     captioner.decoded.clear()
-    found = producer.table(layer, RowGroup([row for rows in batches for row in rows], outputs, {}))
+    found = producer.table(layer, RowGroupTables([row for rows in batches for row in rows], outputs, {}))
     texts = found["captions"].to_pylist()
     assert captioner.decoded == [2]
     assert texts[1:3] == [["one", "two"]] * 2
     assert all(text.startswith("a picture of -0.216, seed ") for text in texts[0] + texts[3])
-    empty = producer.table(layer, RowGroup(batches[1], [{layer.name: [None]}], {}))
+    empty = producer.table(layer, RowGroupTables(batches[1], [{layer.name: [None]}], {}))
     assert empty["captions"].to_pylist() == [["one", "two"]]
 
 
 def test_stored_captions_must_have_the_keys_of_samples_in_their_order() -> None:
     stored = {"captions/c": pa.table({"key": ["a", "b"], "captions": [["x"], None]})}
     rows = [Row("a"), Row("b")]
-    assert RowGroup(rows, [], stored).values("captions/c") == [["x"], None]
+    assert RowGroupTables(rows, [], stored).values("captions/c") == [["x"], None]
     with pytest.raises(MisalignedLayer, match=r"captions/c does not have the rows of the samples"):
-        RowGroup(rows[::-1], [], stored)
+        RowGroupTables(rows[::-1], [], stored)
 
 
 def test_a_layer_is_committed_after_those_it_is_computed_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

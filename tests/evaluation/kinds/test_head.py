@@ -13,8 +13,8 @@ from PIL import Image
 
 from reinforce.evaluation.kinds.masks import IGNORED, covering, random_crop, window_starts
 from reinforce.evaluation.kinds.segmentation_head import (
+    HeadSchedule,
     LinearHead,
-    Schedule,
     Segmenter,
     confusion,
     mean_iou,
@@ -26,7 +26,7 @@ from teachers.image_encoder import patches_of
 from tests.helpers.segmentation import PatchColours, scene
 
 CPU = torch.device("cpu")
-SCHEDULE = Schedule(60, 4, 4, 0.02, 1e-3, "cosine", 0.1)
+SCHEDULE = HeadSchedule(60, 4, 4, 0.02, 1e-3, "cosine", 0.1)
 
 
 def iou_by_sets(predicted: np.ndarray, true: np.ndarray, classes: int) -> tuple[float, float]:
@@ -77,7 +77,7 @@ def test_ignored_pixels_cost_nothing() -> None:
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
 def test_the_rate_rises_then_falls_to_zero(decay: str) -> None:
-    rates = [Schedule(100, 4, 10, 0.5, 0, decay, 0).rate(step) for step in range(101)]  # type: ignore[arg-type]
+    rates = [HeadSchedule(100, 4, 10, 0.5, 0, decay, 0).rate(step) for step in range(101)]  # type: ignore[arg-type]
     assert rates[:11] == sorted(rates[:11])
     assert rates[10] == max(rates) == 0.5
     assert rates[10:] == sorted(rates[10:], reverse=True)

@@ -26,9 +26,9 @@ from reinforce.images.device import augment
 from reinforce.images.records import Augmentation, Crop, Op
 from reinforce.source.config import Limits
 from reinforce.student.config import Data
-from reinforce.student.data.examples import Example, Examples, ExampleSpec, SampleFile, make_examples
+from reinforce.student.data.examples import Example, ExampleSpec, ReplayedExamples, SampleFile, make_examples
 from reinforce.student.data.feed import BufferPool, StudentFeed
-from reinforce.student.data.stream import PartMaker, Target
+from reinforce.student.data.stream import PartMaker, TargetShape
 from schemas import Reason
 from tests.helpers.data import picture
 from tests.helpers.evaluation import encode_png
@@ -76,7 +76,9 @@ def tables(**nulls: set[int]) -> dict[str, pa.Table]:
     return layers
 
 
-def examples(layers: Mapping[str, pa.Table], spec: ExampleSpec = SPEC, first: int = 0, epoch: int = 0) -> Examples:
+def examples(
+    layers: Mapping[str, pa.Table], spec: ExampleSpec = SPEC, first: int = 0, epoch: int = 0
+) -> ReplayedExamples:
     return make_examples(layers["samples"], layers.__getitem__, first, ROWS, FILE, spec, epoch)
 
 
@@ -159,7 +161,7 @@ def test_unusable_rows_are_counted_by_reason() -> None:
     }
 
 
-TARGETS = (Target("t", "image", "float32", (5,)),)
+TARGETS = (TargetShape("t", "image", "float32", (5,)),)
 CROP = Augmentation(Crop(top=2, left=3, height=20, width=24), 16, None)
 
 

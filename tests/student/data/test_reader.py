@@ -25,8 +25,8 @@ from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.feed import Streams, StudentFeed, plan_reading
 from reinforce.student.data.stream import (
+    BatchPart,
     DatasetReader,
-    Part,
     PartMaker,
     RankStream,
     StreamedDataset,
@@ -235,7 +235,7 @@ def stream_of(dataset: StreamedDataset, rank: int = 0, ranks: int = 1, batch: in
     return RankStream(plan, rank, ranks, batch, **options)
 
 
-def keys(parts: Sequence[Part]) -> list[list[str]]:
+def keys(parts: Sequence[BatchPart]) -> list[list[str]]:
     return [part.keys for part in parts]
 
 

@@ -28,8 +28,8 @@ from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.store import Store, other_origin, parse_footer
 from reinforce.engine.messages import raising_layer_failure, shorten
 from reinforce.engine.worker.decode import Row
-from reinforce.engine.worker.inference import Encoder, Outputs, Session
-from reinforce.engine.worker.models import Bound, Demand, Floats, Models, crops_per_batch, rows_per_batch
+from reinforce.engine.worker.inference import LayerEncoder, Outputs, Session
+from reinforce.engine.worker.models import Bound, Demand, Floats, LoadedModels, crops_per_batch, rows_per_batch
 from reinforce.engine.worker.self_test import Start, test_rows
 from reinforce.errors import UserError
 from reinforce.source.samples import Refusal
@@ -44,7 +44,7 @@ _MISSING = "it does not exist any more"
 _OTHER_ROWS = "its rows are not those of the samples"
 
 
-class RowGroup:
+class RowGroupTables:
     """The rows of one row group, the outputs of their batches, and the tables of their layers so far.
 
     ``stored`` are tables of layers that were committed before. Raises MisalignedLayer unless they have the keys of the
@@ -76,7 +76,7 @@ class RowGroup:
 
 
 @dataclass(frozen=True)
-class Side:
+class Capability:
     """What a model computes for layers of one kind, to be tested before a run and measured by ``reinforce check``.
 
     ``check`` tests a full batch of a size, or with None a few inputs -> the norms of vectors, if it returns some; it
@@ -92,7 +92,7 @@ class Side:
         return self.start(test_rows(size))
 
 
-class Producer(Encoder):
+class Producer(LayerEncoder):
     """Computes the layers of one kind in one shard, and records what they refuse in ``refusals``.
 
     ``source`` is the URL of the source shard that is recorded.
@@ -113,12 +113,12 @@ class Producer(Encoder):
     # -- models
 
     @staticmethod
-    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side | None:
+    def side(models: LoadedModels, name: str, info: ModelInfo, precision: Precision) -> Capability | None:
         """The side of the loaded model ``name`` that makes such layers; None if it makes none, or cannot be tested."""
         raise NotImplementedError
 
     @staticmethod
-    def full_batch(models: Models, layer: Layer, config: Config) -> int:
+    def full_batch(models: LoadedModels, layer: Layer, config: Config) -> int:
         """Inputs of a full batch of a layer's model."""
         if layer.sees == CROPS:
             return crops_per_batch(models, config)
@@ -141,18 +141,18 @@ class Producer(Encoder):
         """The schema of a layer's file."""
         return layer.schema(self.session.config.images, getattr(self.session.models.of(layer), "dim", None))
 
-    def tables(self, group: RowGroup) -> Iterator[tuple[str, pa.Table]]:
+    def tables(self, group: RowGroupTables) -> Iterator[tuple[str, pa.Table]]:
         """The tables of a row group by layer; records what is refused. Raises LayerFailure."""
         for layer in self.layers:
             table = group.tables[layer.name] = self.table(layer, group)
             yield layer.name, table
 
     @abstractmethod
-    def table(self, layer: Layer, group: RowGroup) -> pa.Table:
+    def table(self, layer: Layer, group: RowGroupTables) -> pa.Table:
         """The table of a row group."""
 
     def tensor_table(
-        self, layer: Layer, group: RowGroup, values: Mapping[str, npt.NDArray[Any]], valid: Mask
+        self, layer: Layer, group: RowGroupTables, values: Mapping[str, npt.NDArray[Any]], valid: Mask
     ) -> pa.Table:
         """The table of ``values`` [rows, *shape] by column, null where they are not ``valid`` [rows]."""
         schema, codebook = self.schema(layer), layer.codebook_at(self.session.config.output)
@@ -171,18 +171,20 @@ class Producer(Encoder):
     # -- refusals
 
     def refuse_not_finite(
-        self, layer: Layer, group: RowGroup, given: Mask, finite: Mask, what: str = "NaN or infinity"
+        self, layer: Layer, group: RowGroupTables, given: Mask, finite: Mask, what: str = "NaN or infinity"
     ) -> Mask:
         """Record the ``given`` rows that are not ``finite`` -> those that are [rows]."""
         return self.refuse(layer, group, given, finite, Reason.NOT_FINITE, f"{layer.model} returned {what}")
 
-    def refuse(self, layer: Layer, group: RowGroup, given: Mask, usable: Mask, reason: Reason, detail: str) -> Mask:
+    def refuse(
+        self, layer: Layer, group: RowGroupTables, given: Mask, usable: Mask, reason: Reason, detail: str
+    ) -> Mask:
         """Record the ``given`` rows that are not ``usable`` -> those that are [rows]."""
         for row in np.flatnonzero(given & ~usable):
             self.refusals.add(layer.name, Refusal(group.keys[row], reason, detail))
         return given & usable
 
-    def refuse_unreadable(self, layer: Layer, group: RowGroup) -> Mask:
+    def refuse_unreadable(self, layer: Layer, group: RowGroupTables) -> Mask:
         """Record the rows of which the image cannot be read any more -> those of which it can [rows]."""
         for row in group.rows:
             if row.unreadable and not self.has_label(layer, row):
@@ -215,10 +217,10 @@ class Embeddings(Producer):
     """Layers of vectors. A row that is not finite, or has a vector of length 0 in its codec, is null and refused."""
 
     @abstractmethod
-    def vectors(self, layer: Layer, group: RowGroup) -> tuple[Floats, Mask]:
+    def vectors(self, layer: Layer, group: RowGroupTables) -> tuple[Floats, Mask]:
         """Computed embeddings [rows, count, dim], and which rows have some [rows]; records why others have none."""
 
-    def table(self, layer: Layer, group: RowGroup) -> pa.Table:
+    def table(self, layer: Layer, group: RowGroupTables) -> pa.Table:
         codec = find_codec(layer.dtype)
         shape = (len(group.rows), layer.count, layer.dim or 0)
         values, valid = np.zeros(shape, np.float32), np.zeros(shape[0], bool)

@@ -18,8 +18,8 @@ from reinforce.engine.messages import raising_layer_failure
 from reinforce.engine.pulse import SERVER
 from reinforce.engine.worker.decode import GROUP_ROWS, Row
 from reinforce.engine.worker.inference import Batch, Outputs
-from reinforce.engine.worker.models import Demand, Models, OutOfMemory, copied, count_tokens, rows_per_batch
-from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
+from reinforce.engine.worker.models import Demand, LoadedModels, OutOfMemory, copied, count_tokens, rows_per_batch
+from reinforce.engine.worker.producers.base import Capability, Producer, RowGroupTables
 from reinforce.engine.worker.self_test import LONG_TEXT, TEXTS, check_captioner, probe_images
 from reinforce.source.samples import Refusal
 from schemas import Reason
@@ -34,7 +34,7 @@ _Texts: TypeAlias = "Sequence[list[str] | NoCaptions | None]"
 _T = TypeVar("_T")
 
 
-class Captions(Producer):
+class CaptionsProducer(Producer):
     kind = "captions"
 
     def __init__(self, *given: Any) -> None:
@@ -43,7 +43,7 @@ class Captions(Producer):
         self._reading = [layer for layer in self.computed if not layer.sees]  # true captions alone
 
     @staticmethod
-    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side:
+    def side(models: LoadedModels, name: str, info: ModelInfo, precision: Precision) -> Capability:
         captioner = models.captioners[name]
         count = info.identity["captions"]
 
@@ -52,7 +52,7 @@ class Captions(Producer):
             seeds = np.arange(len(rows) * count, dtype=np.uint64).reshape(-1, count)
             return lambda: models.captions(captioner, pixels, seeds, true)[0]()  # noqa: PLW0108 - captions each time
 
-        return Side(partial(check_captioner, models, name, count), start, count)
+        return Capability(partial(check_captioner, models, name, count), start, count)
 
     def prepare(self, rows: Sequence[Row]) -> Mapping[str, npt.NDArray[Any]]:
         """Seeds [rows, captions], or what is drawn from them, by layer."""
@@ -146,7 +146,7 @@ class Captions(Producer):
                 return output
             self.session.halve(output, self.demand(layer, at_once), at_once, shared)
 
-    def _decode(self, layer: Layer, group: RowGroup) -> _Texts:
+    def _decode(self, layer: Layer, group: RowGroupTables) -> _Texts:
         """The captions of a row group, whose images are decoded together and then released."""
         captioner: Any = self.session.models.of(layer)
         batches = group.outputs(layer.name)
@@ -172,7 +172,7 @@ class Captions(Producer):
             f"captioners.{layer.model}: a smaller model, `precision: bf16`, or fewer `captions` or `beams`",
         )
 
-    def table(self, layer: Layer, group: RowGroup) -> pa.Table:
+    def table(self, layer: Layer, group: RowGroupTables) -> pa.Table:
         captions: list[list[str] | None] = [None for _ in group.rows]
         if layer in self.computed:
             if layer.sees:

@@ -17,8 +17,8 @@ from reinforce.dataset.layers import TRUE_CAPTION, Layer
 from reinforce.engine.messages import shorten
 from reinforce.engine.worker.decode import Row
 from reinforce.engine.worker.inference import Batch, Outputs
-from reinforce.engine.worker.models import Demand, Models, OutOfMemory, texts_per_batch, to_numpy
-from reinforce.engine.worker.producers.base import Embeddings, Floats, Mask, RowGroup, Side
+from reinforce.engine.worker.models import Demand, LoadedModels, OutOfMemory, texts_per_batch, to_numpy
+from reinforce.engine.worker.producers.base import Capability, Embeddings, Floats, Mask, RowGroupTables
 from reinforce.engine.worker.self_test import LONG_TEXT, TEXTS, check_encoder, check_fp8, check_text_encoder, of_images
 from reinforce.source.samples import Refusal
 from schemas import Reason
@@ -27,17 +27,17 @@ from teachers.protocols import ImageSpec
 from teachers.spec import ModelInfo, Precision
 
 
-class ImageEmbeddings(Embeddings):
+class ImageEmbeddingsProducer(Embeddings):
     kind = "images"
     counted = 32
 
     @staticmethod
-    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side | None:
+    def side(models: LoadedModels, name: str, info: ModelInfo, precision: Precision) -> Capability | None:
         if not info.images:
             return None
         teacher = models.teachers[name]
         start = of_images(models, teacher.image, partial(models.encode_images, teacher))
-        return Side(partial(check_encoder, models, name, "images", start, precision), start)
+        return Capability(partial(check_encoder, models, name, "images", start, precision), start)
 
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
         """Embeddings [rows, K, D] by layer."""
@@ -88,7 +88,7 @@ class ImageEmbeddings(Embeddings):
                     outputs[layer.name][places] = values
         return lambda: outputs
 
-    def vectors(self, layer: Layer, group: RowGroup) -> tuple[Floats, Mask]:
+    def vectors(self, layer: Layer, group: RowGroupTables) -> tuple[Floats, Mask]:
         readable = self.refuse_unreadable(layer, group)
         return np.concatenate(group.outputs(layer.name)), readable
 
@@ -96,12 +96,12 @@ class ImageEmbeddings(Embeddings):
 _Texts: TypeAlias = "list[str] | None"
 
 
-class TextEmbeddings(Embeddings):
+class TextEmbeddingsProducer(Embeddings):
     kind = "texts"
     counted = len(TEXTS)
 
     @staticmethod
-    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side | None:
+    def side(models: LoadedModels, name: str, info: ModelInfo, precision: Precision) -> Capability | None:
         if not info.texts:
             return None
 
@@ -109,10 +109,10 @@ class TextEmbeddings(Embeddings):
             texts = [f"{TEXTS[row]}, {place}" for place, row in enumerate(rows)]
             return lambda: models.text_encoder(models.teachers[name], texts)()  # noqa: PLW0108 - tokenizes each time
 
-        return Side(partial(check_text_encoder, models, name, precision), start)
+        return Capability(partial(check_text_encoder, models, name, precision), start)
 
     @staticmethod
-    def full_batch(models: Models, layer: Layer, config: Config) -> int:
+    def full_batch(models: LoadedModels, layer: Layer, config: Config) -> int:
         return models.batches.fitting("texts", texts_per_batch(config))
 
     def encode_group(self, rows: Sequence[Row]) -> Outputs:
@@ -173,7 +173,7 @@ class TextEmbeddings(Embeddings):
     def demand(self, layer: Layer, rows: int) -> Demand:
         return replace(super().demand(layer, rows), bound="texts", one=f"{layer.name}: one text does")
 
-    def vectors(self, layer: Layer, group: RowGroup) -> tuple[Floats, Mask]:
+    def vectors(self, layer: Layer, group: RowGroupTables) -> tuple[Floats, Mask]:
         if layer.texts == TRUE_CAPTION:
             values, valid = group.outputs(layer.name)[0]
             where = f"none at input.captions ({', '.join(self.session.config.input.caption_fields) or 'empty'})"

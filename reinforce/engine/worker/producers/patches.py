@@ -16,8 +16,8 @@ from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layer_file import MAX_BYTES
 from reinforce.dataset.layers import Layer
 from reinforce.engine.worker.inference import Batch, Outputs
-from reinforce.engine.worker.models import Models
-from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
+from reinforce.engine.worker.models import LoadedModels
+from reinforce.engine.worker.producers.base import Capability, Producer, RowGroupTables
 from reinforce.engine.worker.self_test import check_encoder, of_images
 from reinforce.errors import UserError
 from schemas.seeds import philox_bits, seed_for
@@ -28,12 +28,12 @@ _KIND = KINDS["patches"]
 _READ = {2: 2, 1: 5}  # times the stored bytes that a reader holds of a row group, by the bytes of a number
 
 
-class PatchFeatures(Producer):
+class PatchFeaturesProducer(Producer):
     kind = "patches"
     counted = 32
 
     @staticmethod
-    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side:
+    def side(models: LoadedModels, name: str, info: ModelInfo, precision: Precision) -> Capability:
         encoder = models.encoder(_KIND, name)
 
         def compute(pixels: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ class PatchFeatures(Producer):
         def check(batch: int | None) -> None:
             check_encoder(models, name, "patches", start, precision, batch)
 
-        return Side(check, start)
+        return Capability(check, start)
 
     def schema(self, layer: Layer) -> pa.Schema:
         entry, grid = self.session.models.encoder(_KIND, str(layer.model)).entry, layer.recipe["patches"]["grid"]
@@ -102,7 +102,7 @@ class PatchFeatures(Producer):
         cells["patches"] = values.reshape(len(keys), *field.shape)
         return cells
 
-    def table(self, layer: Layer, group: RowGroup) -> pa.Table:
+    def table(self, layer: Layer, group: RowGroupTables) -> pa.Table:
         readable = self.refuse_unreadable(layer, group)
         cells = np.concatenate(group.outputs(layer.name))
         most = MAX_BYTES // _READ[cells["patches"].itemsize]

@@ -12,8 +12,8 @@ import torch
 
 from reinforce.dataset.layers import Layer
 from reinforce.engine.worker.inference import Batch, Outputs
-from reinforce.engine.worker.models import Floats, Models
-from reinforce.engine.worker.producers.base import CROPS, Producer, RowGroup, Side
+from reinforce.engine.worker.models import Floats, LoadedModels
+from reinforce.engine.worker.producers.base import CROPS, Capability, Producer, RowGroupTables
 from reinforce.engine.worker.self_test import check_numbers, of_images
 from reinforce.errors import UserError
 from teachers.pixels import to_pixels
@@ -22,7 +22,7 @@ from teachers.spec import ModelInfo, Precision
 _COLUMNS = ("classes", "probabilities", "rest")
 
 
-class ClassProbabilities(Producer):
+class ClassProbabilitiesProducer(Producer):
     kind = "probabilities"
     counted = 32
 
@@ -35,14 +35,14 @@ class ClassProbabilities(Producer):
     # -- models
 
     @staticmethod
-    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side:
+    def side(models: LoadedModels, name: str, info: ModelInfo, precision: Precision) -> Capability:
         classifier = models.loaded["classifiers"][name]
 
         def compute(pixels: torch.Tensor) -> Floats:
             return np.asarray(_probabilities(classifier, pixels, 1.0).cpu())
 
         start = of_images(models, classifier.image, compute)
-        return Side(partial(check_numbers, models, name, "probabilities", classifier, start), start)
+        return Capability(partial(check_numbers, models, name, "probabilities", classifier, start), start)
 
     # -- batches
 
@@ -71,7 +71,7 @@ class ClassProbabilities(Producer):
 
     # -- tables
 
-    def table(self, layer: Layer, group: RowGroup) -> pa.Table:
+    def table(self, layer: Layer, group: RowGroupTables) -> pa.Table:
         readable = self.refuse_unreadable(layer, group)
         cells = np.concatenate(group.outputs(layer.name))
         finite = np.isfinite(cells["probabilities"]).all(axis=(1, 2))

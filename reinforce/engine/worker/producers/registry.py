@@ -17,7 +17,7 @@ from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.engine.rates import Cost
 from reinforce.engine.worker.inference import Session
-from reinforce.engine.worker.models import Counters, Models
+from reinforce.engine.worker.models import Counters, LoadedModels
 from reinforce.engine.worker.producers.base import Producer, Refusals
 from teachers.runtime.flops import count_flops, peak_flops
 from teachers.spec import ModelInfo, Precision
@@ -39,7 +39,7 @@ def make_producers(
 
 
 def check_models(
-    models: Models,
+    models: LoadedModels,
     layers: Iterable[Layer],
     precisions: Mapping[tuple[str, str], Precision],
     config: Config | None = None,
@@ -68,7 +68,9 @@ def _info(layer: Layer) -> ModelInfo:
     return ModelInfo(layer.dim, images=True, texts=True, identity=dict(layer.identity))
 
 
-def measure_costs(models: Models, config: Config, layers: Iterable[Layer], card: str | None = None) -> dict[str, Cost]:
+def measure_costs(
+    models: LoadedModels, config: Config, layers: Iterable[Layer], card: str | None = None
+) -> dict[str, Cost]:
     """The FLOPs of one input of layers by name, where they are known, and the peak rate of the card.
 
     ``card`` is torch's name of the device, by default that of the models.

@@ -10,13 +10,13 @@ import pyarrow as pa
 
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.store import IMAGES
-from reinforce.engine.worker.producers.base import Producer, RowGroup
+from reinforce.engine.worker.producers.base import Producer, RowGroupTables
 from reinforce.source.references import image_digest
 from reinforce.source.samples import RawSample
 from schemas import IMAGE_DIGEST, LABELLED, TRUE_CAPTIONS
 
 
-class Samples(Producer):
+class SamplesProducer(Producer):
     kind = "samples"
 
     @cached_property
@@ -24,7 +24,7 @@ class Samples(Producer):
         """The digest of the digests of referenced images."""
         return hashlib.blake2b(digest_size=8)
 
-    def table(self, layer: Layer, group: RowGroup) -> pa.Table:
+    def table(self, layer: Layer, group: RowGroupTables) -> pa.Table:
         schema = self.schema(layer)
         decoded = [row.decoded for row in group.rows]
         columns: dict[str, list[Any]] = {

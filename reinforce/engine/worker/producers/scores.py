@@ -18,8 +18,8 @@ from reinforce.dataset.layers import Layer, model_of
 from reinforce.engine.messages import raising_layer_failure
 from reinforce.engine.worker.decode import Row
 from reinforce.engine.worker.inference import Batch, Outputs
-from reinforce.engine.worker.models import Demand, Floats, Models, OutOfMemory
-from reinforce.engine.worker.producers.base import Producer, RowGroup, Side
+from reinforce.engine.worker.models import Demand, Floats, LoadedModels, OutOfMemory
+from reinforce.engine.worker.producers.base import Capability, Producer, RowGroupTables
 from reinforce.engine.worker.self_test import LONG_TEXT, check_numbers, score_probes
 from reinforce.source.samples import Refusal
 from schemas import Reason
@@ -30,7 +30,7 @@ from teachers.spec import ModelInfo, Precision
 Mask = npt.NDArray[np.bool_]
 
 
-class Scores(Producer):
+class ScoresProducer(Producer):
     kind = "scores"
 
     def __init__(self, *given: Any) -> None:
@@ -44,7 +44,7 @@ class Scores(Producer):
         self._seeing = [layer for layer in self.layers if layer.sees]
 
     @staticmethod
-    def side(models: Models, name: str, info: ModelInfo, precision: Precision) -> Side | None:
+    def side(models: LoadedModels, name: str, info: ModelInfo, precision: Precision) -> Capability | None:
         if not {*info.identity["inputs"]} <= {PIXELS, CAPTION}:  # others cannot be made for a test
             return None
         score = partial(score_probes, models, name, info.identity["inputs"], info.identity["names"])
@@ -53,10 +53,10 @@ class Scores(Producer):
             return partial(score, rows)
 
         check = partial(check_numbers, models, f"scores.{name}", "scores", models.loaded["scores"][name], start)
-        return Side(check, start)
+        return Capability(check, start)
 
     @staticmethod
-    def full_batch(models: Models, layer: Layer, config: Config) -> int:
+    def full_batch(models: LoadedModels, layer: Layer, config: Config) -> int:
         if layer.sees:
             return Producer.full_batch(models, layer, config)
         return models.batches.fitting("samples", config.workers.images)
@@ -126,7 +126,7 @@ class Scores(Producer):
 
     # -- tables
 
-    def table(self, layer: Layer, group: RowGroup) -> pa.Table:
+    def table(self, layer: Layer, group: RowGroupTables) -> pa.Table:
         if layer.model is None:
             with self.session.watch.stage(layer.name, f"{len(group.keys)} rows"), raising_layer_failure(layer.name):
                 scores = self._scorers[layer.name].scores(group)
@@ -138,7 +138,7 @@ class Scores(Producer):
         structs = pa.StructArray.from_arrays(arrays, fields=[*schema.field("scores").type])
         return pa.table([pa.array(group.keys, pa.string()), structs], schema=schema)
 
-    def _of_class(self, layer: Layer, group: RowGroup) -> Floats:
+    def _of_class(self, layer: Layer, group: RowGroupTables) -> Floats:
         """Scores [rows, names] of a class; records why rows have none."""
         if layer.sees:
             self.refuse_unreadable(layer, group)
