@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import reinforce
 from reinforce.errors import UserError
 from reinforce.student.config import BatchNorm
-from reinforce.student.config import StudentModel as StudentSpec
+from reinforce.student.config import Student as StudentSpec
 from reinforce.student.layers import batch_norms
 from reinforce.student.model import StudentModel, build_student
 from reinforce.training.checkpoints import State, make_adamw

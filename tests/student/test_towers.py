@@ -14,7 +14,7 @@ import reinforce
 from reinforce.errors import UserError
 from reinforce.student import model as student_model
 from reinforce.student.config import FeatureLoss
-from reinforce.student.config import StudentModel as StudentSpec
+from reinforce.student.config import Student as StudentSpec
 from reinforce.student.model import StudentModel, build_student, export
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.features import Features
