@@ -259,7 +259,7 @@ def list_shards(urls: str | Sequence[str], spec: Input) -> list[Shard]:
 
 
 def input_of(limits: Limits, images_from: Sequence[str] | None, fields: Sequence[str], table: Table) -> Input:
-    """How samples are read whose labels or captions are at ``fields``, in the forms of ``fields.read_captions``."""
+    """How samples are read whose labels or captions are at ``fields``, in the forms of ``read_captions``."""
     captions = [field.removeprefix(LINES) for field in fields if not is_in_json(field)]
     found = Input(captions=captions, images_from=[*images_from] if images_from else None, limits=limits)
     return found.model_copy(update={"format": table.format, "image": table.image, "view": table.view})

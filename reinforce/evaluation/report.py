@@ -50,7 +50,7 @@ class Outcome:
 
     ``failed`` has the reason why a model has no metrics; ``content`` is the digest of what was read. ``published`` is
     the number of images of a published set, ``note`` what the user should know about the images. ``segmented`` are
-    pictures of segmentations by model, as many as ``Models.shown``.
+    pictures of segmentations by model, as many as ``EvaluatedModels.shown``.
     """
 
     metrics: dict[str, Metrics]

@@ -474,7 +474,7 @@ def _class_of(metadata: str | None) -> str | None:
 def _similarities(
     rows: SampledRows, samples: pa.Table, decoded: Mapping[str, Floats]
 ) -> tuple[dict[str, np.ndarray], dict[tuple[str, str], np.ndarray]]:
-    """The similarities of a row group as in ``Rows.crops`` and ``Rows.texts``; each true caption counts once."""
+    """The similarities of a row group as in ``crops`` and ``texts`` of ``rows``; each true caption counts once."""
     crops, found = {}, {}
     for teacher in rows.teachers:
         images = decoded.get(embeddings_layer(teacher, "images"))

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 FIXED_POINT_BACKEND = "fixed-point-1"
 
-#: SHA-256 of the resized images of ``_resizing_digest``. Part of the definition of the backend.
+#: SHA-256 of the resized images of ``resizing_digest``. Part of the definition of the backend.
 _DIGEST = "fb1c744eaab09e4dbeecc34a067ee8e76a71871edefefa22e6e17214b93a385b"
 _FACTOR_STEPS = 128
 _MATRIX_STEPS = 2**16

@@ -211,7 +211,7 @@ PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY = 0, 2, 3, 8
 DELTA_BINARY_PACKED, DELTA_LENGTH_BYTE_ARRAY, DELTA_BYTE_ARRAY, BYTE_STREAM_SPLIT = 5, 6, 7, 9
 #: Encodings that pages of layer files may have. A page of another one can hold more bytes than its header states.
 LAYER_ENCODINGS = {PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY, DELTA_BINARY_PACKED, BYTE_STREAM_SPLIT}
-#: Encodings that pages may have where ``delta_pages`` computes the bytes of the two others.
+#: Encodings that pages may have where ``decoded_bytes`` computes the bytes of the two others.
 ENCODINGS = LAYER_ENCODINGS | {DELTA_LENGTH_BYTE_ARRAY, DELTA_BYTE_ARRAY}
 
 _MAX_DEPTH = 8

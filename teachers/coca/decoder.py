@@ -244,7 +244,7 @@ def check_decodable(model: Any) -> None:
 
 
 class CocaDecoder:
-    """A ``rules.Decoder`` of an open_clip CoCa on a CPU: arrays have as many rows and positions as there are.
+    """A ``Decoder`` of an open_clip CoCa on a CPU: arrays have as many rows and positions as there are.
 
     ``begin`` starts a batch of images and ends the previous one. ``FixedCocaDecoder`` is the one for CUDA.
     """
@@ -332,7 +332,7 @@ _TOKENS, _IMAGE_TOKENS, _TOLERANCE = 4, 3, 0.02  # of the comparison; the tolera
 
 
 class PlainCocaDecoder:
-    """A ``rules.Decoder`` that computes all tokens so far again in each step. ``begin`` starts a batch of images."""
+    """A ``Decoder`` that computes all tokens so far again in each step. ``begin`` starts a batch of images."""
 
     def __init__(self, model: Any, accelerator: Accelerator) -> None:
         self._model, self._accelerator = model, accelerator

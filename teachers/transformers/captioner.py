@@ -28,7 +28,7 @@ from teachers.transformers.teacher import image_spec
 
 
 class CachedDecoder:
-    """A ``rules.Decoder`` whose rows begin with a prompt. Each step is a forward pass over the newest token alone.
+    """A ``Decoder`` whose rows begin with a prompt. Each step is a forward pass over the newest token alone.
 
     ``ends`` are the end tokens, merged into the first. ``context`` are arguments of every pass with one row each.
     ``positions`` is None if the model counts positions itself, else the position of the first new token and the

@@ -68,9 +68,9 @@ class SetFiles:
     """The files of a set: its ``folder`` and ``shards`` as URLs, and their ``state``.
 
     ``shards`` are tars or tables, the captions of layout ``pairs``, or the file that names the images; those of masks
-    are listed when the set is opened. Equal states
-    have equal content: a hash of names, sizes, and modification times or ETags, and of class names and templates. It is
-    empty where a storage lists neither times nor ETags. Other states may have equal content, too.
+    are listed when the set is opened. Equal states have equal content: a hash of names, sizes, and modification times
+    or ETags, and of class names and templates. It is empty where a storage lists neither times nor ETags. Other states
+    may have equal content, too.
     """
 
     folder: str

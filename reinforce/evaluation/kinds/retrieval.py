@@ -140,7 +140,7 @@ def _score(distinct: bool, models: EvaluatedModels, images: ImageBatches, shared
 
     If ``distinct``, equal captions are one text, which matches all of their images. Else each caption is a text that
     matches its own image alone, as in the published evaluations, and the metrics have DataComp's names. ``shared`` is
-    that of ``Models.encode_all``.
+    that of ``EvaluatedModels.encode_all``.
     """
     from reinforce.evaluation.ranking import compute_recalls
 

@@ -1,6 +1,6 @@
 """Core ML: two packages with the interface of the app of MobileCLIP's authors.
 
-Elsewhere than on macOS, saved packages are executed by the interpreter of ``mil.py``.
+Elsewhere than on macOS, saved packages are executed by the interpreter of ``targets/mil.py``.
 """
 
 from __future__ import annotations

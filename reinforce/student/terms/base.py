@@ -88,7 +88,7 @@ class Term:
     """One term of a student's loss. It implements ``losses_of_rows`` or, if it needs the rows of all ranks, ``losses``.
 
     The module of a term has ``make(loss, models)``, which returns the term, or None if the config does not ask for it,
-    and raises UserError if the models do not fit. ``loss_config.TERMS`` lists the modules.
+    and raises UserError if the models do not fit. ``TERMS`` of ``student.config`` lists the modules.
 
     ``uses`` states what it takes from each model, by section and name, in a few words; these models are read.
     ``recorded`` are values by dotted key that decide what is learnt and are not in the config; they must not change on
