@@ -12,8 +12,8 @@ import open_clip
 import torch
 
 from reinforce import settings
-from reinforce.student.config import StudentConfig
 from reinforce.student.config import Student as StudentSpec
+from reinforce.student.config import StudentConfig
 from reinforce.student.model import StudentModel, build_student
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.terms.features import Features

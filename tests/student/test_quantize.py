@@ -17,8 +17,8 @@ from reinforce.errors import UserError
 from reinforce.processes.signals import Stopped, StopSignal
 from reinforce.shipping.targets.base import reparameterize
 from reinforce.storage import Storage
-from reinforce.student.config import StudentConfig
 from reinforce.student.config import Student as StudentSpec
+from reinforce.student.config import StudentConfig
 from reinforce.student.layers import can_quantize, quantize, round_inputs, round_weights
 from reinforce.student.model import StudentModel, build_student
 from reinforce.student.train import build, student_job
