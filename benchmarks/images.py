@@ -57,9 +57,9 @@ ARMS: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "stored targets, cosine": ({"distance": "cosine"}, "stored"),
     "teacher in the loop, similarities": (_SIMILARITIES, "online"),
 }
-_VALIDATION = "knn/concepts/k10/top1"
+_VALIDATION = "probes/concepts/k10/top1"
 #: Metric -> its title in the table.
-METRICS = {"knn/style/k10/top1": "subgroup, k = 10, %", "knn/class/k1/top1": "concept, k = 1, %"}
+METRICS = {"probes/style/k10/top1": "subgroup, k = 10, %", "probes/class/k1/top1": "concept, k = 1, %"}
 
 
 class Scripted:
@@ -219,8 +219,9 @@ def evaluated(name: str) -> dict[str, float]:
     keys: dict[str, Any] = {"threads": 1, "batch": 64}
     for key, (test, label, k) in sets.items():
         parts = {"train": train, "test": {"images": f"demo/tests/unseen-{test}/*.tar"}}
-        keys |= {f"knn.{key}.{part}.images": one["images"] for part, one in parts.items()}
-        keys |= {f"knn.{key}.{part}.label": f"json:{label}" for part in parts} | {f"knn.{key}.k": [k]}
+        keys |= {f"probes.{key}.{part}.images": one["images"] for part, one in parts.items()}
+        keys |= {f"probes.{key}.{part}.label": f"json:{label}" for part in parts}
+        keys |= {f"probes.{key}.k": [k], f"probes.{key}.l2": []}
     evaluation = build_evaluation(None, overrides=[f"{key}={json.dumps(value)}" for key, value in keys.items()])
     with resolve_models([name], teachers=True) as specs:
         [result] = evaluate_models(specs, evaluation, "cpu", "fp32").as_json()["models"].values()

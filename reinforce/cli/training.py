@@ -169,7 +169,7 @@ def evaluate(
             "--set",
             metavar="KEY=VALUE",
             help="Set a key of `evaluate`, also of a set: --set zero_shot.NAME.classes=imagenet, "
-            "--set knn.NAME.train.images=URL; repeatable.",
+            "--set probes.NAME.train.images=URL; repeatable.",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0 or mps.")] = "auto",

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from reinforce.errors import UserError
 from reinforce.evaluation.kinds.base import OwnSet, SetKind, ZeroShotSet
 from reinforce.evaluation.kinds.index import IndexSet
-from reinforce.evaluation.kinds.probes import KnnSet, LinearSet
+from reinforce.evaluation.kinds.probes import ProbeSet
 from reinforce.evaluation.kinds.registry import KINDS
 from reinforce.evaluation.kinds.retrieval import RetrievalSet
 from reinforce.evaluation.kinds.segmentation import SegmentationSet
@@ -49,11 +49,9 @@ class Evaluation(Section):
     retrieval: Annotated[dict[SetName, RetrievalSet], _SET_NAMES] = Field(
         default_factory=dict, description="retrieval sets by name"
     )
-    knn: Annotated[dict[SetName, KnnSet], _SET_NAMES] = Field(
-        default_factory=dict, description="sets of k nearest neighbours by name, which need no texts"
-    )
-    linear: Annotated[dict[SetName, LinearSet], _SET_NAMES] = Field(
-        default_factory=dict, description="sets of a linear probe by name, which need no texts"
+    probes: Annotated[dict[SetName, ProbeSet], _SET_NAMES] = Field(
+        default_factory=dict,
+        description="sets by name on which nearest neighbours and a linear probe learn from features; no texts",
     )
     index: Annotated[dict[SetName, IndexSet], _SET_NAMES] = Field(
         default_factory=dict, description="sets by name on which models query the vectors of a teacher with their own"
@@ -109,16 +107,15 @@ class Evaluation(Section):
         return [] if self.suite is None else select_sets(self.suite, self.sets or ())
 
     def shares(self, ranks: int) -> list[frozenset[str]]:
-        """Names of sets by rank, such that each has about equally many images; one rank has all sets of a source."""
-        sets = {name: (one.source or name, one.size or _IMAGES) for name, (_, one) in self.own_sets.items()}
-        sets |= {name: (name, one.size) for one in self.suite_sets for name in [f"{self.suite}/{one.key}"]}
-        sizes = dict(sets.values())
+        """Names of sets by rank, such that each has about equally many images."""
+        sizes = {name: one.size or _IMAGES for name, (_, one) in self.own_sets.items()}
+        sizes |= {f"{self.suite}/{one.key}": one.size for one in self.suite_sets}
         shares: list[set[str]] = [set() for _ in range(ranks)]
         images = [0] * ranks
-        for source in sorted(sizes, key=lambda source: -sizes[source]):
+        for name in sorted(sizes, key=lambda name: -sizes[name]):
             least = images.index(min(images))
-            shares[least] |= {name for name, (of_set, _) in sets.items() if of_set == source}
-            images[least] += sizes[source]
+            shares[least].add(name)
+            images[least] += sizes[name]
         return [frozenset(share) for share in shares]
 
     def combine(self, parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

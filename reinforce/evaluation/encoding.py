@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -110,14 +110,6 @@ def build_classifier(model: Encoder, classes: Sequence[str], templates: Sequence
     return means / means.norm(dim=1, keepdim=True)
 
 
-class _Encoded(NamedTuple):
-    """The vectors [N, dim] of images by model, and their targets."""
-
-    vectors: dict[str, torch.Tensor]
-    targets: list[Any]
-    images: ImageBatches
-
-
 @dataclass(frozen=True)
 class EvaluatedModels:
     """Models by name, on one accelerator. ``not_finite`` is of one set.
@@ -132,7 +124,7 @@ class EvaluatedModels:
     threads: int
     weights: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)  # classifiers; ImageNet's sets share one
     not_finite: NotFinite = field(default_factory=NotFinite)
-    kept: dict[str, _Encoded] = field(default_factory=dict)  # images that sets share
+    kept: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # vectors of images that sets share
     short: bool = False
     shown: int = 0
 
@@ -159,18 +151,15 @@ class EvaluatedModels:
         """The vectors [N, dim] of all images on the CPU, by model, and the N targets; no model if there is no image.
 
         Sets with the same name ``shared`` have the same images in the same order: the first set encodes them, and the
-        next ones only read their files for the targets, unless they have the same ``images``.
+        next ones only read their files for the targets.
         """
         known = self.kept.get(shared)
-        same = known is not None and known.images is images
-        if known and (same or not known.images.refused) and self.encoders.keys() <= known.vectors.keys():
-            targets = known.targets
-            if not same:
-                targets = [target for _, batch in images.decode([], self.batch, self.threads) for target in batch]
-            if len(targets) == len(known.targets):
+        if known and self.encoders.keys() <= known.keys():
+            targets = [target for _, batch in images.decode([], self.batch, self.threads) for target in batch]
+            if all(len(targets) == len(of_model) for of_model in known.values()):
                 for name in self.encoders:
-                    self.not_finite.add(name, "image", known.vectors[name])
-                return {name: known.vectors[name] for name in self.encoders}, targets
+                    self.not_finite.add(name, "image", known[name])
+                return {name: known[name] for name in self.encoders}, targets
         self.kept.clear()
         parts: dict[str, list[torch.Tensor]] = {}
         targets = []
@@ -179,8 +168,8 @@ class EvaluatedModels:
             for name, of_model in of_batch.items():
                 parts.setdefault(name, []).append(of_model.cpu())
         vectors = {name: torch.cat(of_model) for name, of_model in parts.items()}
-        if shared and targets:
-            self.kept[shared] = _Encoded(vectors, targets, images)
+        if shared and targets and not images.refused:
+            self.kept[shared] = vectors
         return vectors, targets
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -212,7 +201,7 @@ class EvaluatedModels:
     def _check_texts(self) -> None:
         for name, encoder in self.encoders.items():
             if not callable(getattr(encoder, "encode_texts", None)):
-                raise UserError(f"{name} has no text side: evaluate it on sets of `knn`, `linear` and `segmentation`.")
+                raise UserError(f"{name} has no text side: evaluate it on sets of `probes` and `segmentation`.")
 
 
 def load_models(

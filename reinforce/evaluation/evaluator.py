@@ -37,9 +37,8 @@ class Evaluator:
     """Evaluates models on the sets of a config, which are checked once, at construction.
 
     Those of the user that fit into ``config.memory`` stay decoded between evaluations. ``only`` are the names of the
-    sets that are used, such as ``zero_shot/imagenet``; default: all. ``shown`` is that of
-    ``EvaluatedModels``. Raises UserError for a faulty set: a missing folder or shard, labels that do not match the
-    classes, invalid templates.
+    sets that are used, such as ``zero_shot/imagenet``; default: all. ``shown`` is that of ``EvaluatedModels``. Raises
+    UserError for a faulty set: a missing folder or shard, labels that do not match the classes, invalid templates.
     """
 
     def __init__(
@@ -52,16 +51,13 @@ class Evaluator:
         self._shown = shown
         self._threads = config.threads or available_cores()
         budget = CacheBudget(config.memory)
-        by_source: dict[str, list[ImageSet]] = {}
+        self._own: list[tuple[ImageSet, ImageBatches]] = []
         for name, (kind, one) in config.own_sets.items():
             if only is None or name in only:
                 assert kind.open_own is not None
-                sets = by_source.setdefault(one.source or name, [])
-                sets.append(kind.open_own(one, name, config.limits, config.images_from or (), *sets[:1]))
-        self._own = [
-            (sets, ImageBatches(sets[0].examples, sets[0].count, config.limits, budget, sets[0].policy))
-            for sets in by_source.values()
-        ]
+                own = kind.open_own(one, name, config.limits, config.images_from or ())
+                images = ImageBatches(own.examples, own.count, config.limits, budget, own.policy)
+                self._own.append((own, images))
         published = {f"{config.suite}/{one.key}": one for one in config.suite_sets}
         self._published = {
             name: (one, find_set(one, config.data or ""))
@@ -72,7 +68,7 @@ class Evaluator:
     @property
     def images(self) -> int:
         """The images that are encoded, without those of sets whose number is not known before they are read."""
-        return sum(sets[0].count for sets, _ in self._own) + sum(one.size for one, _ in self._published.values())
+        return sum(own.count for own, _ in self._own) + sum(one.size for one, _ in self._published.values())
 
     def evaluate(self, model: Encoder, accelerator: Accelerator, *, keep_going: bool = False) -> Result:
         """Evaluate a model on all sets. Images that cannot be decoded are left out and listed in the result.
@@ -85,20 +81,15 @@ class Evaluator:
         models = EvaluatedModels(
             {_MODEL: model}, accelerator, self.config.batch, self._threads, short=True, shown=self._shown
         )
-        outcomes = {}
-        for sets, images in self._own:
-            for image_set in sets:
-                outcome = outcomes[image_set.name] = evaluate_set(image_set, images, models)
-                if not outcome.images:
-                    first = outcome.refused[0]
-                    raise UserError(
-                        f"{image_set.name}: every image is refused, the first ({first.key}) for {first.reason.value}: "
-                        f"{first.detail}. Check that these are images, or widen `limits`."
-                    )
-            models.kept.clear()
-        for name in self.config.own_sets:
-            if name in outcomes:
-                result.add(name, _MODEL, outcomes[name])
+        for own, images in self._own:
+            outcome = evaluate_set(own, images, models)
+            if not outcome.images:
+                first = outcome.refused[0]
+                raise UserError(
+                    f"{own.name}: every image is refused, the first ({first.key}) for {first.reason.value}: "
+                    f"{first.detail}. Check that these are images, or widen `limits`."
+                )
+            result.add(own.name, _MODEL, outcome)
         for name, (one, files) in self._published.items():
             try:
                 outcome = evaluate_published(one, files, models)

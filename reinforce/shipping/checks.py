@@ -90,7 +90,7 @@ class _RecordingEncoder:
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         if self._tokenize is None:
-            raise UserError("it has no text tower: compare it on sets of `knn` and `linear`, with --config.")
+            raise UserError("it has no text tower: compare it on sets of `probes`, with --config.")
         return self._run("text", self._tokenize(texts))
 
     def _run(self, side: str, inputs: torch.Tensor) -> torch.Tensor:

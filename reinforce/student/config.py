@@ -545,9 +545,7 @@ class StudentConfig(Section):
             raise ValueError(f"data.captions: {self.student.name} has no text tower; set it to none, or remove it")
         sets = [key for key in ("zero_shot", "retrieval", "suite") if getattr(self.evaluate, key)]
         if sets:
-            raise ValueError(
-                f"evaluate.{sets[0]}: {self.student.name} has no text tower; evaluate it by `knn` and `linear`"
-            )
+            raise ValueError(f"evaluate.{sets[0]}: {self.student.name} has no text tower; evaluate it by `probes`")
         if self.loss.interactive is not None:
             raise ValueError(f"loss.interactive: {self.student.name} has no text tower; remove it")
         if self.loss.anchor is not None and self.loss.anchor.similarities is not None:

@@ -236,7 +236,7 @@ def test_models_are_compared_and_refused_images_listed(evaluate: Command, root: 
 @pytest.mark.usefixtures("own_fast_paths")
 def test_sets_of_the_config_and_the_command_line_are_merged(evaluate: Command, root: Path, tmp_path: Path) -> None:
     section: dict[str, Any] = {"zero_shot": {"a": {"images": f"{root}/folder"}, "b.1": {"images": "nowhere.tar"}}}
-    section["knn"] = {"c": {part: {"images": f"{root}/folder"} for part in ("train", "test")} | {"k": [3]}}
+    section["probes"] = {"c": {part: {"images": f"{root}/folder"} for part in ("train", "test")} | {"k": [3], "l2": []}}
     config = tmp_path / "student.yaml"
     config.write_text(yaml.safe_dump({"output": "x", "student": {"model": "y"}, "evaluate": section}))
     b = ["--zero-shot", f"b.1={root}/colours.tar", "--limit", "5"]
@@ -251,7 +251,7 @@ def test_sets_of_the_config_and_the_command_line_are_merged(evaluate: Command, r
         "zero_shot/a: 5 images",
         "zero_shot/b.1: 5 images",
         "zero_shot/b.1/group",
-        "knn/c: 17 images; 5 test",
+        "probes/c: 17 images; 5 test",
         "metric, %",
     ):
         assert part in out

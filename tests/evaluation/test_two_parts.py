@@ -14,7 +14,6 @@ import yaml
 
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
-from reinforce.evaluation.encoding import EvaluatedModels
 from reinforce.evaluation.report import Result
 from reinforce.settings import parse
 from teachers.protocols import ImageSpec
@@ -55,13 +54,13 @@ class HueEncoder(ImageOracle):
         return torch.nn.functional.normalize(pixels.mean((2, 3)), dim=1)
 
 
-def both(train: dict[str, Any], test: dict[str, Any], k: int = 3) -> dict[str, Any]:
+def probes(train: dict[str, Any], test: dict[str, Any], k: int = 3) -> dict[str, Any]:
     parts = {"train": train, "test": test}
-    return {"knn": {"set": {**parts, "k": [1, k]}}, "linear": {"set": {**parts, "l2": [0.01]}}}
+    return {"probes": {"set": {**parts, "k": [1, k], "l2": [0.01]}}}
 
 
 def evaluate(model: Any, train: dict[str, Any], test: dict[str, Any], **config: Any) -> Result:
-    return make_evaluator(**both(train, test, **config)).evaluate(model, CPU)
+    return make_evaluator(**probes(train, test, **config)).evaluate(model, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +77,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_metrics_have_the_defaults_of_dino_and_the_names_of_the_sets() -> None:
     parts = {"train": {"images": "a"}, "test": {"images": "b", "limit": 5}}
-    config = parse(Evaluation, {"knn": {"a": parts}, "linear": {"b": {**parts, "train": {"images": "a", "limit": 3}}}})
+    some = {**parts, "train": {"images": "a", "limit": 3}}
+    config = parse(Evaluation, {"probes": {"a": {**parts, "l2": []}, "b": {**some, "k": []}, "c": {**some, "k": [2]}}})
+    linear = ("top1", "top5", "mean_per_class")
     assert config.metrics == [
-        *(f"knn/a/k{k}/top1" for k in (10, 20, 100, 200)),
-        *(f"linear/b/{score}" for score in ("top1", "top5", "mean_per_class")),
+        *(f"probes/a/k{k}/top1" for k in (10, 20, 100, 200)),
+        *(f"probes/b/linear/{score}" for score in linear),
+        *("probes/c/k2/top1", *(f"probes/c/linear/{score}" for score in linear)),
     ]
-    assert config.best_metric == "knn/a/k10/top1"
-    assert (config.knn["a"].size, config.linear["b"].size) == (None, 8)
-    assert config.shares(2) == [{"knn/a"}, {"linear/b"}]
+    assert config.best_metric == "probes/a/k10/top1"
+    assert (config.probes["a"].size, config.probes["b"].size) == (None, 8)
+    assert config.shares(2) == [{"probes/a"}, {"probes/b", "probes/c"}]
 
 
 def test_folders_shards_tables_and_views_are_parts_and_no_text_is_needed(root: Path, tmp_path: Path) -> None:
@@ -96,9 +98,9 @@ def test_folders_shards_tables_and_views_are_parts_and_no_text_is_needed(root: P
     make_view(dataset, "key IS NOT NULL", name="all")
     shards = {"images": f"{root}/train.tar"}
     found = evaluate(HueEncoder(), folder, test)
-    assert 0.5 < found.metrics["knn/set/k1/top1"] <= 1
-    assert found.sets["linear/set"].images == 42
-    assert found.sets["linear/set"].classes == 6
+    assert 0.5 < found.metrics["probes/set/k1/top1"] <= 1
+    assert found.sets["probes/set"].images == 42
+    assert found.sets["probes/set"].classes == 6
     for train in (
         {**shards, "label": "json:class"},
         {**shards, "classes": NAMES},
@@ -108,7 +110,7 @@ def test_folders_shards_tables_and_views_are_parts_and_no_text_is_needed(root: P
         assert evaluate(HueEncoder(), train, test).metrics == pytest.approx(found.metrics)
     numbers = evaluate(ImageOracle(), shards, shards)
     assert {*numbers.metrics.values()} == {1.0}, "labels that are numbers need no names"
-    assert evaluate(ConstantEncoder(), folder, test).metrics["linear/set/top1"] == pytest.approx(1 / 6)
+    assert evaluate(ConstantEncoder(), folder, test).metrics["probes/set/linear/top1"] == pytest.approx(1 / 6)
 
 
 def test_parts_are_joined_by_name_and_repeated_names_in_their_order(tmp_path: Path) -> None:
@@ -118,22 +120,22 @@ def test_parts_are_joined_by_name_and_repeated_names_in_their_order(tmp_path: Pa
     samples = [(f"{n}", solid_image(name, n // 3), {"cls": str(n % 3)}) for n, name in enumerate(colours)]
     url = write_shard(tmp_path / "a.tar", samples)
     part = {"images": url, "classes": classes}
-    assert evaluate(ImageOracle(), part, {**part, "limit": 3}, k=2).metrics["knn/set/k1/top1"] == 1
-    found = evaluate(ImageOracle(), part, {**part, "limit": 3}, k=2).sets["knn/set"]
+    assert evaluate(ImageOracle(), part, {**part, "limit": 3}, k=2).metrics["probes/set/k1/top1"] == 1
+    found = evaluate(ImageOracle(), part, {**part, "limit": 3}, k=2).sets["probes/set"]
     assert found.classes == 3
     folders = tmp_path / "folders"
     (folders / "blue").mkdir(parents=True)
     (folders / "blue" / "x.png").write_bytes(solid_image("blue"))
     other = evaluate(ImageOracle(), {"images": url, "classes": ["unused", *classes[1:]]}, {"images": str(folders)}, k=2)
-    assert other.metrics["linear/set/top1"] == 1
+    assert other.metrics["probes/set/linear/top1"] == 1
 
 
 def test_images_in_both_parts_are_counted_by_their_bytes(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Also in a second evaluation, whose images are cached."""
-    sets = both({"images": f"{root}/train"}, {"images": f"{root}/test"})
+    sets = probes({"images": f"{root}/train"}, {"images": f"{root}/test"})
     evaluator = make_evaluator(**sets)
     for _ in range(2):
-        found = evaluator.evaluate(ImageOracle(), CPU).sets["knn/set"]
+        found = evaluator.evaluate(ImageOracle(), CPU).sets["probes/set"]
         assert str(found) == "42 images; 6 test images of 12 also in the training part"
         assert found.as_json()["note"] == "6 test images of 12 also in the training part"
 
@@ -147,15 +149,15 @@ def test_images_in_both_parts_are_counted_by_their_bytes(root: Path, caplog: pyt
 
     with caplog.at_level(logging.WARNING, "reinforce.evaluation"):
         result = evaluator.evaluate_module(Tower(), ImageOracle.image, None, CPU)
-    assert result.metrics["knn/set/k3/top1"] == 1, "a module that encodes images alone"
-    assert caplog.messages[0] == "knn/set: 42 images; 6 test images of 12 also in the training part"
+    assert result.metrics["probes/set/k3/top1"] == 1, "a module that encodes images alone"
+    assert caplog.messages[0] == "probes/set: 42 images; 6 test images of 12 also in the training part"
 
 
 def test_not_finite_features_and_parts_that_shrink_fail_with_a_reason(root: Path, tmp_path: Path) -> None:
     folder, test = {"images": f"{root}/train"}, {"images": f"{root}/test"}
     result = evaluate(RedNanEncoder(), folder, test)
     assert result.metrics == {}
-    assert result.failed["knn/set"].startswith("7 of 42 image embeddings are not finite")
+    assert result.failed["probes/set"].startswith("7 of 42 image embeddings are not finite")
     two = [("0", solid_image("red"), {"cls": "red"}), ("1", solid_image("blue"), {"cls": "blue"})]
     grey = [("3", solid_image("grey"), {"cls": "grey"})]
     broken = [("2", b"no image", {"cls": "grey"})]
@@ -166,23 +168,28 @@ def test_not_finite_features_and_parts_that_shrink_fail_with_a_reason(root: Path
         (broken, "the test part has no usable image"),
     ):
         result = evaluate(ImageOracle(), {"images": holes}, {"images": write_shard(tmp_path / "b.tar", tests)})
-        assert result.failed["knn/set"].startswith(message)
-        assert result.sets["knn/set"].refused[0].key == "train/2"
+        assert result.failed["probes/set"].startswith(message)
+        assert result.sets["probes/set"].refused[0].key == "train/2"
 
 
 @pytest.mark.parametrize(
-    ("section", "train", "test", "keys", "message"),
+    ("train", "test", "keys", "message"),
     [
-        ("knn", "one", "one", {"k": [1]}, "the training part has one class, 'red': give images of two classes"),
-        ("linear", "one", "one", {}, "the training part has one class"),
-        ("knn", "train", "test", {}, "k of 200 neighbours is above the 30 usable images of the training part: set `k`"),
-        ("linear", "two", "two", {}, "no class of the training part has 5 usable images, of which one would be held"),
-        ("linear", "two", "test", {"l2": [0.1]}, "4 of 6 classes of the test part have no usable image in"),
-        ("knn", "train", "none", {}, "knn/set.test: "),
+        ("one", "one", {"k": [1], "l2": []}, "the training part has one class, 'red': give images of two classes"),
+        ("one", "one", {"k": []}, "the training part has one class"),
+        (
+            "train",
+            "test",
+            {"l2": []},
+            "k of 200 neighbours is above the 30 usable images of the training part: set",
+        ),
+        ("two", "two", {"k": []}, "no class of the training part has 5 usable images, of which one would be held"),
+        ("two", "test", {"l2": [0.1]}, "4 of 6 classes of the test part have no usable image in"),
+        ("train", "none", {}, "probes/set.test: "),
     ],
 )
 def test_faults_of_parts_are_one_line_before_a_model_is_loaded(
-    root: Path, tmp_path: Path, section: str, train: str, test: str, keys: dict[str, Any], message: str
+    root: Path, tmp_path: Path, train: str, test: str, keys: dict[str, Any], message: str
 ) -> None:
     for name, colours in (("one", ["red"]), ("two", ["red", "blue"])):
         for colour in colours:
@@ -191,62 +198,52 @@ def test_faults_of_parts_are_one_line_before_a_model_is_loaded(
     places = {name: tmp_path if (tmp_path / name).exists() else root for name in (train, test)}
     parts = {"train": {"images": f"{places[train]}/{train}"}, "test": {"images": f"{places[test]}/{test}"}}
     with pytest.raises(UserError) as error:
-        make_evaluator(**{section: {"set": {**parts, **keys}}})
+        make_evaluator(probes={"set": {**parts, **keys}})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_wrong_keys_are_reported_with_their_place() -> None:
     parts = {"train": {"images": "a"}, "test": {"images": "b"}}
-    for keys, message in (
-        ({"knn": {"a": {"train": {"images": "x"}}}}, "knn.a.test: is required"),
-        ({"knn": {"a": {**parts, "k": [5, 5]}}}, "a number is there twice"),
-        ({"knn": {"a": {**parts, "k": [0]}}}, "knn.a.k.0"),
-        ({"linear": {"a": {**parts, "l2": []}}}, "linear.a.l2"),
-        ({"linear": {"a": {**parts, "templates": "x"}}}, "linear.a.templates: unknown key"),
+    for one, message in (
+        ({"train": {"images": "x"}}, "probes.a.test: is required"),
+        ({**parts, "k": [5, 5]}, "a number is there twice"),
+        ({**parts, "k": [0]}, "probes.a.k.0"),
+        ({**parts, "k": [], "l2": []}, "set numbers of `k`, or weights of `l2`, or both"),
+        ({**parts, "templates": "x"}, "probes.a.templates: unknown key"),
     ):
         with pytest.raises(UserError) as error:
-            parse(Evaluation, keys)
+            parse(Evaluation, {"probes": {"a": one}})
         assert message in str(error.value)
 
 
-def test_equal_parts_are_decoded_and_encoded_once(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where some are broken, and although sets of other parts are between them in the config."""
+def test_both_classifiers_learn_from_images_that_are_decoded_once_and_encoded_once(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each gives what it gives alone, also where some images are broken."""
     holes = Path(shutil.copytree(root / "train", tmp_path / "train"))
     (holes / "red" / "0.png").write_bytes(b"no image")
-    of_all = both({"images": str(holes)}, {"images": f"{root}/test"})
-    of_some = both({"images": str(holes)}, {"images": f"{root}/test", "limit": 6})
-    sets: dict[str, dict[str, Any]] = {
-        section: {"all": of_all[section]["set"], "some": of_some[section]["set"]} for section in ("knn", "linear")
-    }
-    alone = {
-        f"{section}/{name}": make_evaluator(**{section: {name: one}}).evaluate(HueEncoder(), CPU)
-        for section, named in sets.items()
-        for name, one in named.items()
-    }
-    decoded, encode_all = count_decoded(monkeypatch), EvaluatedModels.encode_all
+    both = probes({"images": str(holes)}, {"images": f"{root}/test"})["probes"]["set"]
+    alone = [
+        make_evaluator(probes={"set": {**both, **without}}).evaluate(HueEncoder(), CPU)
+        for without in ({"l2": []}, {"k": []})
+    ]
+    decoded = count_decoded(monkeypatch)
     encoded: list[int] = []
-    kept: list[int] = []
 
     class Counted(HueEncoder):
         def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
             encoded.append(len(pixels))
             return super().encode_images(pixels)
 
-    def record_kept(models: EvaluatedModels, *args: Any) -> Any:
-        kept.append(len(models.kept))
-        return encode_all(models, *args)
-
-    monkeypatch.setattr(EvaluatedModels, "encode_all", record_kept)
-    evaluator, counted = make_evaluator(**sets), Counted()
-    assert evaluator.images == 42 + 36
+    evaluator, counted = make_evaluator(probes={"set": both}), Counted()
+    assert evaluator.images == 42
     for passes in (1, 2):
         result = evaluator.evaluate(counted, CPU)
-        assert (sum(encoded), len(decoded)) == (passes * (41 + 35), 42 + 36), "decoded images stay between evaluations"
-        assert result.metrics == {name: score for one in alone.values() for name, score in one.metrics.items()}
-        assert [*result.sets.items()] == [item for one in alone.values() for item in one.sets.items()]
-    assert kept == [0, 1] * 4, "vectors are kept until the last set of their images"
-    assert evaluator.config.shares(2) == [{"knn/all", "linear/all"}, {"knn/some", "linear/some"}]
+        assert (sum(encoded), len(decoded)) == (passes * 41, 42), "decoded images stay between evaluations"
+        assert result.metrics == {name: score for one in alone for name, score in one.metrics.items()}
+        line = "41 images; 1 refused: train/red/0.png (image_format); 5 test images of 12 also in the training part"
+        assert {str(one.sets["probes/set"]) for one in (result, *alone)} == {line}
 
 
 @pytest.fixture
@@ -284,15 +281,15 @@ def test_any_teacher_is_evaluated_by_name(
     command: Command, root: Path, teachers: dict[str, str], tmp_path: Path
 ) -> None:
     parts = [f"{part}.images={root}/{part}" for part in ("train", "test")]
-    sets = [item for section in ("knn", "linear") for part in parts for item in ("--set", f"{section}.pets.{part}")]
+    sets = [item for part in parts for item in ("--set", f"probes.pets.{part}")]
     status, out, err = command(
-        "evaluate", *teachers.values(), *sets, "--set", "knn.pets.k=[1, 5]", "--json", f"{tmp_path}/report.json"
+        "evaluate", *teachers.values(), *sets, "--set", "probes.pets.k=[1, 5]", "--json", f"{tmp_path}/report.json"
     )
     assert status == 0, err
-    assert "knn/pets: 42 images; 6 test images of 12 also in the training part" in out.replace("\n", " ")
+    assert "probes/pets: 42 images; 6 test images of 12 also in the training part" in out.replace("\n", " ")
     models = json.loads((tmp_path / "report.json").read_text())["models"]
-    assert models[teachers["class"]]["metrics"]["knn/pets/k5/top1"] == 1
-    assert models[teachers["class"]]["metrics"]["linear/pets/mean_per_class"] == 1
+    assert models[teachers["class"]]["metrics"]["probes/pets/k5/top1"] == 1
+    assert models[teachers["class"]]["metrics"]["probes/pets/linear/mean_per_class"] == 1
     assert all(len(of_model["metrics"]) == 5 for of_model in models.values())
 
 
@@ -305,8 +302,8 @@ def test_faults_of_names_are_one_message(command: Command, root: Path, teachers:
         (f"{config}:stored", "outputs are stored, not computed"),
         ("transformers:", "transformers:"),
         (f"{config}:bert", "it has no image side; evaluate a model that encodes images"),
-        (teachers["class"], "has no text side: evaluate it on sets of `knn`, `linear` and `segmentation`"),
-        (teachers["config"], "has no text side: evaluate it on sets of `knn`, `linear` and `segmentation`"),
+        (teachers["class"], "has no text side: evaluate it on sets of `probes` and `segmentation`"),
+        (teachers["config"], "has no text side: evaluate it on sets of `probes` and `segmentation`"),
     ):
         status, out, err = command("evaluate", name, *zero_shot)
         assert status == 2, name

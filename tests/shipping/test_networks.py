@@ -44,9 +44,9 @@ def test_onnx_computes_as_the_network_on_the_sets_of_a_config(
 ) -> None:
     parts = {part: {"images": write_colour_folder(tmp_path / part, each)} for part, each in (("train", 2), ("test", 1))}
     config = tmp_path / "sets.yaml"
-    config.write_text(yaml.safe_dump({"evaluate": {"knn": {"colours": {**parts, "k": [1]}}}}))
+    config.write_text(yaml.safe_dump({"evaluate": {"probes": {"colours": {**parts, "k": [1], "l2": []}}}}))
     out = printed("export", "onnx", folders[name], str(tmp_path / "onnx"), "--config", str(config))
-    assert "knn/colours/k1/top1:" in out
+    assert "probes/colours/k1/top1:" in out
     assert {path.name for path in (tmp_path / "onnx").iterdir()} == FILES
     images = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
     [found] = onnxruntime.InferenceSession(str(tmp_path / "onnx/image.onnx")).run(None, {"images": images})
@@ -79,7 +79,7 @@ def test_transformers_loads_the_folder_of_a_model_of_timm(folders: dict[str, str
 def test_what_needs_a_text_tower_is_refused(folders: dict[str, str], tmp_path: Path, refused: Printed) -> None:
     model, out = folders["timm"], str(tmp_path / "out")
     sets = ["--zero-shot", f"a={write_colour_folder(tmp_path / 'images')}"]
-    assert "no text tower: compare it on sets of `knn`" in refused("export", "onnx", model, out, *sets)
+    assert "no text tower: compare it on sets of `probes`" in refused("export", "onnx", model, out, *sets)
     assert "of a model of timm, AutoModel loads the folder itself" in refused("export", "transformers", model, out)
     assert "a network of images without a text tower, which is needed here" in refused("export", "latency", model)
     assert not (tmp_path / "out").exists()

@@ -137,7 +137,7 @@ def test_a_training_reads_no_caption_and_no_tokenizer_and_its_export_has_the_met
     for name in ("get_tokenizer", "create_model"):
         monkeypatch.setattr(f"open_clip.{name}", _refuse)
     faces = {part: {"images": write_colour_folder(tmp_path / part, each)} for part, each in (("train", 5), ("test", 2))}
-    sets = {"knn": {"colours": {**faces, "k": [1, 3]}}, "linear": {"colours": faces}}
+    sets = {"probes": {"colours": {**faces, "k": [1, 3]}}}
     made = config_of(tmp_path, dataset, student, evaluate=sets)
     task = StudentTask(made)
     assert task.tokenizer is None
@@ -188,7 +188,7 @@ def test_what_needs_texts_is_refused_by_the_config_alone(tmp_path: Path) -> None
     refused: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         (TIMM, {"data": {"captions": "both"}}, r"data\.captions: test_efficientnet has no text tower"),
         (OWN, {"evaluate": {"zero_shot": {"a": {"images": folder}}}}, r"zero_shot: class:.*Squares has no text"),
-        (TIMM, {"evaluate": {"retrieval": {"a": {"pairs": folder}}}}, "use|evaluate it by `knn` and `linear`"),
+        (TIMM, {"evaluate": {"retrieval": {"a": {"pairs": folder}}}}, "use|evaluate it by `probes`"),
         (TIMM, {"loss": {"interactive": 1.0}}, r"loss\.interactive: test_efficientnet has no text tower"),
         (TIMM, {"loss": {"anchor": {"teacher": "a", "similarities": 1.0}}}, r"loss\.anchor\.similarities: .*no text"),
         (TIMM, {"loss": {"form": "sigmoid"}}, "there are no similarities of images with texts"),

@@ -208,16 +208,10 @@ class ImageSet:
     score: Callable[[EvaluatedModels, ImageBatches], Outcome]
     count: int = 0
     policy: str = IMAGE_POLICY
-    parts: Any = None  # of a set with a `source`: what another set of this source is opened with
 
 
 class OwnSet(Section):
     """The config of a set of the user."""
-
-    @property
-    def source(self) -> str | None:
-        """Sets of one source have the same images and targets, and are encoded once; None: of no other set."""
-        return None
 
     @property
     def scores(self) -> list[str]:
@@ -246,8 +240,8 @@ class SetKind:
 
     Increase ``version`` with a change of the metrics after which a kept result would be another. If users have sets of
     the kind, ``section`` is the one of a config that has them by name, and ``open_own`` checks such a set and counts
-    its images. Its arguments are the config of the set, its name in messages, limits, the folders from which images
-    that are stored by reference may be read, and a set of the same source, if one is open.
+    its images. Its arguments are the config of the set, its name in messages, limits, and the folders from which images
+    that are stored by reference may be read.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Sets of two parts, with which image features are measured without texts: a classifier learns from one of them.
+"""Sets of two parts, with which image features are measured without texts: classifiers learn from one of them.
 
 With k nearest neighbours, each test image gets the class of the most similar training images, as in DINO's evaluation.
 A linear probe is softmax regression from the features of the training images to their classes.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
 from reinforce.errors import UserError
 from reinforce.evaluation.kinds.base import ImageSet, LabelledSource, OwnSet, SetKind, own_metrics, read_labels
@@ -31,26 +31,45 @@ if TYPE_CHECKING:
     from teachers.runtime.accelerator import Accelerator
 
 TRAIN, TEST = "train", "test"
+_TEMPERATURE = 0.07  # of the votes, as in DINO, so that scores compare
+_LINEAR_SCORES = ("top1", "top5", "mean_per_class")
 
 
-class TwoPartSet(OwnSet):
-    """A set of two parts, whose classes are joined by name."""
+class ProbeSet(OwnSet):
+    """A set of two parts, whose classes are joined by name. Needs no texts.
+
+    Each number K of ``k`` gives the metric ``kK/top1``: the K nearest training images of an image vote for its class,
+    each with exp(cosine / 0.07). ``l2`` gives ``linear/top1``, ``top5`` and ``mean_per_class`` of softmax regression.
+    """
 
     train: LabelledSource = Field(description="images that the classifier learns from")
     test: LabelledSource = Field(description="images that it classifies; each class must be in `train`")
+    k: list[Annotated[int, Field(ge=1)]] = Field(
+        [10, 20, 100, 200], description="numbers of nearest neighbours; each gives a metric; []: no neighbours"
+    )
+    l2: list[Annotated[float, Field(gt=0)]] = Field(
+        [1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6],
+        description="linear probe: weights of the squared norm; of several, the best one on a held-out fifth of the "
+        "training part; []: no linear probe",
+    )
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> ProbeSet:
+        if len({*self.k}) < len(self.k):
+            raise ValueError("k: a number is there twice; remove it")
+        if not self.k and not self.l2:
+            raise ValueError("set numbers of `k`, or weights of `l2`, or both")
+        return self
 
     @property
-    def source(self) -> str:
-        return f"{self.train.model_dump_json()} {self.test.model_dump_json()}"
+    def scores(self) -> list[str]:
+        linear = [f"linear/{score}" for score in _LINEAR_SCORES] if self.l2 else []
+        return [*(f"k{count}/top1" for count in self.k), *linear]
 
     @property
     def size(self) -> int | None:
         sizes = self.train.size, self.test.size
         return None if None in sizes else sum(filter(None, sizes))
-
-    def fault(self, counts: np.ndarray) -> str | None:
-        """Why a training part with so many images of each class, int64 [C], is too small; None if it is not."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -66,14 +85,11 @@ class PartFeatures:
     test_labels: np.ndarray
 
 
-#: Learns from the training part, and returns the metrics on the test part.
-Classify = Callable[[TwoPartSet, PartFeatures, "Accelerator"], Metrics]
-
-
 class _Parts:
     """The two parts, read as one set: targets are pairs of the part, 0 or 1, and the index into ``classes``."""
 
-    def __init__(self, config: TwoPartSet, name: str, limits: Limits, images_from: Sequence[str]) -> None:
+    def __init__(self, config: ProbeSet, name: str, limits: Limits, images_from: Sequence[str]) -> None:
+        self._config = config
         sources = {TRAIN: config.train, TEST: config.test}
         self._parts = {
             part: read_labels(source, f"{name}.{part}", limits, images_from, numbers=True)
@@ -96,8 +112,10 @@ class _Parts:
             count[place] = found.counts
         self.images = sum(part.images for part in self._parts.values())
 
-    def fault(self, config: TwoPartSet, train: np.ndarray, test: np.ndarray) -> str | None:
+    def fault(self, train: np.ndarray, test: np.ndarray) -> str | None:
         """Why parts with so many images of each class, int64 [C], cannot be used; None if they can."""
+        from reinforce.evaluation.ranking import FOLD
+
         present = np.flatnonzero(train)
         if len(present) < 2:
             only = f"one class, {self.classes[present[0]]!r}" if len(present) else "no usable image"
@@ -107,7 +125,19 @@ class _Parts:
                 f"{len(missing):,} of {int((test > 0).sum()):,} classes of the test part have no usable image in the "
                 f"training part, such as {self.classes[missing[0]]!r}: add some, or remove those of the test part."
             )
-        return "the test part has no usable image: check it." if not test.any() else config.fault(train)
+        if not test.any():
+            return "the test part has no usable image: check it."
+        if max(self._config.k, default=0) > (images := int(train.sum())):
+            return (
+                f"k of {max(self._config.k)} neighbours is above the {images:,} usable images of the training part: "
+                f"set `k` to smaller numbers, such as [{min(10, images)}], or to []."
+            )
+        if len(self._config.l2) > 1 and train.max() < FOLD:
+            return (
+                f"no class of the training part has {FOLD} usable images, of which one would be held out to choose "
+                "`l2`: set `l2` to one number, such as [0.01], or to []."
+            )
+        return None
 
     def examples(self) -> Iterator[LabelledImage | Refusal]:
         for number, (part, found) in enumerate(self._parts.items()):
@@ -133,21 +163,14 @@ def _load(load: Callable[[], bytes], hashes: np.ndarray, row: int) -> bytes:
     return data
 
 
-def _open(
-    classify: Classify,
-    config: TwoPartSet,
-    name: str,
-    limits: Limits,
-    images_from: Sequence[str] = (),
-    known: ImageSet | None = None,
-) -> ImageSet:
-    """A set of the user, which is checked; ``known`` has the same parts. Raises UserError."""
-    parts = _Parts(config, name, limits, images_from) if known is None else known.parts
-    if fault := parts.fault(config, *parts.counts):
+def _open(config: ProbeSet, name: str, limits: Limits, images_from: Sequence[str] = ()) -> ImageSet:
+    """A set of the user, which is checked. Raises UserError."""
+    parts = _Parts(config, name, limits, images_from)
+    if fault := parts.fault(*parts.counts):
         raise UserError(f"{name}: {fault}")
 
     def score(models: EvaluatedModels, images: ImageBatches) -> Outcome:
-        vectors, targets = models.encode_all(images, config.source)
+        vectors, targets = models.encode_all(images)
         if not targets:
             return Outcome({}, len(images.refused), images.refused)
         of_parts, labels = np.array(targets, np.int64).T
@@ -155,106 +178,43 @@ def _open(
         counts = [np.bincount(of_part, minlength=len(parts.classes)) for of_part in (labels[:first], labels[first:])]
         total = len(labels) + len(images.refused)
         outcome = Outcome({}, total, images.refused, int((counts[0] > 0).sum()), note=parts.note())
-        if fault := parts.fault(config, *counts):
+        if fault := parts.fault(*counts):
             return replace(outcome, failed=dict.fromkeys(vectors, fault))
         dense = np.cumsum(counts[0] > 0) - 1  # classes of `classes: imagenet` may have no image
         metrics: dict[str, Metrics] = {}
         for model, of_model in vectors.items():
             features = PartFeatures(of_model[:first], dense[labels[:first]], of_model[first:], dense[labels[first:]])
             finite = bool(of_model.isfinite().all())  # else `evaluate_set` reports how many are not
-            metrics[model] = classify(config, features, models.accelerator) if finite else {}
+            metrics[model] = _classify(config, features, models.accelerator) if finite else {}
         return replace(outcome, metrics=metrics)
 
-    return ImageSet(name, parts.examples, score, parts.images, parts=parts)
+    return ImageSet(name, parts.examples, score, parts.images)
 
 
-_TEMPERATURE = 0.07  # of the votes, as in DINO, so that scores compare
+KIND = SetKind("probes", None, section="probes", open_own=_open)
 
 
-class KnnSet(TwoPartSet):
-    """A set on which the nearest training images of an image vote for its class, each with exp(cosine / 0.07).
-
-    Needs no texts. The metrics are ``kK/top1`` for each number K of neighbours.
-    """
-
-    k: list[Annotated[int, Field(ge=1)]] = Field(
-        [10, 20, 100, 200], min_length=1, description="numbers of neighbours; each gives a metric"
-    )
-
-    @field_validator("k")
-    @classmethod
-    def _check_k(cls, k: list[int]) -> list[int]:
-        if len({*k}) < len(k):
-            raise ValueError("k: a number is there twice; remove it")
-        return k
-
-    @property
-    def scores(self) -> list[str]:
-        return [f"k{count}/top1" for count in self.k]
-
-    def fault(self, counts: np.ndarray) -> str | None:
-        if max(self.k) <= (images := int(counts.sum())):
-            return None
-        return (
-            f"k of {max(self.k)} neighbours is above the {images:,} usable images of the training part: set `k` to "
-            f"smaller numbers, such as [{min(10, images)}]."
-        )
-
-
-def _classify_nearest(config: TwoPartSet, features: PartFeatures, accelerator: Accelerator) -> Metrics:
+def _classify(config: ProbeSet, features: PartFeatures, accelerator: Accelerator) -> Metrics:
+    """The metrics of both classifiers on the test part, as far as the set asks for them."""
     import torch
 
-    from reinforce.evaluation.ranking import classify
+    from reinforce.evaluation.ranking import PROBE_BLOCK, classify, fit_probe, rank_classes
 
-    assert isinstance(config, KnnSet)
-    accelerator = accelerator.of_float64("nearest neighbours")
-    labels, true = (torch.from_numpy(part) for part in (features.train_labels, features.test_labels))
-    found = classify(features.train, labels, features.test, config.k, _TEMPERATURE, accelerator)
-    return {f"k{count}/top1": float((predicted == true).double().mean()) for count, predicted in found.items()}
-
-
-KNN = SetKind("knn", None, section="knn", open_own=functools.partial(_open, _classify_nearest))
-
-
-class LinearSet(TwoPartSet):
-    """A set on which softmax regression learns the classes from the features. Needs no texts."""
-
-    l2: list[Annotated[float, Field(gt=0)]] = Field(
-        [1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6],
-        min_length=1,
-        description="weights of the squared norm; of several, the best one on a held-out fifth of the training part",
-    )
-
-    @property
-    def scores(self) -> list[str]:
-        return ["top1", "top5", "mean_per_class"]
-
-    def fault(self, counts: np.ndarray) -> str | None:
-        from reinforce.evaluation.ranking import FOLD
-
-        if len(self.l2) == 1 or counts.max() >= FOLD:
-            return None
-        return (
-            f"no class of the training part has {FOLD} usable images, of which one would be held out to choose `l2`: "
-            "set `l2` to one number, such as [0.01]."
-        )
-
-
-def _classify(config: TwoPartSet, features: PartFeatures, accelerator: Accelerator) -> Metrics:
-    import torch
-
-    from reinforce.evaluation.ranking import PROBE_BLOCK, fit_probe, rank_classes
-
-    assert isinstance(config, LinearSet)
-    accelerator = accelerator.of_float64("linear probes")
-    probe = fit_probe(features.train, features.train_labels, config.l2, accelerator)
-    ranked = []
-    for start in range(0, len(features.test), PROBE_BLOCK):
-        inputs = probe.inputs(accelerator.put(features.test[start : start + PROBE_BLOCK]))
-        true = accelerator.put(features.test_labels[start : start + PROBE_BLOCK])
-        ranked.append(torch.stack(rank_classes(inputs, probe.weights, true)).cpu().numpy())
-    ranks, predicted = np.concatenate(ranked, axis=1)
-    return own_metrics(None, None, features.test_labels, ranks, predicted)
-
-
-LINEAR = SetKind("linear", None, section="linear", open_own=functools.partial(_open, _classify))
+    metrics: Metrics = {}
+    if config.k:
+        device = accelerator.of_float64("nearest neighbours")
+        labels, true = (torch.from_numpy(part) for part in (features.train_labels, features.test_labels))
+        found = classify(features.train, labels, features.test, config.k, _TEMPERATURE, device)
+        metrics |= {f"k{count}/top1": float((predicted == true).double().mean()) for count, predicted in found.items()}
+    if config.l2:
+        device = accelerator.of_float64("linear probes")
+        probe = fit_probe(features.train, features.train_labels, config.l2, device)
+        ranked = []
+        for start in range(0, len(features.test), PROBE_BLOCK):
+            inputs = probe.inputs(device.put(features.test[start : start + PROBE_BLOCK]))
+            labels = device.put(features.test_labels[start : start + PROBE_BLOCK])
+            ranked.append(torch.stack(rank_classes(inputs, probe.weights, labels)).cpu().numpy())
+        ranks, predicted = np.concatenate(ranked, axis=1)
+        linear = own_metrics(None, None, features.test_labels, ranks, predicted)
+        metrics |= {f"linear/{score}": linear[score] for score in _LINEAR_SCORES}
+    return metrics

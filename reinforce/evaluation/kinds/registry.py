@@ -5,7 +5,7 @@ from __future__ import annotations
 from reinforce.evaluation.kinds import association, classification, index, probes, retrieval, segmentation
 
 _KINDS = (
-    classification.KIND, retrieval.RETRIEVAL, probes.KNN, probes.LINEAR, index.KIND, association.KIND, retrieval.CHOICE,
+    classification.KIND, retrieval.RETRIEVAL, probes.KIND, index.KIND, association.KIND, retrieval.CHOICE,
     segmentation.KIND,
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in _KINDS}
