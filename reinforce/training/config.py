@@ -198,44 +198,27 @@ def cooldown_start(steps: int, share: float) -> int:
     return steps - max(1, round(share * steps)) - 1
 
 
-class Wandb(Section):
-    """A run of Weights & Biases; WANDB_API_KEY or `wandb login` gives access.
+class Trackers(Section):
+    """Trackers that get the rows of log.jsonl, too. One that fails is reported, and the training run continues.
 
-    The package reads WANDB_ENTITY and WANDB_DIR where the training runs, as it reads the key.
+    Each package reads its own variables of the environment where the training runs.
     """
 
-    project: str = Field("reinforce", min_length=1, description="project that the run belongs to")
-    name: str | None = Field(None, min_length=1, description="name of the run; default: that of the output folder")
-    tags: list[str] = Field(default_factory=list, description="tags of the run")
-    mode: Literal["online", "offline"] = Field(
-        "online", description="offline: write to WANDB_DIR, to be sent later by `wandb sync`"
+    wandb: str | None = Field(
+        None,
+        min_length=1,
+        description="project of Weights & Biases, with WANDB_API_KEY or `wandb login`; WANDB_ENTITY, WANDB_TAGS and "
+        "WANDB_MODE=offline as it documents them; pip install -e '.[wandb]'",
     )
-
-
-class Mlflow(Section):
-    """A run of MLflow."""
-
-    uri: str | None = Field(
-        None, description="tracking server, or a folder as file:PATH; default: MLFLOW_TRACKING_URI, else MLflow's own"
+    mlflow: str | None = Field(
+        None, min_length=1, description="experiment of MLflow at MLFLOW_TRACKING_URI; pip install -e '.[mlflow]'"
     )
-    experiment: str = Field("reinforce", min_length=1, description="experiment that the run belongs to")
+    trackio: str | None = Field(
+        None,
+        min_length=1,
+        description="project of trackio, on this machine or in the Space TRACKIO_SPACE_ID; pip install -e '.[trackio]'",
+    )
     name: str | None = Field(None, min_length=1, description="name of the run; default: that of the output folder")
-
-
-class Trackio(Section):
-    """A run of trackio, which `trackio show` displays."""
-
-    project: str = Field("reinforce", min_length=1, description="project that the run belongs to")
-    name: str | None = Field(None, min_length=1, description="name of the run; default: that of the output folder")
-    space: str | None = Field(None, description="Space of Hugging Face to log to, ORG/NAME; default: this machine")
-
-
-class Trackers(Section):
-    """Trackers that get the rows of log.jsonl, too. One that fails is reported, and the training run continues."""
-
-    wandb: Wandb | None = Field(None, description="Weights & Biases; pip install -e '.[wandb]'")
-    mlflow: Mlflow | None = Field(None, description="MLflow; pip install -e '.[mlflow]'")
-    trackio: Trackio | None = Field(None, description="trackio; pip install -e '.[trackio]'")
 
 
 TrackersOfRun = Annotated[

@@ -27,7 +27,7 @@ from reinforce.processes.imports import installed, require
 from reinforce.settings import flatten
 from reinforce.storage import Storage
 from reinforce.terminal import format_duration, plural
-from reinforce.training.config import Job, Mlflow, Trackers, Trackio, Wandb
+from reinforce.training.config import Job, Trackers
 from teachers.redact import redact
 
 _LOG = logging.getLogger(__name__)
@@ -124,15 +124,16 @@ def open_trackers(job: Job, storage: Storage) -> list[Tracker]:
     runs = {name: found.get(name) or uuid.uuid4().hex[:12] for name in named}
     if runs != {name: found.get(name) for name in runs}:
         storage.write_json({**found, **runs}, RUNS)
-    title = storage.url.rstrip("/").rpartition("/")[2]
+    title = getattr(job.trackers, "name", None) or storage.url.rstrip("/").rpartition("/")[2]
     return [
-        Tracker(name, partial(_BACKENDS[name], section, runs[name], section.name or title, job.fixed_config))
-        for name, section in named.items()
+        Tracker(name, partial(_BACKENDS[name], project, runs[name], title, job.fixed_config))
+        for name, project in named.items()
     ]
 
 
-def _named(config: Trackers | None) -> dict[str, Wandb | Mlflow | Trackio]:
-    return {name: section for name in _BACKENDS if (section := getattr(config, name, None)) is not None}
+def _named(config: Trackers | None) -> dict[str, str]:
+    """The project of each tracker that a config names."""
+    return {name: project for name in _BACKENDS if (project := getattr(config, name, None)) is not None}
 
 
 class Tracker:
@@ -185,12 +186,11 @@ class Tracker:
             _LOG.warning("log.%s failed, and gets no further rows; the training goes on: %s", self._name, text)
 
 
-def _open_wandb(section: Wandb, run: str, title: str, config: Mapping[str, Any]) -> TrackerRun:
+def _open_wandb(project: str, run: str, title: str, config: Mapping[str, Any]) -> TrackerRun:
     import wandb
 
     begun = wandb.init(
-        project=section.project, name=title, tags=section.tags or None, id=run, resume="allow", mode=section.mode,
-        config=dict(config), reinit="create_new",
+        project=project, name=title, id=run, resume="allow", config=dict(config), reinit="create_new",
         settings=wandb.Settings(console="off", silent=True, init_timeout=60),
     )  # fmt: skip
     begun.define_metric("*", step_metric="step")  # steps that are repeated after a crash are not refused
@@ -200,17 +200,19 @@ def _open_wandb(section: Wandb, run: str, title: str, config: Mapping[str, Any])
     )
 
 
-def _open_mlflow(section: Mlflow, run: str, title: str, config: Mapping[str, Any]) -> TrackerRun:
+def _open_mlflow(project: str, run: str, title: str, config: Mapping[str, Any]) -> TrackerRun:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    if (section.uri or "").startswith("file:"):  # MLflow 3.7 wants a database, unless a folder is asked for
+    if os.environ.get("MLFLOW_TRACKING_URI", "").startswith(
+        "file:"
+    ):  # MLflow 3.7 wants a database, unless a folder is asked for
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
-    client = MlflowClient(tracking_uri=section.uri)
-    experiment = client.get_experiment_by_name(section.experiment)
-    number = experiment.experiment_id if experiment else client.create_experiment(section.experiment)
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name(project)
+    number = experiment.experiment_id if experiment else client.create_experiment(project)
     # MLflow names runs itself, so the run is found again by a tag.
     found = client.search_runs([number], f"tags.reinforce = '{run}'", max_results=1)
     if found:
@@ -229,12 +231,12 @@ def _open_mlflow(section: Mlflow, run: str, title: str, config: Mapping[str, Any
     return TrackerRun(log, lambda failed: client.set_terminated(begun, "KILLED" if failed else "FINISHED"))
 
 
-def _open_trackio(section: Trackio, run: str, title: str, config: Mapping[str, Any]) -> TrackerRun:
+def _open_trackio(project: str, run: str, title: str, config: Mapping[str, Any]) -> TrackerRun:
     import trackio
 
     begun = trackio.init(
-        project=section.project, name=f"{title}-{run[:6]}", space_id=section.space, config=dict(config),
-        resume="allow", embed=False, auto_log_gpu=False,
+        project=project, name=f"{title}-{run[:6]}", config=dict(config), resume="allow", embed=False,
+        auto_log_gpu=False,
     )  # fmt: skip
     return TrackerRun(lambda step, scalars: begun.log(dict(scalars), step=step), lambda failed: begun.finish())
 

@@ -304,9 +304,9 @@ def test_trackers_are_no_part_of_what_a_checkpoint_fixes_and_need_their_packages
 ) -> None:
     values = {"output": "o", "student": {"model": "m"}, "data": {"datasets": "d"}, "train": {"steps": 2000}}
     plain = StudentConfig.model_validate(values)
-    named = StudentConfig.model_validate({**values, "log": {"wandb": {"project": "p", "tags": ["me"]}}})
+    named = StudentConfig.model_validate({**values, "log": {"wandb": "p", "name": "n"}})
     assert student_job(named).fixed_config == student_job(plain).fixed_config
-    assert student_job(named).trackers == Trackers.model_validate({"wandb": {"project": "p", "tags": ["me"]}})
+    assert student_job(named).trackers == Trackers(wandb="p", name="n")
     assert '"log":' not in plain.model_dump_json(exclude_none=True), "recipes of ablations leave unset keys out"
     assert open_trackers(job(tmp_path), Storage(str(tmp_path))) == []
     assert not (tmp_path / RUNS).exists()
@@ -314,7 +314,7 @@ def test_trackers_are_no_part_of_what_a_checkpoint_fixes_and_need_their_packages
     check_trackers(Trackers())
     for name in ("wandb", "mlflow", "trackio"):
         with pytest.raises(UserError, match=rf"log\.{name} needs {name}: run pip install -e '\.\[{name}\]'"):
-            check_trackers(Trackers.model_validate({name: {}}))
+            check_trackers(Trackers.model_validate({name: "p"}))
 
 
 # --- the packages, offline
@@ -338,12 +338,13 @@ def resumed_training(output: Path, **sections: Any) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rows(output) if "loss" in row]
 
 
-def test_mlflow_has_one_run_with_the_rows_of_both_parts(tmp_path: Path) -> None:
+def test_mlflow_has_one_run_with_the_rows_of_both_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow", reason="needs the extra mlflow")
     from mlflow import MlflowClient
 
     uri = f"file:{tmp_path}/mlruns"
-    expected = resumed_training(tmp_path / "student-1", mlflow={"uri": uri, "experiment": "tests"})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    expected = resumed_training(tmp_path / "out", mlflow="tests", name="student-1")
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("tests")
     assert experiment is not None
@@ -358,12 +359,13 @@ def test_mlflow_has_one_run_with_the_rows_of_both_parts(tmp_path: Path) -> None:
 def test_trackio_has_one_run_with_the_rows_of_both_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     trackio = pytest.importorskip("trackio", reason="needs the extra trackio")
-    resumed_training(tmp_path / "student-2", trackio={"project": "tests"})
+    resumed_training(tmp_path / "student-2", trackio="tests")
     runs = trackio.Api().runs("tests")
     assert [one.name.rpartition("-")[0] for one in runs] == ["student-2"]
 
 
-def test_wandb_writes_a_run_for_later(tmp_path: Path, wandb_folder: Path) -> None:
-    resumed_training(tmp_path / "student-3", wandb={"mode": "offline"})
+def test_wandb_writes_a_run_for_later(tmp_path: Path, wandb_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    resumed_training(tmp_path / "student-3", wandb="tests")
     number = json.loads((tmp_path / "student-3" / RUNS).read_text())["wandb"]
     assert len([*wandb_folder.glob(f"wandb/offline-run-*-{number}/run-{number}.wandb")]) >= 1
