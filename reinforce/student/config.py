@@ -1,4 +1,4 @@
-"""The config of a student's loss."""
+"""The config of a student's training: its loss, data and model, typed and validated before anything starts."""
 
 from __future__ import annotations
 
@@ -236,9 +236,6 @@ class Loss(Section):
         if self.learn_scales and (self.form != "softmax" or self.lambda_ == 0):
             raise ValueError("`learn_scales` needs `form: softmax` and a lambda above 0: otherwise no scale is learnt")
         return self
-
-
-# -- The config of a student's training, typed and validated before anything starts.
 
 
 def _as_weights(value: Any) -> Any:

@@ -1,4 +1,6 @@
-"""The config of ``reinforce adapt``: a released model, a user's images, and the configs of the steps between."""
+"""The config of ``reinforce adapt``: a released model, a user's images, and the configs of the steps between; and which
+mixture of weights is taken, the best on the domain that loses little of the general sets.
+"""
 
 from __future__ import annotations
 
@@ -85,9 +87,6 @@ class AdaptConfig(Section):
             if DOMAIN in sets:
                 raise ValueError(f"general: {DOMAIN!r} is the name of the held-out images; choose another")
         return self
-
-
-# -- Which mixture of weights to take: the best on the domain that loses little of the general sets.
 
 
 @dataclass(frozen=True)
