@@ -27,7 +27,7 @@ from benchmarks.processes import in_own_process, own_peak
 from benchmarks.stored import write_results
 from reinforce.config import parse_config
 from reinforce.dataset import vectors
-from reinforce.dataset.store import Store
+from reinforce.dataset.store import LayerWriter, Store
 from reinforce.engine.plan.plan import build_layers, describe_models
 from reinforce.labels.building import build_index
 from reinforce.labels.members import Wanted
@@ -99,7 +99,8 @@ def write_labels(folder: Path, rows: int) -> None:
     }
     for first in range(0, rows, SHARD_ROWS):
         writers = {
-            name: store.writer(layers[name], type_, f"{first // SHARD_ROWS:05d}", "") for name, type_ in types.items()
+            name: LayerWriter(store, layers[name], type_, f"{first // SHARD_ROWS:05d}", "")
+            for name, type_ in types.items()
         }
         for start in range(first, min(first + SHARD_ROWS, rows), 1024):
             numbers = range(start, min(start + 1024, first + SHARD_ROWS, rows))

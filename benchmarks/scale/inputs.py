@@ -17,7 +17,7 @@ from reinforce.dataset.index import FileEntry, LayerIndex, write_index
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.manifest import update_manifest
 from reinforce.dataset.runs import RunProgress
-from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.store import MANIFEST, LayerWriter, Store
 from reinforce.engine.plan.plan import build_layers, describe_models
 from reinforce.source.urls import shard_names
 from schemas import Reason
@@ -116,7 +116,7 @@ def _layer_file(store: Store, config: Config, layer: Layer) -> bytes:
 def _write_layer(store: Store, config: Config, layer: Layer, shard: str, url: str) -> None:
     """Write a file with the keys of its rows, and nothing else in them."""
     schema = layer.schema(config.images, DIM)
-    with store.writer(layer, schema, shard, url) as writer:
+    with LayerWriter(store, layer, schema, shard, url) as writer:
         writer.write(pa.table([_column(field, shard) for field in schema], schema=schema))
         writer.commit()
 

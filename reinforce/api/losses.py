@@ -103,7 +103,7 @@ class StudentLoss(torch.nn.Module):
         self.terms = make_terms(loss, read_stored(config, {url: read_manifest(Store(url)) for url in urls}))
         self.notes = [*self.terms.notes]
         try:
-            heads = self.terms.heads(width or 1)
+            heads = self.terms.merged(lambda term: term.heads(width or 1))
         except UserError:
             if width is not None:
                 raise
@@ -156,7 +156,7 @@ class StudentLoss(torch.nn.Module):
         logit_bias: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The weighted terms by name, such as ``distill/caption``, which add to the total."""
-        maps = () if self.terms.stage() is None else (MAP,)
+        maps = () if self.terms.mapped.stage is None else (MAP,)
         self._check(features, targets, maps)
         of_rows = {what: rows if what in maps else unit(rows) for what, rows in features.items()}
         features = {what: rows for what, rows in of_rows.items() if what not in maps}
@@ -171,9 +171,10 @@ class StudentLoss(torch.nn.Module):
             if self._start:
                 weights = dict(self._model(str(self.terms.start_key)).named_parameters())
                 self._start = {name: value.to(weights[name]) for name, value in self._start.items()}
-                losses |= self.terms.losses_of_weights(weights, self._start)
-            rows = {**features, **self.terms.projections(features, self.heads)}
-            return {**losses, **self.terms.losses(Rows(rows, scalars, own, heads=self.heads))}
+                losses |= self.terms.merged(lambda term: term.losses_of_weights(weights, self._start))
+            projections = self.terms.merged(lambda term: term.projections(features, self.heads))
+            rows = Rows({**features, **projections}, scalars, own, heads=self.heads)
+            return {**losses, **self.terms.merged(lambda term: term.losses(rows))}
         except KeyError as error:
             raise UserError(
                 f"the batch has no {error} that the loss needs: pass the `targets` of a batch of the same examples"
@@ -187,7 +188,7 @@ class StudentLoss(torch.nn.Module):
         if unknown := features.keys() - {*self._rows, *maps}:
             raise UserError(f"features: the examples have no {min(unknown)!r}; they have: {', '.join(self._rows)}.")
         if maps and MAP not in features:
-            key = self.terms.map_key
+            key = self.terms.mapped.key
             raise UserError(f"features: `{key}` needs the `map` of the images: add what `encode_image` returns.")
         if missing := [name for name in self._rows if name not in features]:
             raise UserError(
@@ -217,7 +218,7 @@ class StudentLoss(torch.nn.Module):
 
     def _map_width(self, stage: int) -> int:
         """Channels of the map after a stage of the model's image tower. Raises ValueError if there is none."""
-        model = self._model(str(self.terms.map_key))
+        model = self._model(self.terms.mapped.key)
         try:
             return map_width(model, image_spec(open_clip.get_model_preprocess_cfg(model)), stage)
         except (ValueError, AttributeError) as error:

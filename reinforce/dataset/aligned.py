@@ -209,7 +209,8 @@ def check_completeness(store: Store, listings: Mapping[str, Listing], known: Ite
     complete = np.logical_and.reduce([*present.values()])
     quarantined: set[str] = set()
     if not complete.all():
-        quarantined = set().union(*store.quarantined_shards(listings).values())
+        lone = store.lone_quarantine(listings).values()
+        quarantined = {shard for shards in lone for shard, whole in shards.items() if whole}
     missing = {}
     for layer, mask in present.items():
         absent = every.filter(pa.array(~mask)).to_pylist()

@@ -26,7 +26,7 @@ from reinforce.dataset.index import FileEntry, IndexWriter
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import Layer, embeddings_layer, inputs_of, mapping_at
 from reinforce.dataset.manifest import read_manifest, same_content, write_manifest
-from reinforce.dataset.store import Store, origin_entries, parse_footer
+from reinforce.dataset.store import LayerWriter, Store, origin_entries, parse_footer
 from reinforce.errors import UserError
 from reinforce.processes.parallel import open_workers
 from reinforce.settings import LAYER_NAME
@@ -246,7 +246,7 @@ def _convert_shard(url: str, pair: _Pair, shard: str) -> tuple[FileEntry, float]
         footer = parse_footer(file.metadata)
         groups: list[list[str]] = []
         zeros: list[str] = []
-        with store.writer(layer, schema, shard, footer.get("source", "")) as writer:
+        with LayerWriter(store, layer, schema, shard, footer.get("source", "")) as writer:
             for number in range(file.num_row_groups):
                 table = file.read_row_group(number)
                 values = vectors.decode(table)

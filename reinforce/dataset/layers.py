@@ -277,8 +277,8 @@ class LayerKind(ABC):
         crops: whether its models may see the augmented images.
         vectors: whether its values are unit-norm vectors of a model.
         picks: which of a row's values a training example takes, that of its crop or of its text; None if none.
-        asked: the section under which loss terms ask for its values, by the models' names, where a model's entry in the
-            config has one of this name; default: ``section``, of which each model has layers of this kind.
+        target_section: under which loss terms ask for its values, by the models' names: ``section``, of which each
+            model has layers of this kind, or one that only entries of some models in the config have.
         taken: whether others take its values as labels.
         unusable: why a value that is not null cannot be trained on.
     """
@@ -300,7 +300,7 @@ class LayerKind(ABC):
     crops: ClassVar[bool] = False
     vectors: ClassVar[bool] = False
     picks: ClassVar[Literal["crop", "text"] | None] = None
-    asked: ClassVar[str | None] = None
+    target_section: ClassVar[str | None] = None
     taken: ClassVar[bool] = False
     unusable: ClassVar[str] = ""
 
@@ -336,7 +336,8 @@ class LayerKind(ABC):
         return (bits + sum(math.prod(type_.shape) * type_.value_type.bit_width for type_ in tensors)) // 8
 
     def encoder(self, model: Any, device: Any) -> TargetEncoder:
-        """What computes values of a kind that is ``asked`` from a loaded model. Raises ValueError if it cannot."""
+        """What computes values of a kind with a ``target_section`` of its own from a loaded model. Raises ValueError if
+        it cannot."""
         raise ValueError(f"{type(model).__name__} is asked for no {self.name}")
 
     def codec(self, layer: Layer) -> Codec:
@@ -352,15 +353,13 @@ class LayerKind(ABC):
         as its ``dim``, and under the kind's name what its ``encoder`` does, or else the entry so far."""
         return {}
 
-    def check_entry(self, entry: Mapping[str, Any]) -> None:
-        """Raise ValueError if an entry, whose keys have valid values, is not that of a layer of this kind."""
+    def stored(self, name: str, entry: Mapping[str, Any]) -> Layer:
+        """A layer by its entry, whose keys have valid values. Raises ValueError if it is not that of a layer of this
+        kind."""
         if missing := [key for key in self.required if key not in entry]:
             raise ValueError(f"a layer of {self.name} without {', '.join(missing)}")
         if "count" in self.required and entry["count"] is None:
             raise ValueError(f"a layer of {self.name} without count")
-
-    def stored(self, name: str, entry: Mapping[str, Any]) -> Layer:
-        """A layer by its entry."""
         return Layer(
             name,
             self,
@@ -411,11 +410,6 @@ class LayerKind(ABC):
         pairs = [*zip(self.decode(first), self.decode(second), strict=True)]
         nulls = sum((one is None) != (other is None) for one, other in pairs)
         return Comparison(len(pairs), sum(one == other for one, other in pairs), nulls)
-
-    @property
-    def target_section(self) -> str | None:
-        """``asked``, or else ``section``."""
-        return self.asked or self.section
 
     def target_tensors(self, entry: Mapping[str, Any]) -> tuple[TargetTensor, ...]:
         """What a training example takes from a layer, by its entry in dataset.json."""

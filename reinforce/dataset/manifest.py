@@ -80,7 +80,7 @@ class _LayerEntry(_Part):
 
     @model_validator(mode="after")
     def _check_kind(self) -> _LayerEntry:
-        KINDS[self.kind].check_entry(self.model_dump(exclude_unset=True))
+        KINDS[self.kind].stored("", self.model_dump(exclude_unset=True))  # raises what is wrong
         return self
 
 

@@ -383,10 +383,6 @@ class Store(Storage):
         """``shards`` of some layers, which are listed side by side, and faster where most of them are ``known``."""
         return list_folders(self, layers, known)
 
-    def writer(self, layer: Layer, schema: pa.Schema, shard: str, source: str) -> LayerWriter:
-        """Start a layer's file of a shard; ``source`` is the URL of the shard."""
-        return LayerWriter(self, layer, schema, shard, source)
-
     def quarantine(self, layer: str, shard: str, rows: list[tuple[str | None, Reason, str]]) -> None:
         """Write the quarantine file of a shard. Rows are (key, reason, detail); key None is the shard as a whole."""
         keys, reasons, details = zip(*[(k, r.value, d[:2000]) for k, r, d in rows], strict=True)
@@ -469,13 +465,6 @@ class Store(Storage):
             }
         return found
 
-    def quarantined_shards(
-        self, committed: Mapping[str, Listing], damaged: list[DamagedFile] | None = None
-    ) -> dict[str, set[str]]:
-        """Shards that are quarantined as a whole, by layer, as ``lone_quarantine`` finds them."""
-        found = self.lone_quarantine(committed, damaged)
-        return {layer: {shard for shard, whole in shards.items() if whole} for layer, shards in found.items()}
-
     def forget_quarantine(self, layer: str, shard: str) -> None:
         """Remove a quarantine file, if there is one."""
         self.remove("quarantine", layer, f"{shard}.parquet")
@@ -542,7 +531,7 @@ class RangeFile(ArrowInput):
 class LayerWriter(contextlib.ExitStack):
     """Writes one layer of one shard, a row group at a time, and publishes the file with ``commit``.
 
-    A context manager: leaving it without a commit discards the file.
+    A context manager: leaving it without a commit discards the file. ``source`` is the URL of the shard.
     """
 
     def __init__(self, store: Store, layer: Layer, schema: pa.Schema, shard: str, source: str) -> None:

@@ -170,7 +170,8 @@ def _check_model(
         models, image = LoadedModels({spec.section: {name: model}}, Accelerator(device)), getattr(model, "image", None)
         found = len(report.rows)
         for kind in (kind for kind in KINDS.values() if kind.section == spec.section):
-            if kind.asked is not None and getattr(spec, kind.asked, None) is None:
+            target = str(kind.target_section)
+            if target != kind.section and getattr(spec, target, None) is None:
                 continue
             side = PRODUCERS[kind.name].side(models, name, info, spec.resolved_precision)
             if side is not None:  # checked once more in the batch that was found

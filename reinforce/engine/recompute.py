@@ -28,7 +28,7 @@ from reinforce.dataset.layer_file import RefusedFile
 from reinforce.dataset.layers import MIN_COSINE, SAMPLES, Comparison, Layer
 from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.shard_checks import Finding
-from reinforce.dataset.store import Store, origin_entries
+from reinforce.dataset.store import LayerWriter, Store, origin_entries
 from reinforce.engine.messages import LayerFailure, PendingShard
 from reinforce.engine.plan.plan import (
     build_layers,
@@ -227,7 +227,7 @@ def _compare_model(
                 table, layer = rows.tables[name], layers[name]
                 columns = [column for column in layer.schema(config.images) if column.name in table.column_names]
                 schema = pa.schema(columns)
-                with store.writer(layer, schema, rows.shard, rows.footer.get("source", "")) as writer:
+                with LayerWriter(store, layer, schema, rows.shard, rows.footer.get("source", "")) as writer:
                     writer.write(table.select(schema.names).cast(schema))
                     writer.commit(origin_entries(rows.footer))
             ShardProcess(

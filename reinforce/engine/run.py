@@ -235,8 +235,8 @@ def _compute(
     if retry_quarantined:
         pending = {shard.name for shard in plan.pending}
         damaged: list[DamagedFile] = []  # the driver sets them aside
-        for layer, shards in store.quarantined_shards(store.listings(plan.layers), damaged).items():
-            for shard in shards & pending:
+        for layer, shards in store.lone_quarantine(store.listings(plan.layers), damaged).items():
+            for shard in (shard for shard, whole in shards.items() if whole and shard in pending):
                 store.forget_quarantine(layer, shard)
     progress = ProgressScreen(expected_samples(plan))
     progress.log(f"{plural(len(plan.pending), 'shard')} to compute; waiting for Ray")

@@ -26,7 +26,7 @@ from reinforce.dataset.layer_file import row_errors
 from reinforce.dataset.layers import LABELS, NO_IMAGES, SAMPLES, TRUE_CAPTION, Layer, mapping_at
 from reinforce.dataset.manifest import DIGEST_KEY, find_manifest, same_content, write_manifest
 from reinforce.dataset.reading import Dataset
-from reinforce.dataset.store import Store, origin_entries
+from reinforce.dataset.store import LayerWriter, Store, origin_entries
 from reinforce.errors import UserError
 from reinforce.labels.building import build_index
 from reinforce.labels.index import COLUMNS, DIGEST, columns_of_identities, identities
@@ -87,7 +87,7 @@ def export_shard(export: LabelsExport, shard: str) -> ShardLabels:
     columns = [name for name in columns if name in stored]
     with source.open(shard, columns) as opened, contextlib.ExitStack() as stack:
         writers = {
-            layer.name: stack.enter_context(output.writer(layer, layer.schema(NO_IMAGES), shard, ""))
+            layer.name: stack.enter_context(LayerWriter(output, layer, layer.schema(NO_IMAGES), shard, ""))
             for layer in layers
         }
         keys: set[str] = set()

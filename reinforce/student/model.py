@@ -20,7 +20,6 @@ from reinforce.student.layers import (
     avoid_faulty_convolutions,
     batch_norms,
     can_quantize,
-    merge,
     quantize,
     round_in_eval,
 )
@@ -89,7 +88,7 @@ class StudentModel(torch.nn.Module):
         self.start = _Start()
         self.terms = terms or Terms()
         self.backbone = backbone
-        self.heads = torch.nn.ModuleDict(self.terms.heads(config["embed_dim"]))
+        self.heads = torch.nn.ModuleDict(self.terms.merged(lambda term: term.heads(config["embed_dim"])))
         self.heads.update(self.terms.map_heads(partial(map_width, clip, image)))
         self.scales = self.terms.scales()
 
@@ -123,8 +122,10 @@ class StudentModel(torch.nn.Module):
         scalars |= self.terms.scalars(self.scales)
         losses = self.terms.losses_of_rows({**features, **of_images}, batch.get("targets", {}), self.heads)
         if self.start:
-            losses |= self.terms.losses_of_weights(dict(self.named_parameters()), self.start)
-        projections = self.terms.projections(features, self.heads)
+            weights = dict(self.named_parameters())
+            losses |= self.terms.merged(lambda term: term.losses_of_weights(weights, self.start))
+        plain = features
+        projections = self.terms.merged(lambda term: term.projections(plain, self.heads))
         if not (IMAGE in batch and kinds):  # nothing is contrasted: DistributedDataParallel waits for what has a graph
             features = {name: rows.detach() for name, rows in features.items()}
         return Encoded({**features, **projections}, losses, scalars)
@@ -142,7 +143,7 @@ class StudentModel(torch.nn.Module):
         """
         if how != "train" and not self.pretrained:
             raise UserError(f"student.batch_norm: {self.name} starts from random weights; set student.pretrained")
-        if how == "merge" and not merge(self.clip):
+        if how == "merge" and not quantize(self.clip, None):
             raise UserError(f"student.batch_norm: {self.name} has no branches that `merge` could merge; set it to keep")
         self.batch_norm = how
         self.train(self.training)
@@ -285,7 +286,7 @@ def _two_towers(spec: StudentSpec, seed: int, form: Form, terms: Terms | None, o
         config = dict(plan.config)
     if terms is not None:
         with torch.device("meta"):
-            terms.heads(config["embed_dim"])  # reports teachers of other dimensions
+            terms.merged(lambda term: term.heads(config["embed_dim"]))  # reports teachers of other dimensions
     clip = _load(model, spec.image_size, seed)
     if plan is not None:
         text = clip

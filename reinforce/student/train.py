@@ -111,7 +111,7 @@ def build(config: StudentConfig, accelerator: Accelerator) -> tuple[StudentTask,
         online=[*dict.fromkeys(name for section in online for name in read.get(section, ()))],
         pin=accelerator.device.type == "cuda",
     )
-    feed.data |= task.terms.recorded()
+    feed.data |= task.terms.merged(lambda term: term.recorded)
     if config.train.batch > feed.rows:
         task.notes.append(
             f"train.batch ({config.train.batch:,}) is larger than the data ({feed.rows:,} samples), so that a batch "
@@ -220,7 +220,8 @@ class StudentTask(Task):
         """The terms that need the batches of all ranks; see ``reinforce.student.terms``."""
         reduced = self._precision != "fp32"
         targets = batch.get("targets", {})
-        return self.terms.losses(Rows(encoded.features, encoded.scalars, targets, reduced, self.model.heads))
+        rows = Rows(encoded.features, encoded.scalars, targets, reduced, self.model.heads)
+        return self.terms.merged(lambda term: term.losses(rows))
 
     def evaluate(self, model: torch.nn.Module) -> Metrics:
         """Metrics of this rank's share of the sets under ``evaluate``, by the names in ``reinforce.evaluation``.

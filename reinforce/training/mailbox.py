@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 from typing import Any
+
+
+@dataclass
+class Status:
+    """What the ranks have reported.
+
+    ``hosts`` are those of each rank at its last start, ``user_errors`` are errors by rank that only the user can fix,
+    ``stopped_by`` is the signal because of which the ranks wrote a checkpoint and ended, or 0. ``stop_received`` is
+    whether a rank has received the driver's signal.
+    """
+
+    hosts: dict[int, Any] = field(default_factory=dict)
+    user_errors: dict[int, str] = field(default_factory=dict)
+    stopped_by: int = 0
+    stop_received: bool = False
 
 
 class Mailbox:
@@ -13,14 +29,11 @@ class Mailbox:
         self._lines: list[str] = []
         self._bar: tuple[str, float, float] | None = None
         self._starts: dict[int, int] = {}
-        self._hosts: dict[int, Any] = {}
+        self._status = Status()
         self._controller: Any = None
         self._closed = False
         self._stop_requested = asyncio.Event()
         self._requested_signum = 0
-        self._stop_received = False
-        self._stopped_by = 0
-        self._user_errors: dict[int, str] = {}
 
     async def request_stop(self, signum: int) -> None:
         """The driver received a signal."""
@@ -34,31 +47,25 @@ class Mailbox:
 
     async def confirm_stop(self) -> None:
         """A rank has received the signal. One that has died while it waited for the signal does not confirm."""
-        self._stop_received = True
+        self._status.stop_received = True
 
-    async def report_stopped(self, signum: int) -> None:
-        """The ranks wrote a checkpoint and ended because of the signal."""
-        self._stopped_by = signum
-
-    async def report_user_error(self, rank: int, message: str) -> None:
-        """A rank failed with an error that only the user can fix."""
-        self._user_errors[rank] = message
-
-    async def stop_received(self) -> bool:
-        """Whether a rank has received the signal."""
-        return self._stop_received
+    async def report_end(self, rank: int, signum: int = 0, user_error: str | None = None) -> None:
+        """A rank ended because of a signal, after the ranks wrote a checkpoint, or of an error."""
+        self._status.stopped_by = signum or self._status.stopped_by
+        if user_error is not None:
+            self._status.user_errors[rank] = user_error
 
     async def report_start(self, rank: int, host: Any) -> int | None:
         """A rank starts on a host; returns how often it has started before, None if the training run has ended."""
-        if self._closed or self._user_errors:
+        if self._closed or self._status.user_errors:
             return None
-        self._hosts[rank] = host
+        self._status.hosts[rank] = host
         self._starts[rank] = self._starts.get(rank, -1) + 1
         return self._starts[rank]
 
-    async def rank_hosts(self) -> dict[int, Any]:
-        """The host of each rank, as it reported it at its last start."""
-        return self._hosts
+    async def status(self) -> Status:
+        """What the ranks have reported so far."""
+        return self._status
 
     async def set_controller(self, controller: Any) -> None:
         """Keep the actor that restarts the ranks."""
@@ -69,20 +76,13 @@ class Mailbox:
         self._closed = True
         return self._controller
 
-    async def log(self, line: str) -> None:
-        """Add a line for the driver's screen."""
-        self._lines.append(line)
-
-    async def draw(self, bar: tuple[str, float, float]) -> None:
-        """Replace the progress bar of the driver's screen."""
-        self._bar = bar
+    async def show(self, line: str | None = None, bar: tuple[str, float, float] | None = None) -> None:
+        """Add a line for the driver's screen, or replace its progress bar."""
+        self._lines += [] if line is None else [line]
+        self._bar = bar or self._bar
 
     async def read_screen(self) -> tuple[list[str], tuple[str, float, float] | None, int]:
         """Lines and bar that are new since the last call, and how often the ranks were started."""
         lines, bar = self._lines, self._bar
         self._lines, self._bar = [], None
         return lines, bar, max(self._starts.values(), default=-1) + 1
-
-    async def outcome(self) -> tuple[dict[int, str], int]:
-        """User errors by rank, and the signal that ended the training run, or 0."""
-        return self._user_errors, self._stopped_by

@@ -43,7 +43,7 @@ from reinforce.storage import Storage
 from reinforce.terminal import Screen, plural
 from reinforce.training.config import Compute, Job
 from reinforce.training.loop import run_rank
-from reinforce.training.mailbox import Mailbox
+from reinforce.training.mailbox import Mailbox, Status
 from reinforce.training.ranks import TIMEOUT, join_ranks, use_interface_of
 from reinforce.training.results import Results, read_results
 from reinforce.training.task import Build
@@ -162,16 +162,12 @@ class HostWatch:
         """``known`` are the hosts that were alive when the places on them were counted, by their nodes."""
         self._mailbox, self._ranks, self._cpus, self._gpus = mailbox, ranks, cpus, gpus
         self._known = {**known}
-        self._hosts = LostHosts(ranks, cpus, gpus)
+        #: What is lost by the last look: hosts on which ranks run, or ran last, or without which they have no place.
+        self.decision = LostHosts(ranks, cpus, gpus)
         self._lock, self.closed = threading.Lock(), threading.Event()
         self._lines: list[str] = []
         self.thread = threading.Thread(target=self._watch, daemon=True, name="host watch")
         self.thread.start()
-
-    @property
-    def any_lost(self) -> bool:
-        """Whether a host is lost on which ranks run, or ran last, or without which they have no place."""
-        return bool(self._hosts.cluster.lost)
 
     def lines(self) -> list[str]:
         """Lines for the log that are new since the last call."""
@@ -185,7 +181,7 @@ class HostWatch:
             with contextlib.suppress(RayError):
                 self._look()
         with self._lock:
-            return self._hosts.error(time.monotonic(), failed)
+            return self.decision.error(time.monotonic(), failed)
 
     def _watch(self) -> None:
         while not self.closed.wait(_INTERVAL):
@@ -193,7 +189,7 @@ class HostWatch:
                 self._look()
 
     def _look(self) -> None:
-        ranks: dict[int, RankHost] = ray.get(self._mailbox.rank_hosts.remote())
+        ranks: dict[int, RankHost] = ray.get(self._mailbox.status.remote()).hosts
         nodes = [node for node in ray.nodes() if node["Alive"]]
         live = live_hosts(nodes)
         self._known |= live
@@ -201,7 +197,7 @@ class HostWatch:
         lost = find_lost(self._known.values(), ranks, live, places >= self._ranks)
         found = Cluster(lost, places, bool(lost) and has_autoscaler())
         with self._lock:
-            if line := self._hosts.update(found, time.monotonic()):
+            if line := self.decision.update(found, time.monotonic()):
                 self._lines.append(line)
 
 
@@ -236,16 +232,16 @@ class Supervisor:
                     if bar is not None:
                         screen.draw(*bar)
                     now, self._started = time.monotonic(), starts > 0
-                    if (not starts or self._hosts.any_lost) and now - self._waiting > _WAITING_SECONDS:
+                    if (not starts or self._hosts.decision.cluster.lost) and now - self._waiting > _WAITING_SECONDS:
                         self._waiting = now
                         screen.log(f"waiting until the cluster can hold {self._ranks} ranks with {self._share} each")
                     if thread.is_alive():
                         self._check()
-            user_errors, signum = ray.get(self._mailbox.outcome.remote())
-            if user_errors:
-                raise UserError(user_errors[min(user_errors)])
-            if signum:
-                raise Stopped(signum)
+            status: Status = ray.get(self._mailbox.status.remote())
+            if status.user_errors:
+                raise UserError(status.user_errors[min(status.user_errors)])
+            if status.stopped_by:
+                raise Stopped(status.stopped_by)
             if self._errors:
                 lost = self._hosts.error(failed=True)
                 raise self._errors[0] if lost is None else HostLost(lost) from self._errors[0]
@@ -285,11 +281,11 @@ class Supervisor:
         if not self._stopped_at:
             self._stopped_at = now
             self._mailbox.request_stop.remote(self._stop.signum)
-        self._received = self._received or ray.get(self._mailbox.stop_received.remote())
+        self._received = self._received or ray.get(self._mailbox.status.remote()).stop_received
         limit = _RECEIPT_SECONDS
         if self._received:
             limit = _TERMINATION_SECONDS if self._stop.signum == signal.SIGTERM else _STOP_SECONDS
-        if not self._started or self._hosts.any_lost or now - self._stopped_at > limit:
+        if not self._started or self._hosts.decision.cluster.lost or now - self._stopped_at > limit:
             raise Stopped(self._stop.signum)  # no rank can stop by itself
 
 
@@ -367,7 +363,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
                 **environment_of_ranks(each.gpus),
             ),
         )
-        ray.get(mailbox.log.remote(f"starting {plural(compute.ranks, 'rank')} on Ray, {each} each"))
+        ray.get(mailbox.show.remote(f"starting {plural(compute.ranks, 'rank')} on Ray, {each} each"))
         Supervisor(mailbox, hosts, each.processes, each.cpus, each.gpus).run(trainer.fit)
     results = read_results(storage)
     assert results is not None
@@ -417,10 +413,10 @@ class _RemoteScreen(Screen):
         self._mailbox = mailbox
 
     def log(self, text: str) -> None:
-        ray.get(self._mailbox.log.remote(text))
+        ray.get(self._mailbox.show.remote(text))
 
     def draw(self, line: str, done: float, total: float) -> None:
-        ray.get(self._mailbox.draw.remote((line, done, total)))
+        ray.get(self._mailbox.show.remote(bar=(line, done, total)))
 
     def advance(self, done: float) -> None:
         """Does nothing: a message per step would be too many."""
@@ -434,7 +430,7 @@ class _RemoteLog(logging.Handler):
         self._mailbox = mailbox
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._mailbox.log.remote(self.format(record))
+        self._mailbox.show.remote(self.format(record))
 
 
 def _train_rank(settings: dict[str, Any]) -> None:
@@ -457,24 +453,24 @@ def _train_rank(settings: dict[str, Any]) -> None:
     if rank == 0:
         threading.Thread(target=_forward_stop, args=(mailbox, stop), daemon=True).start()
         if starts:
-            ray.get(mailbox.log.remote("all ranks were restarted"))
+            ray.get(mailbox.show.remote("all ranks were restarted"))
     try:
         device = str(ray.train.torch.get_device())
         screen = _RemoteScreen(mailbox)
         with join_ranks(job.training.compute, device, settings["cpus"], screen.log) as ranks:
             run_rank(build, job, ranks, stop, screen)
     except Stopped as stopped:
-        ray.get(mailbox.report_stopped.remote(stopped.signum))
+        ray.get(mailbox.report_end.remote(rank, signum=stopped.signum))
     except UserError as error:
-        ray.get(mailbox.report_user_error.remote(rank, str(error)))
+        ray.get(mailbox.report_end.remote(rank, user_error=str(error)))
         deadline = time.monotonic() + _ALL_FAILED_SECONDS
         while time.monotonic() < deadline:
-            if len(ray.get(mailbox.outcome.remote())[0]) == size:
+            if len(ray.get(mailbox.status.remote()).user_errors) == size:
                 return
             time.sleep(_TICK)
         raise  # the other ranks wait for this one: only Ray can end them
     except Exception as error:
-        ray.get(mailbox.log.remote(f"rank {rank} failed: {type(error).__name__}: {error}"))
+        ray.get(mailbox.show.remote(f"rank {rank} failed: {type(error).__name__}: {error}"))
         raise
 
 

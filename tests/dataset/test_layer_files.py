@@ -25,7 +25,7 @@ from reinforce.dataset import store as listing
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.layers import Layer
-from reinforce.dataset.store import Listing, RangeFile, Store, parse_footer
+from reinforce.dataset.store import LayerWriter, Listing, RangeFile, Store, parse_footer
 from reinforce.dataset.vectors import decode, encode
 from reinforce.errors import StorageError, UserError
 from reinforce.images.backends import sample_augmentation
@@ -51,13 +51,13 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 def test_a_committed_file_is_listed_and_records_its_origin_and_an_error_while_writing_leaves_none(
     store: Store, tmp_path: Path
 ) -> None:
-    with store.writer(LAYER, schemas.CAPTIONS_SCHEMA, "s", "u") as writer:
+    with LayerWriter(store, LAYER, schemas.CAPTIONS_SCHEMA, "s", "u") as writer:
         writer.write(table("a"))
         with pytest.raises(ValueError, match="schema"):
             writer.write(table("b").select(["key"]))
     assert store.shards("captions/c") == {}
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    with store.writer(LAYER, schemas.CAPTIONS_SCHEMA, "shard-1", "s3://b/1.tar") as writer:
+    with LayerWriter(store, LAYER, schemas.CAPTIONS_SCHEMA, "shard-1", "s3://b/1.tar") as writer:
         writer.write(table("a", "b"))
         writer.write(table("c"))
         assert store.shards("captions/c") == {}, "no file before the commit"
@@ -88,7 +88,7 @@ def test_the_content_of_a_local_file_reaches_the_disk_before_its_name_and_then_i
     monkeypatch.setattr(os, "fsync", lambda number: seen.append(os.fstat(number).st_size))
     monkeypatch.setattr(os, "replace", publish)
     store.write_bytes(b"data", "a")
-    with store.writer(LAYER, schemas.CAPTIONS_SCHEMA, "s", "u") as writer:
+    with LayerWriter(store, LAYER, schemas.CAPTIONS_SCHEMA, "s", "u") as writer:
         writer.write(table("a"))
         writer.commit()
     assert (seen[:2], seen[3:5], len(seen)) == ([4, "a"], [writer.bytes, "s.parquet"], 6)

@@ -270,12 +270,12 @@ def test_files_of_another_shape_than_dataset_json_states_are_found() -> None:
     assert "have classes of type" in message
     assert wrong.all()
     stated = {"classifier": "x", "count": 1, "top": 1, "dim": 5, "temperature": 1, "sees": "crops", "model": {}}
-    layer.kind.check_entry(stated)
+    layer.kind.stored(layer.name, stated)
     temperatures = [("temperature", wrong) for wrong in (0, True, 1e300, float("nan"))]
     forged: list[tuple[str, Any]] = [("top", 6), ("top", True), *temperatures]
     for key, value in (*forged, ("classifier", 1), ("model", "x"), ("sees", [])):
         with pytest.raises(ValueError, match=f"{key} must be"):
-            layer.kind.check_entry({**stated, key: value})
+            layer.kind.stored(layer.name, {**stated, key: value})
 
 
 @given(arrays.arrays(np.float32, (4, 6), elements=st.floats(-9, 9, width=32)), st.integers(1, 6))

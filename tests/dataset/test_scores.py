@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from reinforce.config import Score, parse_config
 from reinforce.dataset.drop import plan_drop
 from reinforce.dataset.kinds.scores import Facts
 from reinforce.dataset.layer_file import LayerFile
+from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import read_manifest, write_manifest
 from reinforce.dataset.store import Store
 from reinforce.dataset.validate import validate
@@ -237,8 +237,7 @@ def test_tokens_are_those_of_the_whole_caption_without_marks(tokenizer: str, cou
             "transformers", "5", reason="earlier versions cannot read the tokenizer of the demo's models"
         )
     samples = pa.table({"caption": ["a photo of a cat", None, "cat " * 200]})
-    rows: Any = SimpleNamespace(samples=lambda: samples)
-    found = Facts(Score(facts=["tokens"], tokenizer=tokenizer), 1).scores(rows)["tokens"]
+    found = Facts(Score(facts=["tokens"], tokenizer=tokenizer), 1).scores({SAMPLES: samples}, lambda _: None)["tokens"]
     assert [*found[[0, 2]]] == counts
     assert np.isnan(found[1])
 

@@ -91,7 +91,7 @@ def test_each_row_has_the_translation_of_its_caption_or_a_reason_also_in_a_fresh
 
 def limit_memory(models: LoadedModels) -> list[int]:
     """Let the translator run out of memory above three captions -> the sizes of its batches."""
-    translator: Any = models.captioners["de"]
+    translator: Any = models.loaded["captioners"]["de"]
     generate, sizes = translator.generate, list[int]()
 
     def limited(pixels: None, seeds: Any, texts: list[str | None]) -> Any:

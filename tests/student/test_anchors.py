@@ -59,7 +59,7 @@ def test_an_unchanged_student_is_at_its_anchors_which_are_added_to_the_loss_of_a
     in_loop = {"vit": {"model": released, "logit_scale": 20.0}, "unread": {"model": "local-dir:/nowhere"}}
     online, batch = first_batch(anchored({**BOTH, "weights": 0.5}, loss={"targets": "online", "teachers": in_loop}))
     assert numbers_of(online, batch) == pytest.approx(losses, rel=1e-3, abs=1e-4)
-    assert task.terms.recorded() == {"loss.logit_scales.vit": 20.0}
+    assert task.terms.merged(lambda term: term.recorded) == {"loss.logit_scales.vit": 20.0}
     assert task.notes[1] == (
         "teacher vit: anchor of similarities, logit scale 20 (dataset: config); anchor of features of images and texts"
     )
@@ -72,7 +72,10 @@ def test_the_teacher_of_an_anchor_is_read_beside_the_ensemble_and_is_not_in_it(a
     plain, of_plain = first_batch(anchored(None, loss={"lambda": 0.5}, data={"teachers": ["red"]}))
     losses, others = numbers_of(with_anchor, batch), numbers_of(plain, of_plain)
     assert {name: losses[name] for name in others} == pytest.approx(others)
-    assert with_anchor.terms.recorded() == {"loss.logit_scales.red": 50.0, "loss.logit_scales.vit": 9.0}
+    assert with_anchor.terms.merged(lambda term: term.recorded) == {
+        "loss.logit_scales.red": 50.0,
+        "loss.logit_scales.vit": 9.0,
+    }
 
 
 def test_the_anchor_of_weights_pulls_them_to_their_start(anchored: Any) -> None:

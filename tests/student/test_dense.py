@@ -159,7 +159,7 @@ def test_models_without_patches_are_refused(tmp_path: Path, dataset: str) -> Non
     ):
         with pytest.raises(UserError, match=message):
             make_terms(settings.parse(Loss, loss), plain)
-    terms = Terms([dense.Dense(DenseLoss(weight=1.0, stage=9), {"dino": (3, 5, 6)})])
+    terms = Terms([dense.Dense(DenseLoss(weight=1.0, stage=9), {"dino": (3, 5, 6)}, stage=9)])
     with pytest.raises(UserError, match=r"loss\.dense\.stage: CLIP, stage 9 gives no patches for images of 32 x 32"):
         build_student(StudentSpec(model=student_folder(tmp_path)), seed=0, terms=terms)
     named = {"lambda": 0.0, "dense": {"weight": 1.0, "teachers": ["blind"]}}

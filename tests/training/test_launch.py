@@ -104,22 +104,25 @@ def test_the_mailbox_passes_each_line_once_and_lets_no_rank_start_after_the_end(
     async def exchange() -> None:
         mailbox, closed = Mailbox(), Mailbox()
         for bar in ("a", "b"):
-            await mailbox.log(f"line {bar}")
-            await mailbox.draw((bar, 1, 9))
+            await mailbox.show(f"line {bar}")
+            await mailbox.show(bar=(bar, 1, 9))
         assert [await mailbox.report_start(rank, "here") for rank in (0, 1, 0)] == [0, 0, 1]
         assert await mailbox.read_screen() == (["line a", "line b"], ("b", 1, 9), 2), "the last bar, and restarts"
         assert (await mailbox.read_screen())[:2] == ([], None)
-        assert await mailbox.rank_hosts() == {0: "here", 1: "here"}
+        assert (await mailbox.status()).hosts == {0: "here", 1: "here"}
         waiting = asyncio.create_task(mailbox.wait_for_stop())
         await mailbox.request_stop(15)
-        assert not await mailbox.stop_received(), "no rank has it yet"
-        assert (await waiting, await mailbox.stop_received()) == (15, False), "the rank may have died while it waited"
+        status = await mailbox.status()
+        assert not status.stop_received, "no rank has it yet"
+        assert (await waiting, status.stop_received) == (15, False), "the rank may have died while it waited"
         await mailbox.confirm_stop()
-        assert await mailbox.stop_received()
-        await mailbox.report_user_error(1, "wrong")
-        assert await mailbox.outcome() == ({1: "wrong"}, 0), "the ranks have not stopped yet"
-        await mailbox.report_stopped(15)
-        assert await mailbox.outcome() == ({1: "wrong"}, 15)
+        assert (await mailbox.status()).stop_received
+        await mailbox.report_end(1, user_error="wrong")
+        status = await mailbox.status()
+        assert (status.user_errors, status.stopped_by) == ({1: "wrong"}, 0), "the ranks have not stopped yet"
+        await mailbox.report_end(0, signum=15)
+        status = await mailbox.status()
+        assert (status.user_errors, status.stopped_by) == ({1: "wrong"}, 15)
         assert await mailbox.report_start(0, "here") is None, "a restart cannot fix a user error"
         await closed.set_controller("controller")
         assert await closed.close() == "controller"

@@ -204,7 +204,7 @@ def _too_little_memory(bench: Bench, shards: Shards) -> Iterator[None]:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
         return
-    teacher: Any = next(iter(models.teachers.values()))
+    teacher: Any = next(iter(models.loaded["teachers"].values()))
     encode, limit = teacher.encode_images, bench.size.batch // 2
 
     def refuse(pixels: torch.Tensor) -> torch.Tensor:

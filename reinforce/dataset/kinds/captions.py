@@ -36,7 +36,7 @@ class Captions(LayerKind):
     unit = "captions"
     taken = True
     producer = "captions:CaptionsProducer"
-    section = "captioners"
+    section = target_section = "captioners"
     model_key = "captioner"
     required = ("count",)
     file_schemas = (schemas.CAPTIONS_SCHEMA,)

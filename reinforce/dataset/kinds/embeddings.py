@@ -43,7 +43,7 @@ class _Embeddings(LayerKind):
     level = 2
     columns = ("key", "embeddings")
     values = "embeddings"
-    section = "teachers"
+    section = target_section = "teachers"
     model_key = "teacher"
     tensors: ClassVar = {"embeddings": 2, "scales": 1}
     stored_plain = ("embeddings",)
@@ -107,10 +107,11 @@ class _Embeddings(LayerKind):
             **({} if layer.codebook is None else {"codebook": dict(layer.codebook)}),
         }
 
-    def check_entry(self, entry: Mapping[str, Any]) -> None:
-        super().check_entry(entry)
+    def stored(self, name: str, entry: Mapping[str, Any]) -> Layer:
+        found = super().stored(name, entry)
         if find_codec(entry["dtype"]).fitted != (entry.get("codebook") is not None):
             raise ValueError(f"a layer in {entry['dtype']} has a codebook exactly if its codec is fitted")
+        return found
 
     def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
         model = mapping_at(manifest, self.section, layer.model, "model")

@@ -94,7 +94,7 @@ class PatchFeatures(LayerKind):
     stored_plain = kept_as_stored = ("patches",)
     crops = True
     picks = "crop"
-    asked = "patches"
+    target_section = "patches"
     unusable = "NaN"
     codec_key = "patches.codec"
     file_schemas = (_schema("float16", 1, 1), _schema("uint8", 1, 1))
@@ -175,19 +175,16 @@ class PatchFeatures(LayerKind):
         picked = {"picked": settings["picked"]} if "picked" in settings else {}
         return {"teacher": layer.model, "count": layer.count, "dim": dim, "dtype": layer.dtype, **own, **picked}
 
-    def check_entry(self, entry: Mapping[str, Any]) -> None:
-        super().check_entry(entry)
-        grid = entry["grid"]
+    def stored(self, name: str, entry: Mapping[str, Any]) -> Layer:
+        found, grid = super().stored(name, entry), entry["grid"]
         if not (
             isinstance(grid, list) and len(grid) == 2 and all(type(side) is int and 0 < side <= 1024 for side in grid)
         ):
             raise ValueError("grid must be [rows, columns]")
         if (entry["codebook"] is None) != ("picked" in entry):
             raise ValueError("a layer of patches without codebook")
-
-    def stored(self, name: str, entry: Mapping[str, Any]) -> Layer:
-        settings = {"grid": entry["grid"], "codec": entry["dtype"], "codebook": entry["codebook"]}
-        return replace(super().stored(name, entry), recipe={"patches": settings})
+        settings = {"grid": grid, "codec": entry["dtype"], "codebook": entry["codebook"]}
+        return replace(found, recipe={"patches": settings})
 
     def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
         model = mapping_at(manifest, self.section, layer.model, "model")

@@ -76,7 +76,7 @@ class ClassProbabilities(LayerKind):
     values = "probabilities"
     unit = "images"
     producer = "probabilities:ClassProbabilitiesProducer"
-    section = "classifiers"
+    section = target_section = "classifiers"
     model_key = "classifier"
     required = ("classifier", "count", "dim", "model", *_SETTINGS)
     tensors: ClassVar = {"classes": 2, "probabilities": 2, "rest": 1}
@@ -113,8 +113,8 @@ class ClassProbabilities(LayerKind):
         settings = {key: layer.recipe[key] for key in ("model", *_SETTINGS)}
         return {"classifier": layer.model, "count": layer.count, "dim": stated.get("dim"), **settings, **names}
 
-    def check_entry(self, entry: Mapping[str, Any]) -> None:
-        super().check_entry(entry)
+    def stored(self, name: str, entry: Mapping[str, Any]) -> Layer:
+        found = super().stored(name, entry)
         top, temperature = entry["top"], entry["temperature"]
         if type(top) is not int or not 1 <= top <= (entry["dim"] or math.inf):
             raise ValueError("top must be a number of classes, at most dim")
@@ -123,9 +123,7 @@ class ClassProbabilities(LayerKind):
                 raise ValueError(f"{key} must be a {right.__name__}")
         if type(temperature) not in (int, float) or not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
             raise ValueError(f"temperature must be a number from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}")
-
-    def stored(self, name: str, entry: Mapping[str, Any]) -> Layer:
-        return replace(super().stored(name, entry), recipe={key: entry[key] for key in ("model", *_SETTINGS)})
+        return replace(found, recipe={key: entry[key] for key in ("model", *_SETTINGS)})
 
     def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
         entry, samples = mapping_at(manifest, "layers", layer.name), manifest["layers"][SAMPLES]["fingerprint"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -43,14 +43,8 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 
 
-class StoredRows(Protocol):
-    """The rows of a row group in the layers that are stored."""
-
-    def values(self, layer: str) -> Any:
-        """The value of each row in a layer: vectors as float32 [rows, count, D], NaN where there is none."""
-
-    def samples(self) -> pa.Table:
-        """The columns of the samples that the scorer names, and keys."""
+#: The value of each row in a layer that is stored: vectors as float32 [rows, count, D], NaN where there is none.
+Values: TypeAlias = "Callable[[str], Any]"
 
 
 class SampleScorer(ABC):
@@ -75,8 +69,11 @@ class SampleScorer(ABC):
         """A JSON object that the layer's fingerprint covers besides the layers that are needed."""
 
     @abstractmethod
-    def scores(self, rows: StoredRows) -> Mapping[str, Floats]:
-        """Each score [rows]; NaN where a value that it needs is null."""
+    def scores(self, tables: Mapping[str, pa.Table], values: Values) -> Mapping[str, Floats]:
+        """Each score [rows]; NaN where a value that it needs is null.
+
+        The ``tables`` of the samples, if ``columns`` names some, and ``values`` are those of one row group.
+        """
 
 
 _FACTS_VERSION = 1
@@ -119,10 +116,10 @@ class Facts(SampleScorer):
         tokenizer = {"tokenizer": self._tokenizer} if "tokens" in self._facts else {}
         return {"facts": [*self.names], "version": _FACTS_VERSION, **tokenizer}
 
-    def scores(self, rows: StoredRows) -> Mapping[str, Floats]:
-        samples = rows.samples()
+    def scores(self, tables: Mapping[str, pa.Table], values: Values) -> Mapping[str, Floats]:
+        samples = tables[SAMPLES]
         found = {name: pc.cast(self._fact(name, samples), pa.float32(), safe=False) for name in self._facts}
-        return {name: pc.fill_null(values, np.nan).to_numpy() for name, values in found.items()}
+        return {name: pc.fill_null(numbers, np.nan).to_numpy() for name, numbers in found.items()}
 
     def _fact(self, name: Fact, samples: pa.Table) -> Any:
         """The numbers of a fact [rows]."""
@@ -197,9 +194,9 @@ class Head(SampleScorer):
             )
         return weight, bias
 
-    def scores(self, rows: StoredRows) -> Mapping[str, Floats]:
+    def scores(self, tables: Mapping[str, pa.Table], values: Values) -> Mapping[str, Floats]:
         weight, bias = self._parameters
-        vectors = rows.values(self.needs[0])
+        vectors = values(self.needs[0])
         if vectors.shape[2] != weight.shape[1]:
             raise ValueError(f"{self._file} is for vectors of {weight.shape[1]} numbers, not {vectors.shape[2]}")
         outputs = vectors @ weight.T + bias
@@ -236,15 +233,15 @@ class Similarity(SampleScorer):
     def identity(self) -> dict[str, Any]:
         return {"similarity": self._teachers, "texts": self._texts, "version": self._version}
 
-    def scores(self, rows: StoredRows) -> Mapping[str, Floats]:
+    def scores(self, tables: Mapping[str, pa.Table], values: Values) -> Mapping[str, Floats]:
         found: dict[str, Floats] = {}
         for texts in self._texts:
             cosines = []  # [rows, K, N] of vectors with unit norm, by teacher
             for teacher in self._teachers:
-                images, encoded = (rows.values(embeddings_layer(teacher, inputs)) for inputs in ("images", texts))
+                images, encoded = (values(embeddings_layer(teacher, inputs)) for inputs in ("images", texts))
                 cosines.append(np.matmul(images, encoded.transpose(0, 2, 1)))
             if self._version == _EACH_CAPTION_ONCE and texts == TRUE_CAPTION:
-                own = own_slots(rows.samples(), cosines[0].shape[2])[:, None]
+                own = own_slots(tables[SAMPLES], cosines[0].shape[2])[:, None]
                 means = np.stack([of.mean(axis=(1, 2), where=np.broadcast_to(own, of.shape)) for of in cosines])
             else:
                 means = np.stack([of.mean(axis=(1, 2)) for of in cosines])
@@ -278,7 +275,7 @@ class Scores(LayerKind):
     values = None  # a score is null where one of its inputs is, which says why in the quarantine of its layer
     unit = "samples"
     producer = "scores:ScoresProducer"
-    section = "scores"
+    section = target_section = "scores"
     required = ("names", "needs", "score")
     file_schemas = (schemas.scores_schema(()),)
 

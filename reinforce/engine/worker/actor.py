@@ -285,7 +285,8 @@ def _try_batch(models: LoadedModels, config: Config, layers: list[Layer]) -> boo
 
     def run(inference: Inference) -> None:
         inference.run(rows, layout.cells(noise))
-        inference.fill()
+        for encoder in inference.encoders:
+            encoder.fill()
 
     try:
         with ThreadPoolExecutor(_COPIED) as threads:

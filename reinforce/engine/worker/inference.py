@@ -197,9 +197,9 @@ class Inference:
     """Runs the models of ``encoders``, which share the pixels of each batch."""
 
     def __init__(self, session: Session, encoders: Iterable[LayerEncoder]) -> None:
-        self._session, self._encoders = session, [*encoders]
+        self._session, self.encoders = session, [*encoders]
         # Teachers come before captioners: their large forward passes show first whether the memory suffices.
-        self._seeing = [one for one in reversed(self._encoders) if one.crops or one.whole]
+        self._seeing = [one for one in reversed(self.encoders) if one.crops or one.whole]
         whole = tuple(sorted({spec for encoder in self._seeing for spec in encoder.whole}, key=repr))
         crops, policy = any(encoder.crops for encoder in self._seeing), session.config.augmentations
         #: The pixels of one row: the augmented images if a model sees them, and whole ones by their preprocessing.
@@ -241,12 +241,7 @@ class Inference:
 
     def finish_group(self, rows: Sequence[Row]) -> Outputs:
         """The outputs of the models that see no images, for the rows of a row group."""
-        return {name: output for one in self._encoders for name, output in one.encode_group(rows).items()}
-
-    def fill(self) -> None:
-        """Run the largest batches of the models that see no images."""
-        for encoder in self._encoders:
-            encoder.fill()
+        return {name: output for one in self.encoders for name, output in one.encode_group(rows).items()}
 
     def _encode(self, rows: Sequence[Row], pixels: PixelCells, what: str, shared: bool) -> list[Callable[[], Outputs]]:
         """Start the outputs of rows that must fit."""
@@ -281,41 +276,29 @@ class Inference:
             return Batch(rows, what, crops, whole), accelerator.mark()
 
 
-class Batches:
-    """Runs batches of rows of one shard, in threads that end with the context.
+def run_batches(
+    threads: ThreadPoolExecutor,
+    size: Callable[[], int],
+    watch: LeaseWatch,
+    rows: Iterable[Row],
+    run: Callable[[list[Row]], _T],
+    at_end: Callable[[list[Row]], _T],
+) -> Iterator[tuple[list[Row], _T]]:
+    """Yield each batch and what ``run`` returned for it, in order; at last no rows and what ``at_end`` returned.
 
-    ``size`` returns the rows of the next batch, and ``watch`` receives when the shard waits for one.
+    ``size`` returns the rows of the next batch, and ``watch`` receives when the shard waits for one. ``at_end``
+    receives all rows and runs beside the last batch. While the consumer has one batch, at most one other is in work.
     """
-
-    def __init__(self, size: Callable[[], int], watch: LeaseWatch) -> None:
-        self._size, self._watch = size, watch
-        self._threads = ThreadPoolExecutor(IN_WORK, f"batches of {watch.shard}")
-
-    def __enter__(self) -> Batches:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._threads.shutdown()
-
-    def run(
-        self, rows: Iterable[Row], run: Callable[[list[Row]], _T], at_end: Callable[[list[Row]], _T]
-    ) -> Iterator[tuple[list[Row], _T]]:
-        """Yield each batch and what ``run`` returned for it, in order; at last no rows and what ``at_end`` returned.
-
-        ``at_end`` receives all rows and runs beside the last batch. While the consumer has one batch, at most one
-        other is in work.
-        """
-        rows, seen, ended = iter(rows), list[Row](), False
-        in_work: deque[tuple[list[Row], Future[_T]]] = deque()
-        while not ended or in_work:
-            if not ended:
-                batch = list(itertools.islice(rows, self._size()))
-                ended = not batch
-                seen += batch
-                future = self._threads.submit(at_end, seen) if ended else self._threads.submit(run, batch)
-                in_work.append((batch, future))
-            if ended or len(in_work) == IN_WORK:
-                batch, future = in_work.popleft()
-                with self._watch.stage(WAITING):
-                    result = future.result()
-                yield batch, result
+    rows, seen, ended = iter(rows), list[Row](), False
+    in_work: deque[tuple[list[Row], Future[_T]]] = deque()
+    while not ended or in_work:
+        if not ended:
+            batch = list(itertools.islice(rows, size()))
+            ended = not batch
+            seen += batch
+            in_work.append((batch, threads.submit(at_end, seen) if ended else threads.submit(run, batch)))
+        if ended or len(in_work) == IN_WORK:
+            batch, future = in_work.popleft()
+            with watch.stage(WAITING):
+                result = future.result()
+            yield batch, result

@@ -331,14 +331,6 @@ class LoadedModels:
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
     _tokens: TokenCache = field(default_factory=TokenCache)
 
-    @property
-    def teachers(self) -> Mapping[str, Teacher]:
-        return self.loaded.get("teachers", {})
-
-    @property
-    def captioners(self) -> Mapping[str, Captioner]:
-        return self.loaded.get("captioners", {})
-
     def encoder(self, kind: LayerKind, name: str) -> TargetEncoder:
         """What computes layers of a kind from the model of a name. Raises UserError if it cannot."""
         key, section = (kind.name, name), str(kind.section)
@@ -458,7 +450,7 @@ def load_models(config: Config, layers: Iterable[Layer]) -> LoadedModels:
         models = LoadedModels(loaded, Accelerator(device))
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
         raise UserError(f"{error}{user_frames(error)}{memory_hint(error)}") from error
-    for name, teacher in models.teachers.items():
+    for name, teacher in models.loaded.get("teachers", {}).items():
         if note := size_note(name, teacher.image, config.augmentations.size):
             models.batches.note(note)
     return models
@@ -507,7 +499,9 @@ def describe_loaded(models: LoadedModels, config: Config) -> dict[tuple[str, str
     }
     for (section, name), of_model in stated.items():
         for kind in KINDS.values():
-            if kind.section == section and kind.asked and getattr(specs[section][name], kind.asked, None) is not None:
+            if kind.section != section or kind.target_section in (section, None):
+                continue
+            if getattr(specs[section][name], str(kind.target_section), None) is not None:
                 of_model[kind.name] = models.encoder(kind, name).entry
     return stated
 

@@ -116,7 +116,7 @@ def check_fp8(models: LoadedModels, name: str, pixels: torch.Tensor) -> None:
 
     It happens once, and afterwards only a teacher in fp8 is held. Raises UserError if they differ too much.
     """
-    teacher: Any = models.teachers[name]
+    teacher: Any = models.loaded["teachers"][name]
     pixels = pixels[:_FP8_IMAGES]
     exact = to_numpy(teacher.encode_images_in_bf16(pixels.clone()))
     cosine = _least_cosine(to_numpy(teacher.encode_images(pixels.clone())), exact)
@@ -132,7 +132,7 @@ def check_fp8(models: LoadedModels, name: str, pixels: torch.Tensor) -> None:
 
 def check_text_encoder(models: LoadedModels, name: str, precision: Precision, batch: int | None = None) -> Floats:
     """Test the text encoder of a teacher -> the norms of its embeddings; as ``check_encoder``."""
-    teacher = models.teachers[name]
+    teacher = models.loaded["teachers"][name]
 
     def start(rows: Sequence[int]) -> Callable[[], Any]:
         if not any(callable(getattr(teacher, method, None)) for method in ("encode_texts", "encode_tokens")):
@@ -150,7 +150,7 @@ def check_captioner(models: LoadedModels, name: str, count: int, batch: int | No
 
     ``batch`` is that of ``check_encoder``; one that is not ``repeatable`` is not asked for it. None: two images.
     """
-    captioner = models.captioners[name]
+    captioner = models.loaded["captioners"][name]
     seeds = np.arange(_IMAGES * count, dtype=np.uint64).reshape(_IMAGES, count)
     everything = list(range(_CAPTIONED_IMAGES))
 
@@ -304,7 +304,7 @@ def check_encoder(
                 "is required); keep the order of the rows, mask padding, and call `.eval()` on networks with batch norm"
             )
     except (Exception, SystemExit) as error:
-        raise _failed(name, side, models.teachers[name], error, batch) from error
+        raise _failed(name, side, models.loaded["teachers"][name], error, batch) from error
     norms: Floats = np.linalg.norm(together, axis=1)
     return norms
 

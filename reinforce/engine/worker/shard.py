@@ -14,7 +14,7 @@ import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -43,13 +43,14 @@ from reinforce.engine.worker.decode import (
     StoredImage,
 )
 from reinforce.engine.worker.inference import (
-    Batches,
+    IN_WORK,
     Inference,
     Outputs,
     Session,
     cells_per_shard,
     device_report,
     rows_ahead,
+    run_batches,
 )
 from reinforce.engine.worker.models import Counters, LoadedModels
 from reinforce.engine.worker.producers.base import (
@@ -163,7 +164,9 @@ class ShardProcess:
                 layer.name: producer.schema(layer) for producer in self.producers for layer in producer.layers
             }
             writers = {
-                name: stack.enter_context(self.store.writer(layer, schemas_of[name], self.shard.name, self.source))
+                name: stack.enter_context(
+                    LayerWriter(self.store, layer, schemas_of[name], self.shard.name, self.source)
+                )
                 for name, layer in self.layers.items()
             }
             samples = None if SAMPLES in self.layers else self._open_input(stack, SAMPLES)
@@ -176,7 +179,7 @@ class ShardProcess:
             names = [name for name in needed if name not in self.layers and (wanted or name != SAMPLES)]
             inputs = {name: self._open_input(stack, name) for name in names}
             lease = self._lease(stack)
-            self.batches = stack.enter_context(Batches(lambda: self.inference.rows_per_batch, self.watch))
+            self.threads = stack.enter_context(ThreadPoolExecutor(IN_WORK, f"batches of {self.watch.shard}"))
             with self._recording(), contextlib.closing(self._rows(samples, lease)) as rows:
                 for index, group in itertools.groupby(rows, key=lambda row: row.group):
                     if short := [name for name, file in inputs.items() if index >= file.num_row_groups]:
@@ -287,7 +290,8 @@ class ShardProcess:
         of_group: list[Row] = []
         outputs: list[Outputs] = []
         run = partial(self.inference.run, pixels=lease.cells)
-        for batch, results in self.batches.run(rows, run, self.inference.finish_group):
+        end, watch = self.inference.finish_group, self.watch
+        for batch, results in run_batches(self.threads, lambda: self.inference.rows_per_batch, watch, rows, run, end):
             outputs.append(results)
             lease.free.release(row.cell for row in batch if row.cell is not None)
             of_group += batch
@@ -360,7 +364,7 @@ class ShardProcess:
         with self.watch.stage(WRITING, "quarantine"):
             self.refusals.write(self.store, self.shard.name, self.redact.cut)
             own = self.layers.keys() | {quarantine_of(name) for name in self.labels.unread}
-            for layer in {*self.shard.quarantined} & own - self.refusals.layers:
+            for layer in {*self.shard.quarantined} & own - self.refusals.by_layer.keys():
                 self.store.forget_quarantine(layer, self.shard.name)
         if self.refusals.shard_reason is not None:
             return {}

@@ -92,7 +92,8 @@ class Term:
 
     ``uses`` states what it takes from each model, by section and name, in a few words; these models are read.
     ``recorded`` are values by dotted key that decide what is learnt and are not in the config; they must not change on
-    resume. ``scales`` are logit scales to learn, by teacher, with their starts.
+    resume. ``scales`` are logit scales to learn, by teacher, with their starts. ``stage`` is that of the image tower
+    whose map [p, C, h, w] it needs as the feature MAP of ``losses_of_rows``, if it needs one.
 
     ``key`` is that of ``loss`` in the config, in messages about ``stage`` and ``needs_start``. ``aligns`` is whether it
     makes the features of images and texts comparable, ``needs_start`` whether it implements ``losses_of_weights``.
@@ -101,6 +102,7 @@ class Term:
     uses: Mapping[tuple[str, str], str] = field(default_factory=dict)
     recorded: Mapping[str, Any] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
+    stage: int | None = None
     key: ClassVar[str] = ""
     aligns: ClassVar[bool] = False
     needs_start: ClassVar[bool] = False
@@ -108,10 +110,6 @@ class Term:
     def heads(self, width: int) -> Mapping[str, torch.nn.Module]:
         """Modules learnt with the student, by a name without dots; ``width`` is that of its features."""
         return {}
-
-    def stage(self) -> int | None:
-        """The stage of the image tower whose map [p, C, h, w] it needs as the feature MAP of ``losses_of_rows``."""
-        return None
 
     def map_heads(self, width: int) -> Mapping[str, torch.nn.Module]:
         """As ``heads``, for those of the map of ``stage``, which has ``width`` channels."""

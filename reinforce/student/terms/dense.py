@@ -40,9 +40,6 @@ class Dense(Term):
     moments: Mapping[str, Moments] = field(default_factory=dict, compare=False)
     key = "dense"
 
-    def stage(self) -> int:
-        return self.loss.stage
-
     def map_heads(self, width: int) -> Mapping[str, torch.nn.Module]:
         made: dict[str, torch.nn.Module] = {
             head_name(name, PATCHES): torch.nn.Linear(width, dim) for name, (_, _, dim) in self.grids.items()
@@ -126,4 +123,4 @@ def make(loss: Loss, models: TargetModels) -> Dense | None:
         (PATCHES, name): f"{rows} x {columns} patches of {dim} dimensions"
         for name, (rows, columns, dim) in grids.items()
     }
-    return Dense(loss.dense, grids, moments, uses=uses)
+    return Dense(loss.dense, grids, moments, uses=uses, stage=loss.dense.stage)

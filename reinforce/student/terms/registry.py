@@ -14,7 +14,7 @@ from reinforce.dataset.kinds.registry import owner_of
 from reinforce.errors import UserError
 from reinforce.student.config import TERMS, Loss
 from reinforce.student.teachers import IMAGE
-from reinforce.student.terms.base import MAP, Rows, TargetModels, Tensors, Term, module_name, scale_name
+from reinforce.student.terms.base import MAP, TargetModels, Tensors, Term, module_name, scale_name
 from teachers.image_encoder import features_and_map
 
 #: The module of each term, in the order of the losses.
@@ -44,33 +44,27 @@ class Terms:
         return next((term.key for term in self.terms if term.needs_start), None)
 
     @property
-    def map_key(self) -> str | None:
-        """The key of ``loss`` of a term that needs the map of a stage; None if none does."""
-        return next((term.key for term in self.terms if term.stage() is not None), None)
+    def mapped(self) -> Term:
+        """A term that needs the map of a stage; one whose ``stage`` is None if none does."""
+        return next((term for term in self.terms if term.stage is not None), Term())
 
-    def recorded(self) -> dict[str, Any]:
-        return _merged([term.recorded for term in self.terms])
-
-    def heads(self, width: int) -> dict[str, torch.nn.Module]:
-        return _merged([term.heads(width) for term in self.terms])
-
-    def stage(self) -> int | None:
-        return next((stage for term in self.terms if (stage := term.stage()) is not None), None)
+    def merged(self, part: Callable[[Term], Mapping[str, Any]]) -> dict[str, Any]:
+        """A part of each term, such as its losses, in one dict."""
+        return {key: value for term in self.terms for key, value in part(term).items()}
 
     def map_heads(self, width: Callable[[int], int]) -> dict[str, torch.nn.Module]:
         """The heads of the map; ``width`` returns the channels after a stage. Raises UserError for its ValueError."""
-        stage = self.stage()
-        if stage is None:
+        if self.mapped.stage is None:
             return {}
         try:
-            channels = width(stage)
+            channels = width(self.mapped.stage)
         except ValueError as error:
-            raise UserError(f"loss.{self.map_key}.stage: {error}") from error
-        return _merged([term.map_heads(channels) for term in self.terms])
+            raise UserError(f"loss.{self.mapped.key}.stage: {error}") from error
+        return self.merged(lambda term: term.map_heads(channels))
 
     def scales(self) -> torch.nn.ModuleDict:
         """The logit scales to learn, by the names of modules of their teachers."""
-        starts = _merged([term.scales for term in self.terms])
+        starts = self.merged(lambda term: term.scales)
         return torch.nn.ModuleDict({module_name(teacher): _Scale(start) for teacher, start in starts.items()})
 
     @staticmethod
@@ -80,27 +74,16 @@ class Terms:
 
     def encode_images(self, clip: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """The features IMAGE [p, D] of a model and, if a term needs it, the MAP of its image tower, in one pass."""
-        stage = self.stage()
+        stage = self.mapped.stage
         if stage is None:
             return {IMAGE: clip.encode_image(pixels)}
         return dict(zip((IMAGE, MAP), features_and_map(clip.visual, pixels, stage), strict=True))
-
-    def projections(self, features: Tensors, heads: torch.nn.ModuleDict) -> dict[str, torch.Tensor]:
-        return _merged([term.projections(features, heads) for term in self.terms])
 
     def losses_of_rows(
         self, features: Tensors, targets: Mapping[str, Tensors], heads: torch.nn.ModuleDict
     ) -> dict[str, torch.Tensor]:
         plain = {name: rows for name, rows in features.items() if name != MAP}
-        return _merged(
-            [term.losses_of_rows(plain if term.stage() is None else features, targets, heads) for term in self.terms]
-        )
-
-    def losses_of_weights(self, weights: Tensors, start: Tensors) -> dict[str, torch.Tensor]:
-        return _merged([term.losses_of_weights(weights, start) for term in self.terms])
-
-    def losses(self, rows: Rows) -> dict[str, torch.Tensor]:
-        return _merged([term.losses(rows) for term in self.terms])
+        return self.merged(lambda term: term.losses_of_rows(plain if term.stage is None else features, targets, heads))
 
 
 class _Scale(torch.nn.Module):
@@ -150,7 +133,3 @@ def make_terms(loss: Loss, models: TargetModels) -> Terms:
             uses.setdefault((owner_of(section), name), []).append(use)
     notes += [f"{section[:-1]} {name}: {'; '.join(found) or _UNUSED}" for (section, name), found in uses.items()]
     return Terms(terms, notes)
-
-
-def _merged(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {key: value for one in values for key, value in one.items()}

@@ -221,7 +221,7 @@ def test_a_worker_counts_operations_of_towers_that_stay_compiled(
     def encode(models: LoadedModels, *sizes: int) -> None:
         for rows in sizes:
             before = graphs.calls
-            models.teachers["vit"].encode_images(models.accelerator.put(torch.zeros(rows, 3, 32, 32)))
+            models.loaded["teachers"]["vit"].encode_images(models.accelerator.put(torch.zeros(rows, 3, 32, 32)))
             calls.append(graphs.calls - before)
 
     def measure(models: LoadedModels, *others: Any) -> Any:
@@ -251,7 +251,7 @@ def test_a_worker_reports_the_layer_and_the_batch_in_which_a_shard_hangs_while_i
 ) -> None:
     worker = LocalWorker(config_of(shards(3), tmp_path / "out", captioners={}))
     running, resume = threading.Event(), threading.Event()
-    teacher: Any = worker.models.teachers["red"]
+    teacher: Any = worker.models.loaded["teachers"]["red"]
     encode = teacher.encode_images
 
     def hang(pixels: Any) -> Any:

@@ -21,7 +21,7 @@ import torch
 from reinforce.engine.messages import LayerFailure
 from reinforce.engine.pulse import LeaseWatch
 from reinforce.engine.worker.decode import Decoded, Row
-from reinforce.engine.worker.inference import Batches, Inference
+from reinforce.engine.worker.inference import IN_WORK, Inference, run_batches
 from reinforce.engine.worker.models import Counters, PriorityLock, encode, to_numpy
 from reinforce.source.samples import Refusal
 from schemas import Reason
@@ -235,8 +235,9 @@ def keys(batch: list[Row]) -> str:
 
 
 def test_batches_are_yielded_in_order_and_the_end_gets_all_rows() -> None:
-    with Batches(lambda: 2, LeaseWatch("a")) as batches:
-        found = [(keys(batch), result) for batch, result in batches.run(numbered(5), keys, keys)]
+    with ThreadPoolExecutor(IN_WORK) as threads:
+        batches = run_batches(threads, lambda: 2, LeaseWatch("a"), numbered(5), keys, keys)
+        found = [(keys(batch), result) for batch, result in batches]
     assert found == [("01", "01"), ("23", "23"), ("4", "4"), ("", "01234")]
 
 
@@ -252,8 +253,8 @@ def test_the_older_of_two_shards_keeps_the_accelerator_between_its_batches() -> 
                     time.sleep(0.001)
                 used += name
 
-        with Batches(lambda: 1, LeaseWatch(name)) as batches:
-            for _ in batches.run(numbered(4), run, lambda _: None):
+        with ThreadPoolExecutor(IN_WORK) as threads:
+            for _ in run_batches(threads, lambda: 1, LeaseWatch(name), numbered(4), run, lambda _: None):
                 time.sleep(0.005)  # the texts of a batch, while the next one waits for its turn
 
     with ThreadPoolExecutor(2) as threads:
@@ -275,8 +276,8 @@ def test_an_error_arrives_once_no_batch_is_in_work() -> None:
         time.sleep(0.1)
         ended.set()
 
-    with pytest.raises(ValueError, match="odd"), Batches(lambda: 1, LeaseWatch("a")) as batches:
-        list(batches.run(numbered(3), run, lambda _: None))
+    with pytest.raises(ValueError, match="odd"), ThreadPoolExecutor(IN_WORK) as threads:
+        list(run_batches(threads, lambda: 1, LeaseWatch("a"), numbered(3), run, lambda _: None))
     assert ended.is_set()
 
 

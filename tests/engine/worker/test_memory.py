@@ -80,8 +80,8 @@ def limited(function: Callable[..., Any], limit: int) -> Callable[..., Any]:
 
 def limit_memory(models: LoadedModels, where: str, limit: int) -> None:
     """Let one of a worker's steps run out of memory above ``limit`` inputs."""
-    owner: Any = {"copy": models.accelerator, "captions": models.captioners.get("namer")}.get(where)
-    owner = owner or models.teachers["red"]
+    owner: Any = {"copy": models.accelerator, "captions": models.loaded.get("captioners", {}).get("namer")}.get(where)
+    owner = owner or models.loaded["teachers"]["red"]
     name = {"copy": "put_parts", "captions": "caption", "images": "encode_images", "texts": "encode_texts"}[where]
     setattr(owner, name, limited(getattr(owner, name), limit))
 
@@ -277,7 +277,7 @@ def test_a_model_that_fails_in_a_full_batch_only_ends_the_run_before_it_begins()
     def caption(pixels: torch.Tensor, seeds: np.ndarray) -> Any:
         raise IndexError(f"no room for {len(pixels)}")
 
-    captioner: Any = models.captioners["namer"]
+    captioner: Any = models.loaded["captioners"]["namer"]
     captioner.caption = caption
     with pytest.raises(UserError, match=r"captions/namer fails in a full batch of 64: IndexError: no room for 32"):
         find_batch(models, config, layers)

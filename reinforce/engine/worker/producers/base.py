@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -48,7 +48,7 @@ class RowGroupTables:
     """The rows of one row group, the outputs of their batches, and the tables of their layers so far.
 
     ``stored`` are tables of layers that were committed before. Raises MisalignedLayer unless they have the keys of the
-    rows, in the same order.
+    rows, in the same order. In ``tables``, samples that were stored have the columns that producers name.
     """
 
     def __init__(self, rows: Sequence[Row], outputs: Sequence[Outputs], stored: Mapping[str, pa.Table]) -> None:
@@ -69,10 +69,6 @@ class RowGroupTables:
         if layer not in self.known:
             self.known[layer] = kind_of(layer).decode(self.tables[layer])
         return self.known[layer]
-
-    def samples(self) -> pa.Table:
-        """The samples, at least with the columns that a producer names."""
-        return self.tables[SAMPLES]
 
 
 @dataclass(frozen=True)
@@ -263,30 +259,25 @@ class Refusals:
     def __init__(self) -> None:
         self.shard_reason: str | None = None
         self.cleaned: dict[str, Counter[str]] = {}
-        self._by_layer: dict[str, list[Refusal]] = {}
+        self.by_layer: dict[str, list[Refusal]] = {}
 
     def add(self, layer: str, refusal: Refusal) -> None:
-        self._by_layer.setdefault(layer, []).append(refusal)
+        self.by_layer.setdefault(layer, []).append(refusal)
         if refusal.key is None and refusal.reason.value in WHOLE_SHARD:
             self.shard_reason = refusal.reason.value
 
-    @property
-    def layers(self) -> Set[str]:
-        """The layers that refuse something."""
-        return self._by_layer.keys()
-
     def counts(self) -> dict[str, int]:
-        return dict(Counter(refusal.reason.value for rows in self._by_layer.values() for refusal in rows))
+        return dict(Counter(refusal.reason.value for rows in self.by_layer.values() for refusal in rows))
 
     @property
     def samples(self) -> int:
         """Number of samples that are refused in any layer."""
-        return len({row.key for rows in self._by_layer.values() for row in rows} - {None})
+        return len({row.key for rows in self.by_layer.values() for row in rows} - {None})
 
     def examples(self, redact: Callable[[str], str]) -> dict[str, str]:
         """Key and detail of the first refusal of each reason, in one line; ``redact`` removes secrets from details."""
         first: dict[str, str] = {}
-        for row in (row for rows in self._by_layer.values() for row in rows):
+        for row in (row for rows in self.by_layer.values() for row in rows):
             if row.reason.value not in first:
                 text = redact(row.detail) if row.key is None else f"{row.key}: {redact(row.detail)}"
                 first[row.reason.value] = shorten(" ".join(text.split()), _EXAMPLE_CHARS)
@@ -294,7 +285,7 @@ class Refusals:
 
     def write(self, store: Store, shard: str, redact: Callable[[str], str]) -> None:
         """Write the quarantine files of a shard; ``redact`` removes secrets from details."""
-        for layer, rows in self._by_layer.items():
+        for layer, rows in self.by_layer.items():
             store.quarantine(layer, shard, [(row.key, row.reason, redact(row.detail)) for row in rows])
 
 

@@ -44,7 +44,7 @@ class CaptionsProducer(Producer):
 
     @staticmethod
     def side(models: LoadedModels, name: str, info: ModelInfo, precision: Precision) -> Capability:
-        captioner = models.captioners[name]
+        captioner = models.loaded["captioners"][name]
         count = info.identity["captions"]
 
         def start(rows: Sequence[int]) -> Callable[[], Any]:

@@ -35,7 +35,7 @@ class ImageEmbeddingsProducer(Embeddings):
     def side(models: LoadedModels, name: str, info: ModelInfo, precision: Precision) -> Capability | None:
         if not info.images:
             return None
-        teacher = models.teachers[name]
+        teacher = models.loaded["teachers"][name]
         start = of_images(models, teacher.image, partial(models.encode_images, teacher))
         return Capability(partial(check_encoder, models, name, "images", start, precision), start)
 
@@ -107,7 +107,7 @@ class TextEmbeddingsProducer(Embeddings):
 
         def start(rows: Sequence[int]) -> Callable[[], Any]:
             texts = [f"{TEXTS[row]}, {place}" for place, row in enumerate(rows)]
-            return lambda: models.text_encoder(models.teachers[name], texts)()  # noqa: PLW0108 - tokenizes each time
+            return lambda: models.text_encoder(models.loaded["teachers"][name], texts)()  # noqa: PLW0108 - tokenizes each time
 
         return Capability(partial(check_text_encoder, models, name, precision), start)
 

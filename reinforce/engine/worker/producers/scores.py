@@ -14,7 +14,7 @@ import torch
 
 from reinforce.config import Config
 from reinforce.dataset.kinds.scores import make_scorer
-from reinforce.dataset.layers import Layer, model_of
+from reinforce.dataset.layers import SAMPLES, Layer, model_of
 from reinforce.engine.messages import raising_layer_failure
 from reinforce.engine.worker.decode import Row
 from reinforce.engine.worker.inference import Batch, Outputs
@@ -129,7 +129,7 @@ class ScoresProducer(Producer):
     def table(self, layer: Layer, group: RowGroupTables) -> pa.Table:
         if layer.model is None:
             with self.session.watch.stage(layer.name, f"{len(group.keys)} rows"), raising_layer_failure(layer.name):
-                scores = self._scorers[layer.name].scores(group)
+                scores = self._scorers[layer.name].scores(group.tables, group.values)
                 values = np.stack([np.asarray(scores[name], np.float32) for name in layer.names], axis=1)
         else:
             values = self._of_class(layer, group)
@@ -151,7 +151,7 @@ class ScoresProducer(Producer):
                 if name == CAPTION:
                     found = [row.caption or None for row in group.rows]
                 elif name == METADATA:
-                    texts = group.samples()[METADATA].to_pylist()
+                    texts = group.tables[SAMPLES][METADATA].to_pylist()
                     found = [None if text is None else json.loads(text) for text in texts]
                 else:
                     found = group.values(name)
