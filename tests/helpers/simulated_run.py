@@ -101,7 +101,7 @@ class SimulatedRun:
             case ReplaceWorker():
                 self._replace(worker)
             case PauseWorker(_, until):
-                self.queue.pause(worker, until)
+                self.queue.paused[worker] = until
         self._carry_out(self.policy.lease_raised(ended, outcome, self.now))
 
     def _carry_out(self, decision: Decision) -> None:
@@ -122,5 +122,5 @@ class SimulatedRun:
                 self.queue.put_back(Requeue(ended))
             slot.leases = {}
             self.policy.forget_worker(worker)
-            self.policy.worker_replaced(worker, self.now)
+            self.policy.faults.record_replacement(worker, self.now)
             self._remove(slot)

@@ -424,7 +424,7 @@ class Driver:
             case ReplaceWorker(_, reason):
                 self._replace(slot, reason)
             case PauseWorker(worker, until):
-                self.queue.pause(worker, until)
+                self.queue.paused[worker] = until
 
     def record_death(self, slot: Slot, error: RayError) -> None:
         """Record that the process of a worker has died, or that its node cannot be reached."""
@@ -518,7 +518,7 @@ class Driver:
         for shard in worker.shards:
             self.queue.put_back(Requeue(shard))
             self.totals.retries[WORKER_LOST] += 1
-        self.policy.worker_replaced(worker.id, time.monotonic())
+        self.policy.faults.record_replacement(worker.id, time.monotonic())
 
     def _end(self, slot: Slot) -> EndedWorker:
         worker = EndedWorker(slot.id, tuple(slot.leases.values()), slot.alone, slot.use)

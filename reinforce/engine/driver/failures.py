@@ -123,7 +123,7 @@ class FailurePolicy:
         self._charged_failures: Counter[WorkerId] = Counter()  # those of them that the worker may be the cause of
         self._failed_models: dict[str, set[WorkerId]] = {}  # by layer: where its model raised, since it last passed
         self.notes: list[str] = []  # messages about workers and nodes, for the log and the summary
-        self.faults = Faults(self.notes)
+        self.faults = Faults(self.notes, self._attempts)
         self.drained: frozenset[str] = frozenset()  # nodes that are or were drained; a drain is never cancelled
         self.memory = MemoryDeaths(settings.solo_attempts)
         self.outages = Outages(settings, self.notes.append)
@@ -150,19 +150,16 @@ class FailurePolicy:
         if isinstance(error, UserError):
             raise error
         if isinstance(error, StorageFailure):
-            attempt = self.outages.record_failure(shard.name, now)
-            if error.reason is not None and self.outages.is_own(shard.name, error):
-                self.outages.forget(shard.name)
+            attempt, found = self.outages.record_failure(shard.name, error, now)
+            if found == "own" and error.reason is not None:
                 return self._quarantine(shard, shard.layers[0], error.reason, str(error), attempt)
-            if self.outages.is_over(shard.name, str(error), now):
+            if found == "lasting":
                 return LeaveShard(shard, attempt)
             return Retry(shard, now + pause_seconds(attempt), attempt)
         self._attempts[shard.name] += 1
         attempt = self._attempts[shard.name]
         if attempt < self.settings.attempts:
-            if (attempt == self.settings.attempts - 1 and self.faults.is_doubtful(shard.name)) and _may_be_worker(
-                error
-            ):
+            if self._may_have_broken_worker(shard.name, error):
                 return RunAlone(shard, attempt)
             return Retry(shard, now + pause_seconds(attempt), attempt)
         layer = error.layer if isinstance(error, LayerFailure) else shard.layers[0]
@@ -177,15 +174,13 @@ class FailurePolicy:
         A ``quarantined`` shard was refused, which proves nothing about workers at which it failed before.
         """
         self.forget_worker(worker)
-        self.memory.record_success()
+        self.memory.in_a_row = 0
         if quarantined:
             return []
         self.outages.record_pass(shard, now)
         for layer in layers:
             self._failed_models.pop(layer, None)
-        found = self.faults.record_success(shard, worker, now, workers)
-        self._take_attempts_back()
-        return found
+        return self.faults.record_success(shard, worker, now, workers)
 
     def worker_failed(
         self, worker: WorkerId, shard: str, error: Exception, text: str, now: float, workers: int
@@ -201,10 +196,8 @@ class FailurePolicy:
             if len(places) > MAX_MODEL_WORKERS:
                 self.faults.record_place(shard, worker)
                 return None
-        self._charged_failures[worker] += _may_be_worker(error)
-        if (self._attempts[shard] == self.settings.attempts - 1 and self.faults.is_doubtful(shard)) and _may_be_worker(
-            error
-        ):
+        self._charged_failures[worker] += getattr(error, "worker_at_fault", True)
+        if self._may_have_broken_worker(shard, error):
             return ReplaceWorker(worker, f"{shard} failed there for the last time and may have broken it: {text}")
         if replacement := self.faults.record_failure(shard, worker, text, now, workers):
             return replacement
@@ -219,15 +212,11 @@ class FailurePolicy:
         self.consecutive_failures.pop(worker, None)
         self._charged_failures.pop(worker, None)
 
-    def worker_replaced(self, worker: WorkerId, now: float) -> None:
-        """Record that a worker at fault was replaced. What failed at it does not count as an attempt, once one of its
-        shards has passed elsewhere."""
-        self.faults.record_replacement(worker, now)
-        self._take_attempts_back()
-
-    def _take_attempts_back(self) -> None:
-        for shard, attempts in self.faults.take_attempts_back().items():
-            self._attempts[shard] = max(0, self._attempts[shard] - attempts)
+    def _may_have_broken_worker(self, shard: str, error: Exception) -> bool:
+        """Whether a shard has one attempt left, and failed at a replaced worker that another shard may have broken."""
+        last = self._attempts[shard] == self.settings.attempts - 1
+        doubtful = not self.faults.unproven.isdisjoint(self.faults.tried(shard))
+        return last and doubtful and getattr(error, "worker_at_fault", True)
 
     def worker_died(
         self, worker: EndedWorker, error: str, now: float, process_dead: bool, memory: bool = False
@@ -308,7 +297,7 @@ class FailurePolicy:
 
     def load_passed(self) -> None:
         self._failed_starts = 0
-        self.faults.record_start()
+        self.faults.failed_starts = 0
 
     def load_died(self, error: str, node_lost: bool, running: int, workers: int) -> None:
         """Record that a worker died, or its node was lost, while it loaded its models.
@@ -366,11 +355,6 @@ class FailurePolicy:
         self._attempts[shard.name] = self._deaths_alone[shard.name] = 0
         self.faults.forget_shard(shard.name)
         return Quarantine(shard, layer, reason, detail, replace(shard, layers=rest) if rest else None, attempt)
-
-
-def _may_be_worker(error: Exception) -> bool:
-    """Whether the cause of an error may be the worker at which it was raised."""
-    return error.worker_at_fault if isinstance(error, ShardFailure) else True
 
 
 def ray_ended(what: str, finished: int, remaining: int) -> RayEnded:

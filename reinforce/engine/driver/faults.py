@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from reinforce.config import Failures
 from reinforce.engine.messages import PendingShard, StorageFailure, WorkerId
@@ -166,17 +166,14 @@ class MemoryDeaths:
     def __init__(self, solo_attempts: int) -> None:
         self._limit = max(ALONE, solo_attempts)
         self._alone: Counter[str] = Counter()  # thirds of deaths, by shard
-        self._in_a_row = 0
+        self.in_a_row = 0  # since a lease returned
         self.deaths = 0
         self.note: str | None = None  # the last one
-
-    def record_success(self) -> None:
-        self._in_a_row = 0
 
     def record_death(self, worker: WorkerId, use: MemoryUse, recycle: int | None) -> str | None:
         """Record a death. Return a message after three, and then whenever their number has doubled, else None."""
         self.deaths += 1
-        self._in_a_row += 1
+        self.in_a_row += 1
         which = f"{plural(self.deaths, 'worker')} killed because the memory of a node ran out, which counts against no "
         which += f"shard. The last one is {worker}"
         growth = (use.last - use.first) / max(1, use.shards)
@@ -203,7 +200,7 @@ class MemoryDeaths:
 
     def check(self, workers: int) -> None:
         """Raise the UserError that ends the run if no shard can be finished, where ``workers`` are running."""
-        if self._in_a_row >= max(MAX_IN_A_ROW, 2 * workers):
+        if self.in_a_row >= max(MAX_IN_A_ROW, 2 * workers):
             raise UserError(f"no shard can be finished: {self.note}")
 
 
@@ -238,40 +235,35 @@ class Outages:
         self._since_pass.clear()
         self._passed, self._rounds, self.held_until = now, 0, now
 
-    def record_failure(self, shard: str, now: float) -> int:
-        """Record a storage error of a shard -> how many it has had."""
+    def record_failure(
+        self, shard: str, error: StorageFailure, now: float
+    ) -> tuple[int, Literal["transient", "own", "lasting"]]:
+        """Record a storage error of a shard -> how many it has had, and what they are.
+
+        ``own``: the shard is the cause, and not the storage or the credentials. ``lasting``: it has failed for too
+        long, and is left for the next run.
+        """
         failing = self._failing.setdefault(shard, _Failing(now))
         failing.count += 1
         self._since_pass.add(shard)
         if now >= self.held_until and len(self._since_pass) > 1:
             self._rounds += 1
             self.held_until = now + pause_seconds(self._rounds)
-        return failing.count
-
-    def is_own(self, shard: str, error: StorageFailure) -> bool:
-        """Whether a shard is the cause of its storage errors, and not the storage or the credentials."""
-        failing = self._failing[shard]
         known = error.missing or self._passed > failing.first
-        return error.reason is not None and failing.count >= self.settings.attempts and known
-
-    def is_over(self, shard: str, error: str, now: float) -> bool:
-        """Whether a shard has failed for too long, and is left for the next run."""
+        if error.reason is not None and failing.count >= self.settings.attempts and known:
+            del self._failing[shard]
+            self._since_pass.discard(shard)
+            return failing.count, "own"
+        seconds = self.settings.outage_seconds
         if self._rounds > 1 and not self._noted:
             self._noted = True
-            seconds = self.settings.outage_seconds
             self.note(
                 f"the storage fails, which counts against no shard; the run waits for up to {seconds:g} s: {error}"
             )
-        failing = self._failing[shard]
-        if failing.count < 2 or now - failing.first < self.settings.outage_seconds:
-            return False
-        self.left[shard] = error
-        return True
-
-    def forget(self, shard: str) -> None:
-        """Forget the errors of a shard that is quarantined."""
-        self._failing.pop(shard, None)
-        self._since_pass.discard(shard)
+        if failing.count < 2 or now - failing.first < seconds:
+            return failing.count, "transient"
+        self.left[shard] = str(error)
+        return failing.count, "lasting"
 
     def check(self) -> None:
         """Raise the StorageError that ends a run which has left shards."""
@@ -286,20 +278,23 @@ class Outages:
 
 
 class Faults:
-    """Counts where shards failed and where they passed. ``notes`` receives a message when a node is avoided."""
+    """Counts where shards failed and where they passed.
 
-    def __init__(self, notes: list[str]) -> None:
-        self._notes = notes
+    ``notes`` receives a message when a node is avoided. ``attempts`` of shards are lowered by failures that do not
+    count any more.
+    """
+
+    def __init__(self, notes: list[str], attempts: Counter[str]) -> None:
+        self._notes, self._attempts = notes, attempts
         self._failed: dict[str, Counter[WorkerId]] = {}  # by shard
         self._row: dict[WorkerId, dict[str, float]] = {}  # shards since the last success, with the time
         self._unread: dict[WorkerId, set[str]] = {}  # shards that could not be read, since the last success
         self._proven: dict[WorkerId, set[str]] = {}
-        self._failed_starts = 0  # in a row
+        self.failed_starts = 0  # in a row
         self._errors: dict[WorkerId, str] = {}
         self._died: set[WorkerId] = set()
-        self._unproven: set[WorkerId] = set()  # replaced, and none of their shards has passed elsewhere
+        self.unproven: set[WorkerId] = set()  # replaced, and none of their shards has passed elsewhere
         self._passes: deque[tuple[float, WorkerId]] = deque(maxlen=2)  # the last successes, of different workers
-        self._given_back: Counter[str] = Counter()
         self._replaced: deque[float] = deque(maxlen=1000)
         self._node_faults: dict[str, list[float]] = {}
         self._avoided: dict[str, float] = {}  # until when
@@ -339,24 +334,17 @@ class Faults:
         self._unread.setdefault(worker, set()).add(shard)
         return places.total() == 1
 
-    def is_doubtful(self, shard: str) -> bool:
-        """Whether a shard failed at a replaced worker that another shard may have broken."""
-        return not self._unproven.isdisjoint(self._failed.get(shard, ()))
-
     def forget_shard(self, shard: str) -> None:
         """Forget where a shard failed, because one of its layers was the cause and is left out from now on."""
         for place in self._failed.pop(shard, ()):
             self._row.get(place, {}).pop(shard, None)
 
-    def record_start(self) -> None:
-        self._failed_starts = 0
-
     def record_failed_start(self, worker: WorkerId, error: str, now: float) -> bool:
         """Record that models could not be loaded. Return whether only the node of the worker is at fault."""
-        self._failed_starts += 1
-        if self._failed_starts > MAX_FAILED_STARTS or not any(other.node != worker.node for _, other in self._passes):
+        self.failed_starts += 1
+        if self.failed_starts > MAX_FAILED_STARTS or not any(other.node != worker.node for _, other in self._passes):
             return False
-        self._avoid(worker, self._failed_starts - 1, now, "models cannot be loaded there", error)
+        self._avoid(worker, self.failed_starts - 1, now, "models cannot be loaded there", error)
         return True
 
     def record_death(self, shards: tuple[str, ...], worker: WorkerId, error: str) -> None:
@@ -378,9 +366,9 @@ class Faults:
         for place in self._failed.pop(shard, ()):
             if place == worker:
                 continue
-            if place in self._unproven:
-                self._unproven.discard(place)
-                self._given_back.update(self._failures_at(place))
+            if place in self.unproven:
+                self.unproven.discard(place)
+                self._give_back(place)
             if place in self._died and place.node != worker.node:
                 self._died.discard(place)
                 self._count_node_fault(place, now)
@@ -393,25 +381,23 @@ class Faults:
         return found
 
     def record_replacement(self, worker: WorkerId, now: float) -> None:
+        """Record that a worker at fault was replaced. What failed at it does not count as an attempt, once one of its
+        shards has passed elsewhere."""
         self._replaced.append(now)
         for counts in (self._row, self._unread):
             counts.pop(worker, None)
         if self._proven.pop(worker, None):
-            self._given_back.update(self._failures_at(worker))
+            self._give_back(worker)
             self._count_node_fault(worker, now)
         else:
-            self._unproven.add(worker)
+            self.unproven.add(worker)
             self._died.add(worker)  # if one of its shards passes on another node, its own node is at fault
 
-    def take_attempts_back(self) -> Counter[str]:
-        """Failures by shard that do not count as attempts any more, once."""
-        given_back, self._given_back = self._given_back, Counter()
-        return given_back
-
-    def _failures_at(self, worker: WorkerId) -> dict[str, int]:
-        """Failures at a worker by shard, of shards that may not be the cause themselves."""
-        found = self._failed.items()
-        return {shard: places[worker] for shard, places in found if worker in places and len(places) < _OWN_WORKERS}
+    def _give_back(self, worker: WorkerId) -> None:
+        """Do not count failures at a worker as attempts of its shards, but for those that may be the cause."""
+        for shard, places in self._failed.items():
+            if worker in places and len(places) < _OWN_WORKERS:
+                self._attempts[shard] = max(0, self._attempts[shard] - places[worker])
 
     def avoided(self, now: float) -> frozenset[str]:
         """The nodes that get no new workers now."""

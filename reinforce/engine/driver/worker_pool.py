@@ -290,7 +290,7 @@ class ShardQueue:
         self._delayed: list[tuple[float, int, PendingShard, Tried]] = []
         self._order = itertools.count()  # heapq must never compare shards
         self._draining = False  # whether a worker may be draining
-        self._paused: dict[WorkerId, float] = {}  # until when
+        self.paused: dict[WorkerId, float] = {}  # workers to which nothing is leased, until when
 
     def __len__(self) -> int:
         return len(self._ready) + len(self._suspects) + len(self._delayed) + len(self._retries)
@@ -316,10 +316,6 @@ class ShardQueue:
             case Quarantine(rest=PendingShard() as rest):
                 self._ready.append(rest)
 
-    def pause(self, worker: WorkerId, until: float) -> None:
-        """Lease nothing to a worker before time ``until``."""
-        self._paused[worker] = until
-
     def hand_out(
         self,
         slots: Iterable[Slot],
@@ -339,16 +335,24 @@ class ShardQueue:
                 self._retries.append((shard, tried))
             else:
                 self._ready.append(shard)
-        self._paused = {worker: until for worker, until in self._paused.items() if until > now}
+        self.paused = {worker: until for worker, until in self.paused.items() if until > now}
         staying = [slot for slot in slots if not slot.leaving]
-        slots = [slot for slot in staying if not (self._paused and slot.id in self._paused)]
+        slots = [slot for slot in staying if not (self.paused and slot.id in self.paused)]
         idle = [slot for slot in slots if slot.free == SHARDS_IN_FLIGHT] if self._suspects else []
         while self._suspects and idle:
             shard, tried = self._suspects.popleft()
             slot = max(idle, key=lambda slot: _distance(slot, tried))
             idle.remove(slot)
             lease(slot, shard, alone=True)
-        self._drain(staying)
+        if self._suspects or self._draining:
+            draining = sum(slot.draining for slot in staying)
+            for slot in staying:
+                busy = slot.free < SHARDS_IN_FLIGHT and not slot.alone and slot.id not in self.paused
+                if draining < len(self._suspects) and not slot.draining and busy:
+                    slot.draining, draining = True, draining + 1
+                elif slot.draining and not self._suspects:
+                    slot.draining = False
+            self._draining = any(slot.draining for slot in staying)
         if self._retries:
             self._hand_out_retries(slots, lease, failing)
         for _ in range(SHARDS_IN_FLIGHT if self._ready else 0):
@@ -378,18 +382,6 @@ class ShardQueue:
                 lease(best, shard)
             else:  # wait for a worker that has not tried it
                 self._retries.append((shard, tried))
-
-    def _drain(self, slots: Sequence[Slot]) -> None:
-        if not self._suspects and not self._draining:
-            return
-        draining = sum(slot.draining for slot in slots)
-        for slot in slots:
-            busy = slot.free < SHARDS_IN_FLIGHT and not slot.alone and slot.id not in self._paused
-            if draining < len(self._suspects) and not slot.draining and busy:
-                slot.draining, draining = True, draining + 1
-            elif slot.draining and not self._suspects:
-                slot.draining = False
-        self._draining = any(slot.draining for slot in slots)
 
 
 def _distance(slot: Slot, tried: Tried) -> int:

@@ -108,7 +108,7 @@ def test_layers_that_pass_without_the_one_that_failed_prove_nothing_about_a_work
 def test_the_last_attempt_of_a_shard_that_failed_at_a_replaced_worker_runs_alone_and_its_failure_replaces_one() -> None:
     failures = policy(attempts=3)
     assert failures.worker_failed(WORKER, "a", MODEL, "odd", 0.0, 3) is None
-    failures.worker_replaced(WORKER, 0.0)
+    failures.faults.record_replacement(WORKER, 0.0)
     assert isinstance(failures.lease_raised(A, MODEL, 0.0), Retry)
     assert failures.worker_failed(OTHER, "a", MODEL, "odd", 0.0, 3) is None
     assert failures.lease_raised(A, MODEL, 0.0) == RunAlone(A, 2)
@@ -123,10 +123,10 @@ def test_failures_at_a_replaced_worker_are_no_attempts_once_its_shards_have_pass
         failures.worker_failed(WORKER, shard, RAISED, "odd", 0.0, 2)
     failures.lease_raised(A, RAISED, 0.0)
     if before:
-        failures.worker_replaced(WORKER, 1.0)
+        failures.faults.record_replacement(WORKER, 1.0)
     replaced = [failures.lease_returned(shard, OTHER, False, 2.0, 2) for shard in "bc"]
     if not before:
-        failures.worker_replaced(replaced[1][0].worker, 3.0)
+        failures.faults.record_replacement(replaced[1][0].worker, 3.0)
     assert isinstance(failures.lease_raised(A, RAISED, 4.0), Retry)
 
 

@@ -107,7 +107,7 @@ def test_a_run_in_which_no_shard_can_be_finished_ends_with_one_error(workers: in
     deaths = MemoryDeaths(2)
     for _ in range(most - 1):
         deaths.record_death(WORKER, LEAK, None)
-    deaths.record_success()
+    deaths.in_a_row = 0
     for _ in range(most):
         deaths.check(workers)
         deaths.record_death(WORKER, LEAK, None)

@@ -207,10 +207,10 @@ def test_a_busy_worker_is_drained_for_each_suspect_until_it_runs_it_alone_or_ano
     end(slots[0], "s")
     assert hand_out(queue, *slots) == ["fg", "de"]
     queue.put_back(RunAlone(shard("t")))
-    queue.pause(slots[0].id, 5.0)
+    queue.paused[slots[0].id] = 5.0
     hand_out(queue, *slots)
     assert [slot.draining for slot in slots] == [False, True], "a worker that is paused is not drained"
-    queue.pause(slots[1].id, 5.0)
+    queue.paused[slots[1].id] = 5.0
     slots.append(started(pid=3))
     assert hand_out(queue, *slots)[2] == "t"
     assert not slots[1].draining, "its pause does not keep it draining"
@@ -249,7 +249,7 @@ def test_a_suspect_prefers_another_node_and_does_not_wait_for_it() -> None:
 
 def test_a_worker_gets_no_lease_during_a_pause_or_once_it_must_be_restarted() -> None:
     queue, slot = ShardQueue(SHARDS[:2]), started()
-    queue.pause(slot.id, 5.0)
+    queue.paused[slot.id] = 5.0
     assert hand_out(queue, slot, now=4.9) == [""]
     slot.exhausted = True
     assert hand_out(queue, slot, now=5.0) == [""]
