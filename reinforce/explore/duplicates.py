@@ -23,7 +23,7 @@ from reinforce.dataset.shuffle import Ranges, Shuffle
 from reinforce.errors import UserError
 from reinforce.explore import neighbours
 from reinforce.explore.parts import Arrays, Parts
-from reinforce.explore.passes import ShardChunk
+from reinforce.explore.passes import Measure, ShardChunk
 from reinforce.explore.rules import BoundRule, RuleRows
 from reinforce.source.references import image_digest
 
@@ -62,7 +62,7 @@ class Buckets:
 
 
 @dataclass(frozen=True)
-class Duplicates:
+class Duplicates(Measure[npt.NDArray[Any]]):
     """The stages of a ``rule`` that finds duplicates; ``firsts`` are the numbers of the first row of each chunk.
 
     As the measure of a pass, it writes a record of each sample that is kept so far, for its bucket.

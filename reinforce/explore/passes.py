@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -61,16 +62,16 @@ def chunks_of(rows: Mapping[str, int]) -> list[ShardChunk]:
     return [*chunks, ShardChunk(shards, first)] if shards else chunks
 
 
-class Measure(Protocol[_T]):
-    """Results of a pass."""
+class Measure(ABC, Generic[_T]):
+    """Results of a pass; ``rule`` is the one whose columns it reads."""
 
-    @property
-    def rule(self) -> BoundRule | None:
-        """The rule whose columns it reads."""
+    rule: BoundRule | None = None
 
+    @abstractmethod
     def of(self, group: RuleRows) -> _T:
         """The result of a row group. It is called in threads."""
 
+    @abstractmethod
     def result(self, number: int, chunk: ShardChunk, found: Sequence[_T], parts: Parts) -> Arrays:
         """The result of chunk ``number``."""
 
@@ -154,7 +155,7 @@ def digest_contents(parts: Parts, columns: Columns, number: int, chunk: ShardChu
 
 
 @dataclass(frozen=True)
-class CountValues:
+class CountValues(Measure[tuple[Ordered, Ordered]]):
     """Counts the values of a rule that may be the one above which it keeps samples."""
 
     rule: BoundRule
@@ -172,14 +173,13 @@ class CountValues:
 
 
 @dataclass(frozen=True)
-class WriteRows:
+class WriteRows(Measure[_Written]):
     """Writes why each row is left out, with the value by which each of ``valued`` rules decides, and counts: rows of
     each row group with each code."""
 
     view: ViewRows
     labels: Sequence[str | None]
     valued: Sequence[BoundRule] = ()
-    rule: None = None
 
     def of(self, group: RuleRows) -> _Written:
         columns = [group.values[rule.value.text] for rule in self.valued if rule.value is not None]

@@ -120,12 +120,9 @@ class Reading:
 
 
 class Feed(Protocol):
-    """Where the loop gets its batches from."""
+    """Where the loop gets its batches from. ``samples`` are those of an epoch over all ranks."""
 
-    @property
-    def samples(self) -> int:
-        """Samples per epoch over all ranks."""
-        ...
+    samples: int
 
     @property
     def data(self) -> Mapping[str, Any]:

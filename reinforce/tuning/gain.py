@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from reinforce.evaluation.classes import load_templates
 from reinforce.evaluation.config import Evaluation
@@ -156,7 +155,10 @@ class HeldOutSet:
         wanted, pictures = {one.number for one, _ in (*gained, *lost)}, {}
         for item in self._numbered():
             if isinstance(item, LabelledImage) and item.target[0] in wanted:
-                pictures[item.target[0]] = _picture(decode(item.load(), self._limits))
+                picture, buffer = decode(item.load(), self._limits), io.BytesIO()
+                picture.thumbnail((_SIDE, _SIDE))
+                picture.save(buffer, "WEBP", quality=75)
+                pictures[item.target[0]] = picture_address(buffer.getvalue())
         found = ([AnsweredImage(*pair, pictures[pair[0].number]) for pair in of] for of in (gained, lost))
         return next(found), next(found)
 
@@ -169,13 +171,6 @@ def _spread(items: Sequence[T], most: int) -> list[T]:
     """At most so many items, at equal distances."""
     step = max(1.0, len(items) / most)
     return [items[int(number * step)] for number in range(min(most, len(items)))]
-
-
-def _picture(image: Image.Image) -> str:
-    image.thumbnail((_SIDE, _SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=75)
-    return picture_address(buffer.getvalue())
 
 
 #: Queries by share of the weights, and by name of their metrics without its last part.
@@ -261,9 +256,10 @@ def cross_fit(points: Sequence[Point], rule: Rule, answers: Answers, units: Sequ
         return None
     changes, counted = np.zeros(count), []
     for metric in rule.domain:
-        before = first[_queries_of(metric)]
+        queries, _, _ = metric.rpartition("/")
+        before = first[queries]
         unit = of_unit[np.array(before.rows, np.int64)]
-        by_fold = [answers[alpha][_queries_of(metric)] for alpha in chosen]
+        by_fold = [answers[alpha][queries] for alpha in chosen]
         old = np.array(before.right, np.int64)
         new = np.array([by_fold[fold].right[place] for place, fold in enumerate(folds[unit].tolist())], np.int64)
         np.add.at(changes, unit, (new - old) * _weights(metric, before) / len(rule.domain))
@@ -309,7 +305,7 @@ def _metrics(answers: Mapping[str, Queries], rule: Rule, used: npt.NDArray[np.bo
     """The metrics of the domain on some of the held-out images; NaN where none has a query."""
     found = {}
     for metric in rule.domain:
-        queries = answers[_queries_of(metric)]
+        queries = answers[metric.rpartition("/")[0]]
         inside = used[np.array(queries.rows, np.int64)]
         right, weights = np.array(queries.right)[inside], _weights(metric, queries, inside)
         found[metric] = float(right @ weights) if len(right) else math.nan
@@ -325,7 +321,3 @@ def _weights(metric: str, queries: Queries, inside: npt.NDArray[np.bool_] | None
         classes = np.zeros_like(classes)
     _, place, counts = np.unique(classes, return_inverse=True, return_counts=True)
     return 1 / (counts[place] * len(counts))
-
-
-def _queries_of(metric: str) -> str:
-    return metric.rpartition("/")[0]

@@ -368,8 +368,8 @@ _Message: TypeAlias = "tuple[int, int, bytes | None, Sequence[Row]]"
 
 
 class StatusBoard:
-    """Current work of each process, in shared memory: the chunk, the number of its row among those sent, and since
-    when.
+    """Current work of each process, in shared memory: the chunk, 0 if it is idle, the number of its row among those
+    sent, and since when.
 
     The parent reads it when a process has died or takes too long.
     """
@@ -381,9 +381,6 @@ class StatusBoard:
 
     def set(self, process: int, chunk: int, row: int) -> None:
         self._entries[process] = (chunk, row, time.monotonic())
-
-    def clear(self, process: int) -> None:
-        self._entries[process] = (0, 0, 0)
 
     def get(self, process: int) -> tuple[int, int, float] | None:
         """Chunk, row and seconds of a process, or None if it is idle."""
@@ -420,7 +417,7 @@ def serve(socket: int, parent: int, number: int, status: int, pixels: int, *mess
             for row_number, row in enumerate(rows):
                 board.set(number, chunk, row_number)
                 outcomes.append(decode_row(spec, cells, row))
-            board.clear(number)
+            board.set(number, 0, 0)
             connection.send_bytes(pickle.dumps(outcomes, pickle.HIGHEST_PROTOCOL))
     except (EOFError, OSError):  # the parent is gone
         sys.exit(0)
@@ -755,7 +752,7 @@ class _Server(threading.Thread):
     def _handle_death(self, ending: str) -> None:
         """Put what the process had not finished in front of the queue; another process is started for it."""
         at, hung = self.board.get(self.number), self._hung
-        self.board.clear(self.number)
+        self.board.set(self.number, 0, 0)
         self._todo.extendleft(reversed(self.sent))
         guilty = next((chunk for chunk in self.sent if at is not None and chunk.number == at[0]), None)
         self.handle, self._hung = None, None

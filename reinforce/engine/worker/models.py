@@ -422,12 +422,6 @@ class LoadedModels:
             yield
 
 
-def crops_per_batch(models: LoadedModels, config: Config) -> int:
-    """Augmented images of a full batch."""
-    rows = models.batches.fitting("rows", rows_per_batch(config))
-    return models.batches.fitting("crops", rows * config.augmentations.count)
-
-
 def load_models(config: Config, layers: Iterable[Layer]) -> LoadedModels:
     """Load the models that make ``layers``, as ``accelerator`` of the config says.
 

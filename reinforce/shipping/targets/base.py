@@ -198,21 +198,14 @@ class ExportOptions:
 
 class Target(ABC):
     """A runtime. ``title`` is its name in messages, ``weights`` are the precisions in which it stores weights,
-    ``template`` makes the README of a model, and ``fuses`` is whether training branches are fused before."""
+    ``template`` makes the README of a model, ``fuses`` is whether training branches are fused before,
+    and ``executor`` is what ``load`` runs a tower in, in reports, if it is not the runtime."""
 
     title: ClassVar[str]
     weights: ClassVar[tuple[str, ...]]
     template: ClassVar[str]
     fuses: ClassVar[bool] = True
-
-    @property
-    def executor(self) -> str:
-        """What ``load`` runs a tower in, in reports."""
-        return self.title
-
-    def max_difference(self, weights: str) -> float:
-        """The largest allowed difference of an element from torch; of smaller weights the cosine alone decides."""
-        return 1e-4 if weights == "fp32" else sys.float_info.max
+    executor: ClassVar[str | None] = None
 
     def refuse(self, towers: Sequence[Tower], options: ExportOptions) -> None:  # noqa: B027  (optional)
         """Raise ValueError with what is not supported. Called before any tower is converted."""

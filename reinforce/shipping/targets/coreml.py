@@ -30,20 +30,18 @@ _A_PHOTO_OF_A_CAT = [49406, 320, 1125, 539, 320, 2368, 49407]
 #: Operations in float32: 1e-12, the smallest norm, is zero in float16, and the sum of squares may exceed its range.
 _FLOAT32 = {"reduce_l2_norm", "maximum", "tile", "real_div", "sub"}
 _PALETTE, _PALETTE_STEPS = 2**6, 100
+_HAS_CORE_ML = platform.system() == "Darwin"
 
 
 class CoreMl(Target):
     title = "Core ML"
     weights = ("fp16", "int8", "palettised")
     template = "export/coreml.md"
+    executor = None if _HAS_CORE_ML else "an interpreter of the package's operations (Core ML needs macOS)"
 
     def __init__(self) -> None:
         self._programs: dict[str, Any] = {}  # torch.export is slow: what `refuse` looked at is what `convert` takes
         self._name = "model"
-
-    @property
-    def executor(self) -> str:
-        return "Core ML" if _has_core_ml() else "an interpreter of the package's operations (Core ML needs macOS)"
 
     def refuse(self, towers: Sequence[Tower], options: ExportOptions) -> None:
         if options.app_names and options.tower != BOTH:
@@ -72,7 +70,7 @@ class CoreMl(Target):
 
     def load(self, path: Path, threads: int | None = None) -> Run:
         with _quiet():
-            if _has_core_ml():
+            if _HAS_CORE_ML:
                 return row_by_row(_load_core_ml(path))
             run = Interpreter(path)
             of_image = run.input == "image"
@@ -183,10 +181,6 @@ def _palette(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         palette = np.where(counts > 0, np.diff(sums[edges]) / np.maximum(counts, 1), palette)
     indices = np.searchsorted((palette[1:] + palette[:-1]) / 2, weights)
     return palette.astype(weights.dtype), indices.astype(np.uint8)
-
-
-def _has_core_ml() -> bool:
-    return platform.system() == "Darwin"
 
 
 def _load_core_ml(path: Path) -> Run:

@@ -29,7 +29,7 @@ from reinforce.dataset.store import Store, other_origin, parse_footer
 from reinforce.engine.messages import raising_layer_failure, shorten
 from reinforce.engine.worker.decode import Row
 from reinforce.engine.worker.inference import LayerEncoder, Outputs, Session
-from reinforce.engine.worker.models import Bound, Demand, Floats, LoadedModels, crops_per_batch, rows_per_batch
+from reinforce.engine.worker.models import Bound, Demand, Floats, LoadedModels, rows_per_batch
 from reinforce.engine.worker.self_test import Start, test_rows
 from reinforce.errors import UserError
 from reinforce.source.samples import Refusal
@@ -116,9 +116,10 @@ class Producer(LayerEncoder):
     @staticmethod
     def full_batch(models: LoadedModels, layer: Layer, config: Config) -> int:
         """Inputs of a full batch of a layer's model."""
+        rows = models.batches.fitting("rows", rows_per_batch(config))
         if layer.sees == CROPS:
-            return crops_per_batch(models, config)
-        return models.batches.fitting("rows", rows_per_batch(config))
+            return models.batches.fitting(CROPS, rows * config.augmentations.count)
+        return rows
 
     def demand(self, layer: Layer, rows: int) -> Demand:
         one = "one augmented image" if layer.sees == CROPS else "one image"
