@@ -66,7 +66,7 @@ def outputs(device: str) -> tuple[dict[str, Any], Noting]:
     for array in (cells.crops, *cells.whole.values()):
         models.accelerator.pin(array)
     run = make_inference(CONFIG, [LAYERS[name] for name in NAMES], models).run
-    return run(rows(3), cells), models.teachers["red"]  # type: ignore[return-value]
+    return run(rows(3), cells), models.loaded["teachers"]["red"]  # type: ignore[return-value]
 
 
 def test_images_are_copied_while_the_device_computes_and_models_wait_for_them() -> None:

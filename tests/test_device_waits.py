@@ -68,7 +68,7 @@ def test_a_shard_on_a_gpu_is_that_of_a_cpu_and_waits_little(tmp_path: Path, monk
     with stand_in_cuda() as cuda:
         models = load_models(parsed, plan.layers.values())
         find_batch(models, parsed, [plan.layers["captions/coca"]])
-        assert models.captioners["coca"]._decoder.capacity == 1024, "of a large row group, to test its memory"
+        assert models.loaded["captioners"]["coca"]._decoder.capacity == 1024, "of a large row group, to test its memory"
         allocate_pixels(pool, parsed, plan.layers.values(), models, 1)
         with cuda.counted() as counts:
             ShardProcess(plan.pending[0], parsed, plan.layers, Store(parsed.output), models, pool, 8).run()

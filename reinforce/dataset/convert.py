@@ -214,7 +214,7 @@ def _converted(store: Store, after: Mapping[str, Any], finer: Layer, name: str, 
 
 
 def _with_fingerprint(layer: Layer, manifest: Mapping[str, Any]) -> Layer:
-    fingerprint = layer.kind.recorded_fingerprint(layer, manifest)
+    fingerprint = layer.kind.recorded(layer, manifest).fingerprint
     if fingerprint is None:
         raise UserError(f"dataset.json does not state the model of {layer.model}, so its vectors have no fingerprint.")
     return replace(layer, fingerprint=fingerprint)

@@ -63,6 +63,18 @@ class Content(NamedTuple):
     report: str = ""
 
 
+class Recorded(NamedTuple):
+    """What dataset.json states of how a layer was computed.
+
+    It has the ``fingerprint`` of all of it, None if it does not state everything, and the settings without the
+    fingerprints of other layers: those ``before``, and the layer's ``now``, if a config made it.
+    """
+
+    fingerprint: str | None
+    before: dict[str, Any]
+    now: dict[str, Any]
+
+
 class TargetEncoder(NamedTuple):
     """What computes a target of images from a loaded model that has other layers, too.
 
@@ -374,14 +386,12 @@ class LayerKind(ABC):
             tuple(entry.get("names") or ()),
         )
 
-    @abstractmethod
-    def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
-        """The fingerprint of what dataset.json states of a layer; None if it does not state everything."""
-
-    def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The settings of a layer in dataset.json and in a config, without the fingerprints of other layers."""
-        before = mapping_at(manifest, self.section, layer.model, "model")
-        return dict(before), dict(layer.recipe["model"]) if before else {}
+    def recorded(self, layer: Layer, manifest: Mapping[str, Any]) -> Recorded:
+        """What dataset.json states of how a layer was computed: by default from the samples, by a model."""
+        model = mapping_at(manifest, self.section, layer.model, "model")
+        samples = mapping_at(manifest, "layers", SAMPLES).get("fingerprint")
+        fingerprint = compute_fingerprint({"samples": samples, "model": dict(model)}) if model else None
+        return Recorded(fingerprint, dict(model), dict(layer.recipe.get("model", {})) if model else {})
 
     def differs(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         """How what a loaded model states ``now`` gives numbers another meaning than ``before``, by an entry of

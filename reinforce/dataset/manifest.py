@@ -619,7 +619,8 @@ def difference_lines(
     by_reason: dict[tuple[str, ...], list[str]] = {}
     for name in found:
         layer = layers[name]
-        lines = tuple(_differences(*layer.kind.recipes(layer, manifests[name]), where))
+        recorded = layer.kind.recorded(layer, manifests[name])
+        lines = tuple(_differences(recorded.before, recorded.now, where))
         if not lines and not any(need in found for need in layer.needs):
             entry = mapping_at(manifests[name], "layers", name)
             now = {"count": layer.count, "dim": layer.dim, "dtype": layer.dtype, "texts": layer.texts}

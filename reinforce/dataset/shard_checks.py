@@ -144,7 +144,7 @@ def check_recipes(manifest: Mapping[str, Any]) -> Iterator[Finding]:
         layer = stored_layer(name, entry)
         if not hidden.isdisjoint((".".join(map(str, layer.owner)), f"layers.{name}")):
             continue
-        computed = layer.kind.recorded_fingerprint(layer, manifest)
+        computed = layer.kind.recorded(layer, manifest).fingerprint
         if computed is not None and computed != entry["fingerprint"]:
             as_stated = False
             yield Finding(

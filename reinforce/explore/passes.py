@@ -65,7 +65,7 @@ def chunks_of(rows: Mapping[str, int]) -> list[ShardChunk]:
 class Measure(ABC, Generic[_T]):
     """Results of a pass; ``rule`` is the one whose columns it reads."""
 
-    rule: BoundRule | None = None
+    rule: BoundRule | None
 
     @abstractmethod
     def of(self, group: RuleRows) -> _T:
@@ -180,6 +180,7 @@ class WriteRows(Measure[_Written]):
     view: ViewRows
     labels: Sequence[str | None]
     valued: Sequence[BoundRule] = ()
+    rule: None = None
 
     def of(self, group: RuleRows) -> _Written:
         columns = [group.values[rule.value.text] for rule in self.valued if rule.value is not None]

@@ -143,7 +143,7 @@ def inspect(
         "summary": {"overview": overview, "problems": problems, "models": described, "manifest": manifest},
         "gallery": _gallery(overview, rows, cards),
         "contents": {"similar": similar, "classes": plots.count_classes(rows)},
-        **({"captions": _captions(rows, texts, cosines)} if rows.captioners or any(rows.captions) else {}),
+        **({"captions": _captions(rows, texts, cosines)} if rows.has_texts else {}),
         **({"neighbours": {"nearest": nearest, **_charts(similarity=charts)}} if rows.image_teachers else {}),
         "plots": _plots(rows),
         **({} if sides is None else {"view": {}}),

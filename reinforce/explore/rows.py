@@ -351,6 +351,11 @@ class SampledRows:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def has_texts(self) -> bool:
+        """Whether some row has a caption, or may have one of a captioner."""
+        return bool(self.captioners) or any(self.captions)
+
     def image_vectors(self, teacher: str) -> np.ndarray:
         """The mean vectors of a teacher's augmentations [R, D], NaN where there is none."""
         return self.joined(self.images.get(teacher)).astype(np.float32)

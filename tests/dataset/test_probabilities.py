@@ -270,6 +270,7 @@ def test_files_of_another_shape_than_dataset_json_states_are_found() -> None:
     assert "have classes of type" in message
     assert wrong.all()
     stated = {"classifier": "x", "count": 1, "top": 1, "dim": 5, "temperature": 1, "sees": "crops", "model": {}}
+    stated["fingerprint"] = ""
     layer.kind.stored(layer.name, stated)
     temperatures = [("temperature", wrong) for wrong in (0, True, 1e300, float("nan"))]
     forged: list[tuple[str, Any]] = [("top", 6), ("top", True), *temperatures]

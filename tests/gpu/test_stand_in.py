@@ -74,7 +74,7 @@ def outputs(device: str) -> tuple[dict[str, Any], Noting]:
     for array in (cells.crops, *cells.whole.values()):
         models.accelerator.pin(array)
     run = make_inference(CONFIG, [LAYERS[name] for name in NAMES], models).run
-    return run(rows(3), cells), models.teachers["red"]  # type: ignore[return-value]
+    return run(rows(3), cells), models.loaded["teachers"]["red"]  # type: ignore[return-value]
 
 
 def test_cells_can_be_written_again_where_only_captions_of_row_groups_see_images(cuda: StandIn) -> None:
@@ -87,7 +87,7 @@ def test_cells_can_be_written_again_where_only_captions_of_row_groups_see_images
         for array in cells.whole.values():
             array[:] = 0  # as decode processes do for the next images
         encoded, drawn = zip(*outputs["captions/namer"], strict=True)
-        return np.array(models.captioners["namer"].decode([*encoded], np.stack(drawn), 3))  # type: ignore[attr-defined]
+        return np.array(models.loaded["captioners"]["namer"].decode([*encoded], np.stack(drawn), 3))  # type: ignore[attr-defined]
 
     expected = captions("cpu")
     with cuda.delayed(), cuda.counted() as counts:

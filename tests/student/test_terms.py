@@ -60,14 +60,16 @@ def test_feature_targets_are_all_teachers_or_none_and_a_scale_of_the_config_repl
         ("none", [], "unused"),
     ):
         made = terms(loss(features=features), vit=TWO, dino=EYES)
-        assert {name.split("/")[0] for name in made.heads(4)} == set(approached)
+        assert {name.split("/")[0] for name in made.merged(lambda term: term.heads(4))} == set(approached)
         assert made.models == {"teachers": ["vit", *approached[1:]]}
         assert made.notes[0] == note + "; vectors of images and texts, 8 dimensions" * (features == "all")
         assert made.notes[1].startswith(f"teacher dino: {use}")
     made = terms(loss(logit_scales={"vit": 55.0}), vit=TWO)
-    assert made.recorded() == {"loss.logit_scales.vit": 55.0}
+    assert made.merged(lambda term: term.recorded) == {"loss.logit_scales.vit": 55.0}
     assert "55 (config: loss.logit_scales.vit, instead of 70 of the dataset: config)" in made.notes[0]
-    assert terms(loss(logit_scales={"vit": 5.0}), vit=UNSCALED).recorded() == {"loss.logit_scales.vit": 5.0}
+    assert terms(loss(logit_scales={"vit": 5.0}), vit=UNSCALED).merged(lambda term: term.recorded) == {
+        "loss.logit_scales.vit": 5.0
+    }
 
 
 def test_teachers_without_a_scale_of_unknown_names_or_with_one_side_are_refused_where_nothing_else_is_learnt() -> None:
@@ -82,7 +84,7 @@ def test_teachers_without_a_scale_of_unknown_names_or_with_one_side_are_refused_
         with pytest.raises(UserError, match=message):
             terms(loss(**keys), **teachers)
     assert terms(loss(**{"lambda": 0.0}), vit=UNSCALED, dino=EYES).models == {"teachers": []}
-    assert terms(loss(**{"lambda": 0.5}), dino=EYES).recorded() == {}
+    assert terms(loss(**{"lambda": 0.5}), dino=EYES).merged(lambda term: term.recorded) == {}
 
 
 def test_teachers_are_described_by_dataset_json_and_need_vectors_of_the_texts_that_are_read() -> None:

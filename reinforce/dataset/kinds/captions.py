@@ -16,7 +16,6 @@ from reinforce.dataset.layers import (
     LayerKind,
     captions_layer,
     compute_fingerprint,
-    mapping_at,
 )
 from reinforce.terminal import plural
 
@@ -67,11 +66,6 @@ class Captions(LayerKind):
 
     def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
         return {"captioner": layer.model, "count": layer.count}
-
-    def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
-        model = mapping_at(manifest, self.section, layer.model, "model")
-        samples = manifest["layers"][SAMPLES]["fingerprint"]
-        return compute_fingerprint({"samples": samples, "model": model}) if model else None
 
     def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
         wrong = pc.not_equal(pc.list_value_length(table["captions"]), layer.count)

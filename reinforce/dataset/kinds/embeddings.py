@@ -22,6 +22,7 @@ from reinforce.dataset.layers import (
     Layer,
     LayerKind,
     PickedValues,
+    Recorded,
     TargetTensor,
     captions_layer,
     compute_fingerprint,
@@ -113,22 +114,20 @@ class _Embeddings(LayerKind):
             raise ValueError(f"a layer in {entry['dtype']} has a codebook exactly if its codec is fitted")
         return found
 
-    def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
-        model = mapping_at(manifest, self.section, layer.model, "model")
-        source = manifest["layers"].get(self.inputs(layer.name, {})[-1])
-        if not model or source is None:
-            return None
-        recipe = {"source": source["fingerprint"], "model": model, "dtype": layer.dtype, "what": self.name}
-        return compute_fingerprint(recipe | ({} if layer.codebook is None else {"codebook": dict(layer.codebook)}))
-
-    def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        before, now = super().recipes(layer, manifest)
+    def recorded(self, layer: Layer, manifest: Mapping[str, Any]) -> Recorded:
+        _, before, now = super().recorded(layer, manifest)
+        source = mapping_at(manifest, "layers", self.inputs(layer.name, {})[-1])
+        fingerprint = None
+        if before and source:
+            recipe = {"source": source.get("fingerprint"), "model": {**before}, "dtype": layer.dtype, "what": self.name}
+            recipe |= {} if layer.codebook is None else {"codebook": dict(layer.codebook)}
+            fingerprint = compute_fingerprint(recipe)
         entry = mapping_at(manifest, "layers", layer.name)
         if "dtype" in entry:
             before["dtype"], now["dtype"] = entry["dtype"], layer.dtype
         if "codebook" in entry and layer.codebook is not None:
             before["codebook"], now["codebook"] = entry["codebook"], layer.codebook
-        return before, now
+        return Recorded(fingerprint, before, now)
 
     def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
         column = table["embeddings"]

@@ -27,6 +27,7 @@ from reinforce.dataset.layers import (
     Layer,
     LayerKind,
     PickedValues,
+    Recorded,
     TargetEncoder,
     TargetTensor,
     compute_fingerprint,
@@ -186,20 +187,17 @@ class PatchFeatures(LayerKind):
         settings = {"grid": grid, "codec": entry["dtype"], "codebook": entry["codebook"]}
         return replace(found, recipe={"patches": settings})
 
-    def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
-        model = mapping_at(manifest, self.section, layer.model, "model")
-        if not model or layer.codebook is None:
-            return None
-        samples, settings = manifest["layers"][SAMPLES]["fingerprint"], layer.recipe["patches"]
-        return compute_fingerprint({"samples": samples, "model": dict(model), "patches": settings})
-
-    def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        before, now = super().recipes(layer, manifest)
-        entry = mapping_at(manifest, "layers", layer.name)
+    def recorded(self, layer: Layer, manifest: Mapping[str, Any]) -> Recorded:
+        _, before, now = super().recorded(layer, manifest)
+        entry, samples = (mapping_at(manifest, "layers", name) for name in (layer.name, SAMPLES))
+        fingerprint = None
+        if before and layer.codebook is not None:
+            recipe = {"samples": samples.get("fingerprint"), "model": {**before}, "patches": layer.recipe["patches"]}
+            fingerprint = compute_fingerprint(recipe)
         if "grid" in entry:
             before["patches"] = {"grid": entry["grid"], "codec": entry["dtype"], "codebook": entry["codebook"]}
             now["patches"] = layer.recipe["patches"]
-        return before, now
+        return Recorded(fingerprint, before, now)
 
     def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
         if layer.codebook is None:

@@ -21,6 +21,7 @@ from reinforce.dataset.layers import (
     Layer,
     LayerKind,
     PickedValues,
+    Recorded,
     TargetTensor,
     compute_fingerprint,
     mapping_at,
@@ -125,15 +126,13 @@ class ClassProbabilities(LayerKind):
             raise ValueError(f"temperature must be a number from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}")
         return replace(found, recipe={key: entry[key] for key in ("model", *_SETTINGS)})
 
-    def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
-        entry, samples = mapping_at(manifest, "layers", layer.name), manifest["layers"][SAMPLES]["fingerprint"]
-        settings = {key: entry[key] for key in _SETTINGS}
-        return compute_fingerprint({"samples": samples, "model": dict(entry["model"]), **settings})
-
-    def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        entry = mapping_at(manifest, "layers", layer.name)
-        before, now = ({key: of[key] for key in ("model", *_SETTINGS) if key in of} for of in (entry, layer.recipe))
-        return before, now if before else {}
+    def recorded(self, layer: Layer, manifest: Mapping[str, Any]) -> Recorded:
+        entry, samples = (mapping_at(manifest, "layers", name) for name in (layer.name, SAMPLES))
+        keys = ("model", *_SETTINGS)
+        before, now = ({key: of[key] for key in keys if key in of} for of in (entry, layer.recipe))
+        whole = len(before) == len(keys)
+        fingerprint = compute_fingerprint({"samples": samples.get("fingerprint"), **before}) if whole else None
+        return Recorded(fingerprint, before, now if before else {})
 
     def differs(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         if before.get("dim") not in (None, now.get("dim")):

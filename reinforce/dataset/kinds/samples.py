@@ -17,6 +17,7 @@ from reinforce.dataset.layers import (
     Content,
     Layer,
     LayerKind,
+    Recorded,
     compute_fingerprint,
     mapping_at,
 )
@@ -82,17 +83,15 @@ class SamplesKind(LayerKind):
     def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
         return {"count": layer.count} if layer.count else {}
 
-    def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
-        if not all(key in manifest for key in _RECIPE):
-            return None
-        recipe = {key: manifest[key] for key in _RECIPE}
-        if recipe["images"] == NO_IMAGES:  # those of who has published these samples
-            recipe["images"] = mapping_at(manifest, LABELS).get("images")
-        return compute_fingerprint(recipe)
-
-    def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def recorded(self, layer: Layer, manifest: Mapping[str, Any]) -> Recorded:
+        fingerprint, recipe = None, {key: manifest[key] for key in _RECIPE if key in manifest}
+        if len(recipe) == len(_RECIPE):
+            if recipe["images"] == NO_IMAGES:  # those of who has published these samples
+                recipe["images"] = mapping_at(manifest, LABELS).get("images")
+            fingerprint = compute_fingerprint(recipe)
         before = {key: manifest[key] for key in ("schema_version", *layer.recipe) if key in manifest}
-        return before, {"schema_version": schemas.SCHEMA_VERSION, **layer.recipe} if before else {}
+        now = {"schema_version": schemas.SCHEMA_VERSION, **layer.recipe} if before else {}
+        return Recorded(fingerprint, before, now)
 
     def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
         if records is not None:

@@ -24,6 +24,7 @@ from reinforce.dataset.layers import (
     Content,
     Layer,
     LayerKind,
+    Recorded,
     compute_fingerprint,
     embeddings_layer,
     inputs_of,
@@ -326,16 +327,13 @@ class Scores(LayerKind):
     def entry(self, layer: Layer, stated: Mapping[str, Any]) -> dict[str, Any]:
         return {"names": [*layer.names], "needs": [*layer.needs], "score": layer.recipe["score"]}
 
-    def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
-        entry, layers = mapping_at(manifest, "layers", layer.name), manifest["layers"]
-        if not all(need in layers for need in layer.needs):
-            return None
-        sources = {need: layers[need]["fingerprint"] for need in layer.needs}
-        return compute_fingerprint({"sources": sources, "score": dict(entry["score"])})
-
-    def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        before = mapping_at(manifest, "layers", layer.name, "score")
-        return dict(before), dict(layer.recipe["score"]) if before else {}
+    def recorded(self, layer: Layer, manifest: Mapping[str, Any]) -> Recorded:
+        layers, before = mapping_at(manifest, "layers"), mapping_at(manifest, "layers", layer.name, "score")
+        fingerprint = None
+        if all(need in layers for need in layer.needs):
+            sources = {need: layers[need]["fingerprint"] for need in layer.needs}
+            fingerprint = compute_fingerprint({"sources": sources, "score": dict(before)})
+        return Recorded(fingerprint, dict(before), dict(layer.recipe.get("score", {})) if before else {})
 
     def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
         expected = self.schema(layer, "").field("scores").type

@@ -307,5 +307,5 @@ def test_fp8_is_used_only_where_real_crops_have_the_embeddings_of_bf16(tmp_path:
         smaller, note = run().notes
         assert smaller.startswith("teachers.vit: crops of 24 x 24 pixels are enlarged")
         assert note.startswith("teachers.vit: the embeddings of 4 crops in fp8 have cosines of at least 0.999"), note
-        assert models.teachers["vit"].encode_images_in_bf16 is None, "its weights are released"  # type: ignore[attr-defined]
+        assert models.loaded["teachers"]["vit"].encode_images_in_bf16 is None, "its weights are released"  # type: ignore[attr-defined]
         assert models.uncompared == set()

@@ -49,7 +49,7 @@ def test_each_passes_the_self_test_with_the_sides_and_the_dimension_that_were_de
     check_models(models, layers, precisions(config))
     for layer in layers:
         if layer.model is not None and teachers[layer.model].get("family") != "timm":  # known once it is loaded
-            assert layer.dim == models.teachers[layer.model].dim, layer.name
+            assert layer.dim == models.loaded["teachers"][layer.model].dim, layer.name
     sides = {name: (info.images, info.texts) for (_, name), info in described.items()}
     alone = {"dinov2", "dinov3", "c-radio", "dinov2-timm", "dinov3-timm", "siglip2-images"}
     assert {name for name, found in sides.items() if found == (True, False)} == alone
