@@ -149,22 +149,25 @@ def _state(fs: Any, path: str, used: Mapping[str, Info]) -> str:
     """``SetFiles.state`` of the files that are ``used``, by their paths in the file system."""
     versions = {}
     for name, info in used.items():
-        version: list[int | str | None]  # a value that changes with the file's content
-        if isinstance(fs, LocalFileSystem):
-            try:
-                found = os.stat(name)  # of the file that a link leads to
-            except OSError:
-                return ""
-            version = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-        else:
-            stamps = [listed_state(info).stamp, info.get("blob_id")]  # the second is the Hub's, a hash of the content
-            if not any(stamps):
-                return ""
-            version = [info.get("size"), *stamps]
+        version = _version(fs, name, info)
+        if version is None:
+            return ""
         small = name.endswith((CLASSES, TEMPLATES))
         versions[name[len(path) :]] = [*version, read_whole(fs, name).hex() if small else None]
     text = json.dumps(versions, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _version(fs: Any, path: str, info: Info) -> list[int | str | None] | None:
+    """A value that changes with a file's content; None where the storage lists none."""
+    if isinstance(fs, LocalFileSystem):
+        try:
+            found = os.stat(path)  # of the file that a link leads to
+        except OSError:
+            return None
+        return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    stamps = [listed_state(info).stamp, info.get("blob_id")]  # the second is the Hub's, a hash of the content
+    return [info.get("size"), *stamps] if any(stamps) else None
 
 
 def read_tables(one: SuiteSet, files: SetFiles, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
