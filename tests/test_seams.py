@@ -97,7 +97,8 @@ def kind_questions(tree: ast.AST) -> Iterator[tuple[int, str]]:
 def term_questions(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """The line and the text of each key of a term of images that is read, and of each name under which terms ask for
     other targets than vectors."""
-    asked = {kind.asked for kind in KINDS.values()} | {*OTHER_MODELS.values()}
+    asked = {kind.target_section for kind in KINDS.values() if kind.target_section != kind.section}
+    asked |= {*OTHER_MODELS.values()}
     for node in ast.walk(tree):
         of_term = isinstance(node, ast.Attribute) and node.attr in OF_IMAGES
         found = of_term and ast.unparse(node.value).endswith("loss")

@@ -17,7 +17,7 @@ from reinforce.dataset.aligned import AlignedLayers, check_completeness, row_gro
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.manifest import read_manifest
-from reinforce.dataset.store import Listing, Store
+from reinforce.dataset.store import LayerWriter, Listing, Store
 from reinforce.errors import UserError
 from schemas import Reason
 
@@ -171,7 +171,7 @@ GROUPS = [["a", "b"], ["c"]]
 
 
 def write(store: Store, name: str, groups: list[list[str]], fingerprint: str = "f00d") -> None:
-    with store.writer(Layer(name, KINDS["captions"], fingerprint), SCHEMA, "s", "s.tar") as writer:
+    with LayerWriter(store, Layer(name, KINDS["captions"], fingerprint), SCHEMA, "s", "s.tar") as writer:
         for keys in groups:
             writer.write(pa.table([keys, [[name]] * len(keys)], schema=SCHEMA))
         writer.commit()

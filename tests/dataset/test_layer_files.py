@@ -96,7 +96,7 @@ def test_the_content_of_a_local_file_reaches_the_disk_before_its_name_and_then_i
 
 def column_bytes(store: Store, layer: Layer, written: pa.Table) -> dict[str, float]:
     """Bytes per row of each column, by its path in Parquet."""
-    with store.writer(layer, written.schema, "s", "u") as writer:
+    with LayerWriter(store, layer, written.schema, "s", "u") as writer:
         writer.write(written)
         writer.commit()
     with store.open_layer(layer.name, "s", layer.fingerprint) as file:

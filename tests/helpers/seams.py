@@ -15,7 +15,7 @@ from pydantic import Field
 
 from reinforce.config import Config
 from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.layers import SAMPLES, Content, Layer, LayerKind, compute_fingerprint
+from reinforce.dataset.layers import SAMPLES, Content, Layer, LayerKind, Recorded, compute_fingerprint
 from reinforce.engine.worker.inference import Batch, Outputs
 from reinforce.engine.worker.producers.base import Producer, RowGroupTables
 from reinforce.engine.worker.producers.registry import PRODUCERS
@@ -117,8 +117,8 @@ class Brightness(LayerKind):
     def row_bytes(self, layer: Layer, sample: float) -> float | None:
         return 4
 
-    def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
-        return compute_fingerprint(self._recipe(manifest["layers"][SAMPLES]["fingerprint"]))
+    def recorded(self, layer: Layer, manifest: Mapping[str, Any]) -> Recorded:
+        return Recorded(compute_fingerprint(self._recipe(manifest["layers"][SAMPLES]["fingerprint"])), {}, {})
 
     def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
         values = np.array(self.decode(table), np.float32)
