@@ -83,7 +83,7 @@ class _RecordingEncoder:
         #: Pixels between 0 and 255, which the exported graphs normalize.
         self.image: ImageSpec | None = replace(image, mean=(0.0,) * 3, std=(1 / 255,) * 3)
         self._runs, self._tokenize = runs, tokenize
-        self._kept: dict[str, list[torch.Tensor]] = {"image": [], "text": []}
+        self.kept: dict[str, list[torch.Tensor]] = {"image": [], "text": []}
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         return self._run("image", pixels.round().byte().permute(0, 2, 3, 1).contiguous())
@@ -96,13 +96,8 @@ class _RecordingEncoder:
     def _run(self, side: str, inputs: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             vectors = self._runs[side](inputs)
-        self._kept[side].append(vectors)
+        self.kept[side].append(vectors)
         return vectors
-
-    @property
-    def embeddings(self) -> dict[str, torch.Tensor]:
-        """All embeddings so far, [N, dim] by side; sides that were not used are left out."""
-        return {side: torch.cat(kept) for side, kept in self._kept.items() if kept}
 
 
 def compare_on_sets(
@@ -117,7 +112,10 @@ def compare_on_sets(
     """
     encoders = {name: _RecordingEncoder(runs, image, tokenize) for name, runs in models.items()}
     metrics = {name: evaluator.evaluate(one, Accelerator("cpu", "fp32")).metrics for name, one in encoders.items()}
-    expected, actual = (encoder.embeddings for encoder in encoders.values())
+    # All embeddings [N, dim] of a model by side; sides that were not used are left out.
+    expected, actual = (
+        {side: torch.cat(kept) for side, kept in encoder.kept.items() if kept} for encoder in encoders.values()
+    )
     return {side: agreement(actual[side], expected[side]) for side in expected}, metrics
 
 

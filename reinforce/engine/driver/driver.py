@@ -490,7 +490,7 @@ class Driver:
             self.pool.begin_load(slot, info)
             return None
         self.policy.load_passed()
-        self.load_limit.record(time.monotonic() - slot.load_began)
+        self.load_limit.slowest = max(self.load_limit.slowest, time.monotonic() - slot.load_began)
         self.pool.record_start(slot, info)
         if len(self.pool.started) == 1 and self.config.workers.batch == "auto":
             self.log(f"workers.batch: auto gives {info.batch:,} images at the first worker")
@@ -596,7 +596,7 @@ class Driver:
 
     def _end_hung(self, slot: Slot, hang: Hang) -> None:
         """Kill a worker in which a shard makes no progress: a thread that hangs cannot be stopped otherwise."""
-        self.stall_limits.record_hang(hang)
+        self.stall_limits.hung |= hang.stages
         self.policy.worker_hung(self._end(slot), hang, time.monotonic())
 
     # reports

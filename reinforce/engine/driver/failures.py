@@ -387,11 +387,8 @@ class StallLimits:
         self._explicit = settings.stall_seconds
         self._decoding = max(STORAGE_FLOOR, _DECODE_ATTEMPTS * settings.sample_seconds)
         self._slowest: dict[str, float] = {}
-        self._hung: set[str] = set()  # stages in which a lease was over the limit
-
-    def record_hang(self, hang: Hang) -> None:
-        """Record a hang, so that its stages do not get an hour again."""
-        self._hung |= hang.stages
+        self.least = MODEL_FLOOR if self._explicit is None else self._explicit
+        self.hung: set[str] = set()  # stages in which a lease was over the limit; they do not get an hour again
 
     def record(self, slowest: Mapping[str, float]) -> None:
         """Record the slowest finished steps of a worker."""
@@ -405,13 +402,9 @@ class StallLimits:
         floor = self._decoding if stage == DECODING else STORAGE_FLOOR if stage in _STORAGE_STAGES else MODEL_FLOOR
         slowest = self._slowest.get(stage)
         if slowest is None:
-            return STORAGE_FLOOR if stage in self._hung else floor if stage in _STORAGE_STAGES else CEILING
+            return STORAGE_FLOOR if stage in self.hung else floor if stage in _STORAGE_STAGES else CEILING
         # A step that once took longer than the ceiling must be able to pass again.
         return max(floor, min(FACTOR * slowest, CEILING), 3.0 * slowest)
-
-    @property
-    def least(self) -> float:
-        return MODEL_FLOOR if self._explicit is None else self._explicit
 
     def origin(self, stage: str) -> str:
         """The limit of a stage and what it follows from, for messages."""
@@ -426,15 +419,12 @@ class LoadLimit:
     """The longest time that a worker may load its models."""
 
     def __init__(self, start_timeout: float) -> None:
-        self._start_timeout, self._slowest = start_timeout, 0.0
-
-    def record(self, seconds: float) -> None:
-        """Record a load that has passed."""
-        self._slowest = max(self._slowest, seconds)
+        self._start_timeout = start_timeout
+        self.slowest = 0.0  # of the loads that have passed
 
     @property
     def seconds(self) -> float:
-        return max(self._start_timeout, 3.0 * self._slowest)
+        return max(self._start_timeout, 3.0 * self.slowest)
 
     @property
     def origin(self) -> str:

@@ -121,7 +121,9 @@ def test_the_limit_of_a_batch_follows_from_the_slowest_batch_of_its_layer(slowes
 
 def test_a_first_batch_that_hung_for_an_hour_gets_a_quarter_of_it_and_other_stages_have_limits_of_their_own() -> None:
     limits = StallLimits(Failures(sample_seconds=1000.0))
-    limits.record_hang(find_hang(pulse(LAYER, 3601.0), {"a"}, limits))  # its shard runs alone next
+    hang = find_hang(pulse(LAYER, 3601.0), {"a"}, limits)  # its shard runs alone next
+    assert hang is not None
+    limits.hung |= hang.stages
     assert (limits.seconds(LAYER), limits.seconds("another")) == (900.0, 3600.0)
     limits.record({LAYER: 100.0})
     assert limits.seconds(LAYER) == 2000.0, "what was measured counts more"
@@ -165,7 +167,9 @@ def test_the_message_names_shard_layer_batch_and_limit_or_the_image_in_work() ->
 def test_a_worker_that_does_not_answer_has_the_limit_of_what_it_last_did() -> None:
     limits = StallLimits(Failures())
     assert find_silence(CEILING, Pulse(), limits) is None, "nothing is known of it"
-    limits.record_hang(find_silence(CEILING + 1, pulse(LAYER, 1.0), limits))
+    silence = find_silence(CEILING + 1, pulse(LAYER, 1.0), limits)
+    assert silence is not None
+    limits.hung |= silence.stages
     assert limits.seconds(LAYER) == STORAGE_FLOOR, "it does not get an hour again"
     limits.record({LAYER: 2.0})
     assert find_silence(300.0, pulse(LAYER, 1.0, "4 rows"), limits) is None
