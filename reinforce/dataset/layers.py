@@ -23,6 +23,7 @@ import schemas
 from reinforce.dataset.codecs.base import Codec
 from reinforce.dataset.codecs.codebooks import Place, find_codec
 from reinforce.errors import UserError
+from reinforce.settings import LAYER_NAME
 
 if TYPE_CHECKING:
     from reinforce.config import Config
@@ -180,6 +181,14 @@ def parts_of(name: str) -> list[str]:
     return name.split("/")
 
 
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name fits a kind's pattern, in which ``*`` stands for the name of a model or of its inputs."""
+    parts, wanted = parts_of(name), parts_of(pattern)
+    return len(parts) == len(wanted) and all(
+        LAYER_NAME.fullmatch(part) and one in ("*", part) for part, one in zip(parts, wanted, strict=True)
+    )
+
+
 @dataclass(frozen=True)
 class Layer:
     """One product for all shards.
@@ -263,8 +272,7 @@ class LayerKind(ABC):
 
     Attributes:
         name: of the kind in dataset.json.
-        pattern: of the names of its layers, in which ``*`` stands for the name of a model or of its inputs; the first
-            kind whose pattern fits a name has it.
+        pattern: of the names of its layers; the first kind whose pattern fits a name has it.
         level: its layers are computed from layers of lower levels only, and deleted before them.
         columns: without which a file is damaged.
         values: the column that is null in rows with a reason in the quarantine, None if there is none.

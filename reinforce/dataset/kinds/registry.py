@@ -12,8 +12,7 @@ from reinforce.dataset.kinds.patches import PatchFeatures
 from reinforce.dataset.kinds.probabilities import ClassProbabilities
 from reinforce.dataset.kinds.samples import SamplesKind
 from reinforce.dataset.kinds.scores import Scores
-from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, parts_of
-from reinforce.settings import LAYER_NAME
+from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, matches
 
 #: Every kind by its name in dataset.json. Kinds of lower levels come first.
 KINDS: dict[str, LayerKind] = {
@@ -36,12 +35,7 @@ SECTIONS = [*dict.fromkeys(str(kind.section) for kind in KINDS.values() if kind.
 
 def find_kind(name: str) -> LayerKind | None:
     """The kind of a layer by its name, None if it is not the name of a layer."""
-    parts = parts_of(name)
-    for kind in KINDS.values() if all(map(LAYER_NAME.fullmatch, parts)) else ():
-        wanted = parts_of(kind.pattern)
-        if len(parts) == len(wanted) and all(one in ("*", part) for part, one in zip(parts, wanted, strict=True)):
-            return kind
-    return None
+    return next((kind for kind in KINDS.values() if matches(name, kind.pattern)), None)
 
 
 def kind_of(name: str) -> LayerKind:
