@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
@@ -17,8 +17,7 @@ _CUT_CHARS = 20_000  # of a text that is cut before it is redacted
 _DELIMITERS = r"\s'\"<>\\"  # end a URL in a text
 #: What is before a scheme, the scheme, and the rest. A run of word characters is scanned from its beginning alone.
 _URL = re.compile(rf"(?<![A-Za-z0-9+.-])([0-9+.-]*)([A-Za-z][A-Za-z0-9+.-]*)://([^{_DELIMITERS}]*)")
-_FIRST_WORD = re.compile(rf"[^{_DELIMITERS}]*")
-_TO_LAST_WORD = re.compile(rf"(?:.*[{_DELIMITERS}])?", re.DOTALL)
+_DELIMITER = re.compile(rf"[{_DELIMITERS}]")
 _SECRET_NAME = re.compile(
     r"(.*_)?(password|passwd|passphrase|pwd|secrets?|credentials?|authorization|connection_string)"
     r"|((.*_)?(hf|hub|auth|api|access|bearer|session|security|refresh|sas|github|gitlab|secret|private)_)?token"
@@ -46,12 +45,31 @@ def redact_values(value: Any) -> Any:
         }
     if isinstance(value, (list, tuple)):
         return [redact_values(inner) for inner in value]
-    return _replace_urls(value, _without_signature) if isinstance(value, str) else value
+    return redact(value, keep_query=True) if isinstance(value, str) else value
 
 
-def redact(text: str) -> str:
-    """Remove user, password, query and fragment from the URLs in a text, in time linear in its length."""
-    return _replace_urls(text, lambda scheme, rest: _without_user(scheme, re.split("[?#]", rest, maxsplit=1)[0]))
+def redact(text: str, keep_query: bool = False) -> str:
+    """Remove user, password, query and fragment from the URLs in a text, in time linear in its length.
+
+    With ``keep_query`` only queries that hold a secret are removed, such as signatures.
+    """
+    if "://" not in text:
+        return text
+
+    def clean(url: re.Match[str]) -> str:
+        before, scheme, rest = url.groups()
+        address, mark, query = rest.partition("?")
+        kept = mark + query
+        if not keep_query:
+            address, kept = address.partition("#")[0], ""
+        elif any(_SECRET_PARAMETER.search(name) for name, _ in parse_qsl(query, keep_blank_values=True)):
+            kept = ""
+        authority, slash, path = address.partition("/")
+        if scheme.lower() not in CONTAINER_SCHEMES:
+            authority = authority.rpartition("@")[2]  # without user and password
+        return f"{before}{scheme}://{authority}{slash}{path}{kept}"
+
+    return _URL.sub(clean, text)
 
 
 class Redactor:
@@ -87,9 +105,9 @@ class Redactor:
             return self(text)
         half = characters // 2
         head, tail = self._without_secrets(text, 0, half), self._without_secrets(text, len(text) - half, len(text))
-        last = _first_match(_TO_LAST_WORD, head)
+        last, first = len(head) - len(_DELIMITER.split(head)[-1]), len(_DELIMITER.split(tail, maxsplit=1)[0])
         before, scheme_end, _ = head[last:].partition("://")
-        return f"{redact(head[:last] + before)}{scheme_end} ... {redact(tail[_first_match(_FIRST_WORD, tail) :])}"
+        return f"{redact(head[:last] + before)}{scheme_end} ... {redact(tail[first:])}"
 
     def _without_secrets(self, text: str, start: int, stop: int) -> str:
         """The text from ``start`` to ``stop`` without secrets, also those that only end or only begin in it."""
@@ -110,31 +128,6 @@ class Redactor:
 
 def _is_secret_option(name: Any, value: Any) -> bool:
     return isinstance(name, str) and is_secret(name) and not isinstance(value, (bool, int, float, type(None)))
-
-
-def _replace_urls(text: str, replace: Callable[[str, str], str]) -> str:
-    """Replace what follows the ``://`` of each URL; ``replace`` takes the scheme and what follows."""
-    if "://" not in text:
-        return text
-    return _URL.sub(lambda url: f"{url[1]}{url[2]}://{replace(url[2], url[3])}", text)
-
-
-def _first_match(pattern: re.Pattern[str], text: str) -> int:
-    """The end of a match at the beginning of a text; the pattern matches every text."""
-    found = pattern.match(text)
-    return found.end() if found else 0
-
-
-def _without_signature(scheme: str, rest: str) -> str:
-    address, mark, query = rest.partition("?")
-    signed = any(_SECRET_PARAMETER.search(name) for name, _ in parse_qsl(query, keep_blank_values=True))
-    return _without_user(scheme, address) + ("" if signed else mark + query)
-
-
-def _without_user(scheme: str, address: str) -> str:
-    """``user:password@host/path`` -> ``host/path``."""
-    authority, slash, path = address.partition("/")
-    return (authority if scheme.lower() in CONTAINER_SCHEMES else authority.rpartition("@")[2]) + slash + path
 
 
 def _secrets_in(value: Any, hidden: bool = False) -> Iterator[str]:

@@ -46,11 +46,6 @@ def teacher_spec(**values: Any) -> TeacherSpec:
     return AnyTeacher.model_validate(values)
 
 
-def captioner_spec(**values: Any) -> CaptionerSpec:
-    """Validate the keys of a captioner; raises as ``teacher_spec`` does."""
-    return AnyCaptioner.model_validate(values)
-
-
 def describe_model(name: str, spec: ModelSpec) -> ModelInfo:
     """Describe a model without loading it. Raises ValueError or OSError that names the model and the fix."""
     with _errors_naming(spec.label.format(name)):

@@ -131,7 +131,12 @@ class PairSource:
                 continue
             share = 0.0 if self.share is None else self.share
             if (seed_for(self.seed, item.key, "held out") < int(share * 2**64)) == held_out:
-                if captions := self._captions(item):
+                sidecars = item.all_sidecars if isinstance(item, RawSample) else item.sidecars
+                # Samples of a dataset may keep several captions.
+                captions = read_captions(sidecars, ["lines:txt"], self.data.limits) if self.is_dataset else []
+                if len(captions) < 2:
+                    captions = read_captions(sidecars, self.data.captions, self.data.limits)
+                if captions:
                     yield item, captions
                 else:
                     refused[Reason.NO_TEXT.value] += 1
@@ -139,8 +144,18 @@ class PairSource:
     def groups(self) -> list[Group]:
         """Find the groups. Raises UserError for a source that cannot be listed."""
         spec = self.spec  # found here, so that loader processes read with the same view
-        if self.is_dataset:
-            return [*self._row_groups()]
+        if self.is_dataset:  # a group is a row group
+            store, found = Store(str(self.urls)), list[Group]()
+            manifest = read_manifest(store)
+            require_images(manifest, str(self.urls))
+            view = None if self.view is None else open_view(store, manifest, self.view)
+            sizes, groups = samples_groups(store, {SAMPLES: manifest["layers"][SAMPLES]["fingerprint"]}, view)
+            names = [*sizes]
+            for number, place, rows in groups.tolist():
+                file = store.layer_path(SAMPLES, names[number])
+                part = Part(file, 0, rows, place, place + 1)
+                found.append((Shard(file, names[number], samples_layer.FORMAT.name, part=part), rows))
+            return found
         sizes_of: dict[str, dict[str, int]] = {}
         shards = list_shards(self.urls, spec)
         with ThreadPoolExecutor(_READERS) as pool:
@@ -183,26 +198,6 @@ class PairSource:
         if refused:
             reasons = ", ".join(f"{reason}: {count:,}" for reason, count in refused.most_common())
             _log.warning("%s: samples that are left out: %s", self.where, reasons)
-
-    def _captions(self, item: RawSample | UnreadSample) -> Sequence[str]:
-        sidecars = item.all_sidecars if isinstance(item, RawSample) else item.sidecars
-        if self.is_dataset:  # whose samples may keep several captions
-            several = read_captions(sidecars, ["lines:txt"], self.data.limits)
-            if len(several) > 1:
-                return several
-        return read_captions(sidecars, self.data.captions, self.data.limits)
-
-    def _row_groups(self) -> Iterator[Group]:
-        store = Store(str(self.urls))
-        manifest = read_manifest(store)
-        require_images(manifest, str(self.urls))
-        view = None if self.view is None else open_view(store, manifest, self.view)
-        sizes, groups = samples_groups(store, {SAMPLES: manifest["layers"][SAMPLES]["fingerprint"]}, view)
-        shards = [*sizes]
-        for number, place, rows in groups.tolist():
-            file = store.layer_path(SAMPLES, shards[number])
-            part = Part(file, 0, rows, place, place + 1)
-            yield Shard(file, shards[number], samples_layer.FORMAT.name, part=part), rows
 
     def _count(self, shards: Sequence[Shard], output: str) -> list[int]:
         """The examples of each group, read once for each training run."""

@@ -161,14 +161,11 @@ def _describe(error: Exception) -> str:
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(root)] or [*frames]
     place = f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "unknown place"
     text = " ".join(f"{type(error).__name__}: {error}".split())
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "COMMAND")
     return (
-        f"unexpected {text} ({place}). `reinforce --debug {_command()}` shows the traceback. If the program is at "
+        f"unexpected {text} ({place}). `reinforce --debug {command} ...` shows the traceback. If the program is at "
         f"fault and not a model or class of yours, report it with the traceback{_tracker()}."
     )
-
-
-def _command() -> str:
-    return next((word for word in sys.argv[1:] if not word.startswith("-")), "COMMAND") + " ..."
 
 
 def _tracker() -> str:

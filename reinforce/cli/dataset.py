@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -135,17 +136,25 @@ def _run_as_json(progress: RunProgress) -> dict[str, Any]:
 
 def _follow(store: Store, as_json: bool) -> dict[str, Any]:
     """Show the latest run until it has ended; returns its summary. Raises UserError if it does not report."""
-    from reinforce.dataset.runs import list_runs, read_summary
+    from reinforce.dataset.runs import headline, list_runs, read_summary, state_line
 
     runs = list_runs(store)
     if not runs:
         raise UserError(f"no run has begun in {store.url}.")
-    shown = _shown_as_json if as_json else _shown_in_place if Console().is_terminal else _shown_as_lines
-    for progress in shown(_reports(store, runs[0])):
-        if progress.silent_for() is not None:
-            from reinforce.dataset.runs import state_line
-
-            raise UserError(state_line(progress))
+    live, printed = None, float("-inf")
+    if not as_json and Console().is_terminal:
+        live = Live(console=Console(), auto_refresh=False, transient=True, vertical_overflow="crop")
+    with live or contextlib.nullcontext():
+        for progress in _reports(store, runs[0]):
+            if as_json:
+                print_json(_run_as_json(progress), indent=None)
+            elif live is not None:
+                live.update(_run_group(progress), refresh=True)
+            elif time.monotonic() - printed >= _LINE_SECONDS:
+                printed = time.monotonic()
+                typer.echo(headline(progress))
+            if progress.silent_for() is not None:
+                raise UserError(state_line(progress))
     return read_summary(store, runs[0]) or {}
 
 
@@ -163,30 +172,6 @@ def _reports(store: Store, run: str) -> Iterator[RunProgress]:
             seen = progress.time
             yield progress
         time.sleep(1.0 if progress is None else min(10.0, max(1.0, progress.interval / 2)))
-
-
-def _shown_as_json(reports: Iterator[RunProgress]) -> Iterator[RunProgress]:
-    for progress in reports:
-        print_json(_run_as_json(progress), indent=None)
-        yield progress
-
-
-def _shown_as_lines(reports: Iterator[RunProgress]) -> Iterator[RunProgress]:
-    from reinforce.dataset.runs import headline
-
-    printed = float("-inf")
-    for progress in reports:
-        if time.monotonic() - printed >= _LINE_SECONDS:
-            printed = time.monotonic()
-            typer.echo(headline(progress))
-        yield progress
-
-
-def _shown_in_place(reports: Iterator[RunProgress]) -> Iterator[RunProgress]:
-    with Live(console=Console(), auto_refresh=False, transient=True, vertical_overflow="crop") as live:
-        for progress in reports:
-            live.update(_run_group(progress), refresh=True)
-            yield progress
 
 
 def _run_group(progress: RunProgress, verbose: bool = False) -> Group:

@@ -25,7 +25,7 @@ from reinforce.explore import neighbours
 from reinforce.explore.parts import Arrays, Parts
 from reinforce.explore.passes import Measure, ShardChunk
 from reinforce.explore.rules import BoundRule, RuleRows
-from reinforce.source.references import image_digest
+from reinforce.source.urls import digest_of
 
 _BUCKET_BYTES = 2**30  # of records that a process compares
 _CELL_ROWS, _MAX_CELLS = 2**11, 2**15
@@ -185,7 +185,7 @@ def training_places(
 def digests(samples: pa.Table) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
     """Digest of each image [rows], and whether there is one [rows], of rows of samples."""
     if "image" in samples.column_names:
-        found = np.array([image_digest(image.as_buffer()) for image in samples["image"]], np.uint64)
+        found = np.array([digest_of(image.as_buffer()) for image in samples["image"]], np.uint64)
         return found, np.ones(len(found), np.bool_)
     column = samples[schemas.IMAGE_DIGEST].combine_chunks()
     return column.fill_null(0).to_numpy(), np.asarray(column.is_valid())

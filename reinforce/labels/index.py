@@ -34,8 +34,8 @@ from reinforce.dataset.layers import LABELS, compute_fingerprint
 from reinforce.dataset.store import SHARD_NAME, Store
 from reinforce.errors import StorageError, UserError
 from reinforce.processes.attempts import pause_seconds
-from reinforce.source.references import image_digest
 from reinforce.source.samples import parse_json
+from reinforce.source.urls import digest_of
 from reinforce.terminal import escape
 from schemas import IDENTITIES, IMAGE_DIGEST
 
@@ -99,7 +99,7 @@ def identities(samples: pa.Table) -> dict[str, pa.Array]:
     """The identities of rows of samples by kind, null where a row states none: texts, and digests as uint64 [rows]."""
     found = {kind: samples[name].combine_chunks() for kind, name in COLUMNS.items() if name in samples.column_names}
     if DIGEST not in found and "image" in samples.column_names:
-        found[DIGEST] = pa.array(map(image_digest, samples["image"].to_pylist()), pa.uint64())
+        found[DIGEST] = pa.array(map(digest_of, samples["image"].to_pylist()), pa.uint64())
     if "metadata" in samples.column_names and "uid" not in found:
         stated = [{} if one is None else identity_of({"json": one.encode()}) for one in samples["metadata"].to_pylist()]
         for kind in COLUMNS:
@@ -141,7 +141,7 @@ def hash_identities(kind: str, values: pa.Array) -> tuple[Hashes, npt.NDArray[np
 
 def hash_text(text: str) -> int:
     """BLAKE2b-64 of a uid, SHA-256, URL or key."""
-    return image_digest(text.encode("utf-8", "surrogatepass"))
+    return digest_of(text.encode("utf-8", "surrogatepass"))
 
 
 _MOST_SECONDS = 60.0  # of pauses of one reader: a step of a shard must not seem to hang

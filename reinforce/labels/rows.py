@@ -68,9 +68,8 @@ from reinforce.labels.members import (
     parse_records,
 )
 from reinforce.source.formats.tar import read_shard
-from reinforce.source.references import image_digest
 from reinforce.source.samples import Refusal, clean_text
-from reinforce.source.urls import canonical
+from reinforce.source.urls import canonical, digest_of
 from schemas import TRUE_CAPTIONS, WHOLE_SHARD, Reason
 from teachers.published import JOINS, Labels
 
@@ -298,7 +297,7 @@ class _StoredSet(LabelSet):
         for number, sample in enumerate(samples):
             identity = dict(sample.identity)
             if self.has_digests and sample.image is not None:
-                digest = sample.image if isinstance(sample.image, int) else image_digest(sample.image)
+                digest = sample.image if isinstance(sample.image, int) else digest_of(sample.image)
                 identity[DIGEST] = f"{digest:016x}"
             own[number] = identity | ({KEY: sample.key} if KEY in self._joins else {})
         found, why = Joining(self._files, own, (ValueError,)).join(self._joins)

@@ -85,42 +85,28 @@ def _get(url: str, limit: int, private: bool, end: float) -> bytes | str:
     try:
         target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (f"?{parts.query}" if parts.query else "")
         connection.request("GET", target, headers=_HEADERS)
-        with _Answer(connection.sock, end) as answer:
+        with http.client.HTTPResponse(connection.sock, method="GET") as answer:
+            answer.fp.close()
+            timed = _TimedBytes(connection.sock, end)
+            answer.fp = io.BufferedReader(timed)
             answer.begin()
+            timed.head_left = None
             if answer.status in _REDIRECTS:
                 return answer.headers.get("Location") or ""
             if answer.status >= 500 or answer.status == 429:
                 raise Unreachable(f"HTTP status {answer.status}")
             if answer.status != 200:
                 raise ImageRefusedByPlace(Reason.IMAGE_MISSING, f"HTTP status {answer.status}")
-            return _body(answer, limit)
+            data = bytearray()
+            while part := answer.read1(_CHUNK_BYTES):
+                data += part
+                if len(data) > limit:
+                    raise ImageRefusedByPlace(Reason.IMAGE_BYTES, f"more bytes than limits.image_bytes of {limit}")
+            if answer.length:  # what Content-Length announced and did not come; http.client raises for chunks alone
+                raise Unreachable(f"the answer ended after {len(data):,} of {len(data) + answer.length:,} bytes")
+            return bytes(data)
     finally:
         connection.close()
-
-
-def _body(answer: http.client.HTTPResponse, limit: int) -> bytes:
-    data = bytearray()
-    while part := answer.read1(_CHUNK_BYTES):
-        data += part
-        if len(data) > limit:
-            raise ImageRefusedByPlace(Reason.IMAGE_BYTES, f"more bytes than limits.image_bytes of {limit}")
-    if answer.length:  # what Content-Length announced and did not come; http.client raises for chunks alone
-        raise Unreachable(f"the answer ended after {len(data):,} of {len(data) + answer.length:,} bytes")
-    return bytes(data)
-
-
-class _Answer(http.client.HTTPResponse):
-    """An answer whose every byte is read before ``end``, and whose head is bounded."""
-
-    def __init__(self, sock: socket.socket, end: float) -> None:
-        super().__init__(sock, method="GET")
-        self.fp.close()
-        self._bytes = _TimedBytes(sock, end)
-        self.fp = io.BufferedReader(self._bytes)
-
-    def begin(self) -> None:
-        super().begin()
-        self._bytes.head_left = None
 
 
 class _TimedBytes(io.RawIOBase):

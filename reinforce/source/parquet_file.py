@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -406,7 +407,13 @@ class WindowFile(ArrowInput):
 
     def fetch(self, spans: Sequence[tuple[int, int]]) -> None:
         """Fetch these (start, length) in place of all before, neighbours in one request."""
-        wanted = _merged(spans)
+        wanted: list[tuple[int, int]] = []
+        for start, length in sorted(spans):
+            if wanted and start <= sum(wanted[-1]) + _GAP:
+                first, before = wanted[-1]
+                wanted[-1] = (first, max(before, start + length - first))
+            else:
+                wanted.append((start, length))
         self._parts = {start: part for start, part in self._parts.items() if (start, len(part[1])) in wanted}
         for start, length in wanted:
             if start not in self._parts:
@@ -444,18 +451,6 @@ class WindowFile(ArrowInput):
         data = self.read_at(self._position, left if count < 0 else min(count, left))
         self._position += len(data)
         return data
-
-
-def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The spans in order, with neighbours joined."""
-    merged: list[tuple[int, int]] = []
-    for start, length in sorted(spans):
-        if merged and start <= sum(merged[-1]) + _GAP:
-            first, before = merged[-1]
-            merged[-1] = (first, max(before, start + length - first))
-        else:
-            merged.append((start, length))
-    return merged
 
 
 # Arrow allocates what a page of delta-encoded texts states inside its compressed body: the number of its lengths, and
@@ -601,22 +596,21 @@ class CheckedFile(WindowFile):
             if leaf.num_values != group.num_rows and leaf.num_values > MAX_LIST_VALUES:
                 raise RefusedFile(f"column {leaf.path_in_schema} has {leaf.num_values:,} values in {rows:,} rows")
             start, length = span(leaf, self._size)
-            self._chunks.append(_Chunk(start, start + length, leaf, schema.column(place)))
-            if leaf.physical_type == "BYTE_ARRAY" and leaf.has_dictionary_page:
-                batch = min(batch, self._dictionary_rows(start, leaf, batch))
+            values = leaf.num_values
+            self._chunks.append(_Chunk(start, start + length, start, values, schema.column(place), leaf.compression))
+            if leaf.physical_type != "BYTE_ARRAY" or not leaf.has_dictionary_page:
+                continue
+            page, header = self._page(start, b"")
+            if page.type != DICTIONARY or page.uncompressed * batch <= MAX_BATCH_BYTES // 16:
+                continue
+            # The values of a batch together stay within the bounds if each is the longest of the dictionary.
+            if page.uncompressed > MAX_PAGE_BYTES:
+                raise BadPage(f"a dictionary of {page.uncompressed:,} bytes; at most {MAX_PAGE_BYTES:,} are read")
+            longest = longest_entry(page, self.read_at(start + header, page.stored), leaf.compression)
+            batch = min(batch, max(1, MAX_BATCH_BYTES // 16 // max(1, longest)))
         first, last = min(chunk.next for chunk in self._chunks), max(chunk.end for chunk in self._chunks)
         self.fetch([(first, last - first)] if last - first <= _WINDOW_BYTES else [])
         return batch
-
-    def _dictionary_rows(self, start: int, leaf: Any, rows: int) -> int:
-        """Rows of a batch whose values together stay within the bounds if each is the longest of the dictionary."""
-        page, header = self._page(start, b"")
-        if page.type != DICTIONARY or page.uncompressed * rows <= MAX_BATCH_BYTES // 16:
-            return rows
-        if page.uncompressed > MAX_PAGE_BYTES:
-            raise BadPage(f"a dictionary of {page.uncompressed:,} bytes; at most {MAX_PAGE_BYTES:,} are read")
-        stored = self.read_at(start + header, page.stored)
-        return max(1, MAX_BATCH_BYTES // 16 // max(1, longest_entry(page, stored, leaf.compression)))
 
     def _page(self, position: int, known: Bytes) -> tuple[Page, int]:
         """The page whose header is at ``position``, and the bytes of its header. ``known`` are bytes from there on."""
@@ -663,24 +657,27 @@ class CheckedFile(WindowFile):
         return size
 
 
+@dataclass(eq=False)
 class _Chunk:
-    """A column chunk that is being read: the place of its next page header, and how many values are to come."""
+    """A column chunk that is being read: the place of its next page header, and how many ``values`` are to come."""
 
-    def __init__(self, start: int, end: int, leaf: Any, column: Any) -> None:
-        self.next, self.end = start, end
-        self.column, self.compression = column, leaf.compression
-        self._values, self._first = leaf.num_values, start
+    next: int
+    end: int
+    first: int
+    values: int
+    column: pq.ColumnSchema
+    compression: str
 
     def pass_page(self, page: Page, header: int) -> int:
         """Check a page and go on to the next; returns the place of its body. Raises BadPage."""
         if page.uncompressed > MAX_PAGE_BYTES:
             raise BadPage(f"a page of {page.uncompressed:,} bytes; at most {MAX_PAGE_BYTES:,} are read")
         if page.type == DICTIONARY:
-            if self.next != self._first:
+            if self.next != self.first:
                 raise BadPage("a dictionary that is not the first page")
         else:
-            self._values -= page.values
-        if self._values < 0:
+            self.values -= page.values
+        if self.values < 0:
             raise BadPage("the pages have more values than the footer")
         body = self.next + header
         self.next = body + page.stored

@@ -23,6 +23,7 @@ from reinforce.source.urls import (
     canonical,
     check_file,
     compression,
+    digest_of,
     filesystem,
     open_whole,
     read_up_to,
@@ -95,7 +96,8 @@ class OpenedStates:
         if isinstance(fs, LocalFileSystem):
             with contextlib.nullcontext(file) if file is not None else open(path, "rb") as opened:
                 number = opened.fileno()
-                state = replace(_local_state(os.fstat(number)), head=_hash(os.pread(number, _HEAD_BYTES, 0)))
+                found = os.fstat(number)  # of the file itself, where a listing has the state of the link to it
+                state = SourceState(found.st_size, _hash(os.pread(number, _HEAD_BYTES, 0)), f"mtime={found.st_mtime}")
         else:
             state = listed_state(info or getattr(file, "details", None) or fs.info(path))
             if state.stamp is None:
@@ -111,7 +113,7 @@ class OpenedStates:
     def check(self, now: SourceState) -> None:
         """Raise ChangedSource if the file, which is ``now`` in this state, had another when it was opened."""
         if self.states and isinstance(self._fs, LocalFileSystem):
-            now = replace(now, stamp=_local_state(os.stat(self._path)).stamp)
+            now = replace(now, stamp=f"mtime={os.stat(self._path).st_mtime}")
         for before in self.states:
             touched = None not in (before.stamp, now.stamp) and before.stamp != now.stamp
             if touched or before.same_content(now) is False:
@@ -128,11 +130,6 @@ def read_state(url: str) -> SourceState:
         return replace(
             listed_state(getattr(file, "details", None) or fs.info(path)), head=_hash(read_up_to(file, _HEAD_BYTES))
         )
-
-
-def _local_state(found: os.stat_result) -> SourceState:
-    """The state of a local file itself, where that of a listing is of the link to it."""
-    return SourceState(found.st_size, None, f"mtime={found.st_mtime}")
 
 
 def _hash(head: bytes) -> str:
@@ -158,7 +155,7 @@ def probe_state(url: str) -> SourceState | None:
 
 def former_url(url: str, moved: Mapping[str, str]) -> str:
     """The canonical URL that a shard is named after. ``moved`` maps folders to where their files were before."""
-    return _replace_folder(canonical(url), _folders(moved))
+    return _replace_folder(canonical(url), _folders(moved))[1]
 
 
 def former_urls(urls: Sequence[str], moved: Mapping[str, str]) -> list[str]:
@@ -166,16 +163,16 @@ def former_urls(urls: Sequence[str], moved: Mapping[str, str]) -> list[str]:
     if not moved:
         return list(urls)
     folders = _folders(moved)
-    places = [canonical(url) for url in urls]
-    unused = folders.keys() - {_folder_of(place, folders) for place in places}
+    found = [_replace_folder(canonical(url), folders) for url in urls]
+    unused = folders.keys() - {folder for folder, _ in found}
     if unused:
         raise UserError(f"moved: no shard of `source` is in {min(unused)}. Correct the folder or remove it.")
-    return [_replace_folder(place, folders) for place in places]
+    return [place for _, place in found]
 
 
 def current_url(url: str, moved: Mapping[str, str]) -> str:
     """The present place of a file that was at the canonical ``url`` when the dataset was made."""
-    return _replace_folder(url, {old: new for new, old in _folders(moved).items()})
+    return _replace_folder(url, {old: new for new, old in _folders(moved).items()})[1]
 
 
 def moved_folders(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -194,15 +191,10 @@ def _folders(moved: Mapping[str, str]) -> dict[str, str]:
     return {canonical(new).rstrip("/"): canonical(old).rstrip("/") for new, old in moved.items()}
 
 
-def _replace_folder(url: str, folders: Mapping[str, str]) -> str:
-    folder = _folder_of(url, folders)
-    return url if folder is None else folders[folder] + url[len(folder) :]
-
-
-def _folder_of(url: str, folders: Mapping[str, str]) -> str | None:
-    """The longest of the folders that the URL is in."""
-    found = (folder for folder in folders if url.startswith(f"{folder}/"))
-    return max(found, key=len, default=None)
+def _replace_folder(url: str, folders: Mapping[str, str]) -> tuple[str | None, str]:
+    """The longest of the folders that the URL is in, and the URL with what that one stands for."""
+    folder = max((one for one in folders if url.startswith(f"{one}/")), key=len, default=None)
+    return folder, url if folder is None else folders[folder] + url[len(folder) :]
 
 
 #: Schemes of references, besides paths of local files. Others can read anything, such as ``reference://``.
@@ -300,11 +292,6 @@ class ChangedImages(UserError):
         )
 
 
-def image_digest(image: bytes) -> int:
-    """BLAKE2b-64 of an encoded image."""
-    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little")
-
-
 @dataclass(frozen=True)
 class LostImage:
     """Why an image by reference is not the one that the samples were made of."""
@@ -327,7 +314,7 @@ def images_or_losses(
         try:
             for image in read_ranges(url, ((offset, length) for (offset, length), _ in part)):
                 digest, done = part[done][1], done + 1
-                if digest is None or image_digest(image) == digest:
+                if digest is None or digest_of(image) == digest:
                     yield image
                 else:
                     yield LostImage(Reason.IMAGE_BROKEN, "another image than when the samples were written")

@@ -81,29 +81,6 @@ def as_lines(value: Any) -> str | None:
     return "\n".join(texts) or None
 
 
-def why_no_caption(sidecars: Mapping[str, bytes], fields: Sequence[str], members: Sequence[str]) -> str:
-    """Explain why no caption was found: where it was looked for, and the sample's ``members`` (extensions)."""
-    looked = [f"{'' if ':' in field else '.'}{field}{_state(sidecars, field, members)}" for field in fields]
-    present = ", ".join(sorted(f".{extension}" for extension in members))
-    return f"no caption: looked for {', '.join(looked)}; the sample has {present}"[:500]
-
-
-def _state(sidecars: Mapping[str, bytes], field: str, members: Sequence[str]) -> str:
-    """Why the member of a caption field gives no caption; nothing where there is no such member."""
-    extension, is_json, name = field.partition(":")
-    data = sidecars.get(extension)
-    if data is None:
-        return " (not read)" if extension in members else ""
-    if not is_json:
-        return " (empty)"
-    document = parse_json(data)
-    if not isinstance(document, dict):
-        return " (not a JSON object)"
-    if texts_of(document.get(name)):
-        return " (a list, of which input.captions_per_sample keeps several)"
-    return " (empty, or not a text)" if name in document else " (no such field)"
-
-
 def metadata_of(sidecars: Mapping[str, bytes], keep: str | Sequence[str]) -> str | None:
     """Return the json sidecar as compact JSON text, keys in their original order.
 
@@ -234,11 +211,28 @@ class RawSample:
         return [clean_text(text, limits.caption_chars) for text in itertools.islice(texts, most or 1)]
 
     def why_no_caption(self, fields: Sequence[str]) -> str:
-        """Explain why no caption was found, with what the sample has."""
-        if self.columns is None:
-            return why_no_caption(self.all_sidecars, fields, self.members)
-        looked = ", ".join(field.partition(":")[2] or field for field in fields)
-        return f"no caption: looked for text in the columns {looked}; the row has {', '.join(self.columns)}"[:500]
+        """Explain why no caption was found: where it was looked for, and what the sample has."""
+        if self.columns is not None:
+            names = ", ".join(field.partition(":")[2] or field for field in fields)
+            return f"no caption: looked for text in the columns {names}; the row has {', '.join(self.columns)}"[:500]
+        looked = []
+        for place in fields:
+            extension, is_json, name = place.partition(":")
+            data = self.all_sidecars.get(extension)
+            document = parse_json(data) if is_json and data is not None else None
+            if data is None:
+                why = " (not read)" if extension in self.members else ""
+            elif not is_json:
+                why = " (empty)"
+            elif not isinstance(document, dict):
+                why = " (not a JSON object)"
+            elif texts_of(document.get(name)):
+                why = " (a list, of which input.captions_per_sample keeps several)"
+            else:
+                why = " (empty, or not a text)" if name in document else " (no such field)"
+            looked.append(f"{'' if is_json else '.'}{place}{why}")
+        present = ", ".join(sorted(f".{extension}" for extension in self.members))
+        return f"no caption: looked for {', '.join(looked)}; the sample has {present}"[:500]
 
 
 @dataclass(frozen=True)

@@ -356,16 +356,14 @@ def _canonical_urls(urls: Iterable[str]) -> Iterator[str]:
         yield canonical(url) if start is None or not _PLAIN_NAME.fullmatch(name) else start + name
 
 
-def find_compressed(urls: Sequence[str]) -> str | None:
-    """Return the first URL of a compressed tar, or None."""
-    locations = zip(urls, _canonical_urls(urls), strict=True)
-    return next((url for url, location in locations if COMPRESSIONS.get(_ending(location))), None)
+def find_unreferable(urls: Sequence[str]) -> tuple[str | None, str | None]:
+    """Return the first URL of a compressed tar, and the first that is not :func:`is_public`; None where there is none.
 
-
-def find_private(urls: Sequence[str]) -> str | None:
-    """Return the first URL that is not :func:`is_public`, or None."""
-    locations = zip(urls, _canonical_urls(urls), strict=True)
-    return next((url for url, location in locations if location != url and not is_public(url)), None)
+    Images in neither can be read by reference.
+    """
+    locations = [*zip(urls, _canonical_urls(urls), strict=True)]
+    packed = next((url for url, location in locations if COMPRESSIONS.get(_ending(location))), None)
+    return packed, next((url for url, location in locations if location != url and not is_public(url)), None)
 
 
 def compression(url: str) -> str | None:
@@ -501,20 +499,8 @@ def expand_braces(pattern: str, entry: str) -> Iterator[str]:
     else:
         raise UserError(f"source {_printable(entry)}: a brace is not closed. Write ranges as {{000..999}}.")
     head, body, tail = pattern[:start], pattern[start + 1 : end], pattern[end + 1 :]
-    options = _expand_range(body, entry)
-    if options is None and len(edges) > 2:
-        parts = [pattern[a + 1 : b] for a, b in itertools.pairwise(edges)]
-        options = (option for part in parts for option in expand_braces(part, entry))
-    if options is None:  # neither a range nor alternatives: the braces are literal
-        options = ("{" + option + "}" for option in expand_braces(body, entry))
-    for option in options:
-        for rest in expand_braces(tail, entry) if "{" in tail else (tail,):
-            yield head + option + rest
-
-
-def _expand_range(body: str, entry: str) -> Iterator[str] | None:
-    """Yield the values of a range such as ``000..999``, ``0..9..3`` or ``a..e``; return None for anything else."""
-    if match := _NUMBERS.fullmatch(body):
+    options: Iterable[str]
+    if match := _NUMBERS.fullmatch(body):  # 000..999 or 0..9..3
         first, last, step = match.groups()
         width = max(len(first), len(last)) if re.match(r"-?0\d", first) or re.match(r"-?0\d", last) else 0
         low, high, stride = int(first), int(last), abs(int(step or 1))
@@ -523,11 +509,18 @@ def _expand_range(body: str, entry: str) -> Iterator[str] | None:
         numbers = range(low, high + 1, stride) if low <= high else range(low, high - 1, -stride)
         if len(numbers) > _MAX_URLS:
             raise UserError(_TOO_MANY.format(_printable(entry)))
-        return (f"{number:0{width}d}" for number in numbers)
-    if match := _LETTERS.fullmatch(body):
+        options = (f"{number:0{width}d}" for number in numbers)
+    elif match := _LETTERS.fullmatch(body):  # a..e
         low, high = map(ord, match.groups())
-        return map(chr, range(low, high + 1) if low <= high else range(low, high - 1, -1))
-    return None
+        options = map(chr, range(low, high + 1) if low <= high else range(low, high - 1, -1))
+    else:
+        parts = [pattern[a + 1 : b] for a, b in itertools.pairwise(edges)]
+        inner = (option for part in parts for option in expand_braces(part, entry))
+        # The braces of what is neither a range nor alternatives are literal.
+        options = map("{{{}}}".format, inner) if len(parts) == 1 else inner
+    for option in options:
+        for rest in expand_braces(tail, entry) if "{" in tail else (tail,):
+            yield head + option + rest
 
 
 BLOCK_BYTES = 8 * 2**20  # bytes per request to an object store
@@ -546,17 +539,13 @@ _COMPRESSED_MAGIC = {
 }
 
 
-class Readable(Protocol):
+class Stream(Protocol):
     """A stream of bytes. ``read`` may return fewer bytes than asked for, and returns none at the end.
 
     It raises EOFError if its data is broken (by a decompressor); other exceptions pass through.
     """
 
     def read(self, size: int, /) -> bytes: ...
-
-
-class Seekable(Readable, Protocol):
-    """A stream of bytes that can go on further ahead."""
 
     def skip(self, count: int, /) -> None:
         """Leave out bytes, which are read where a stream has no better way."""
@@ -565,7 +554,7 @@ class Seekable(Readable, Protocol):
 
 
 @contextmanager
-def open_stream(url: str, kind: str | None = None) -> Iterator[tuple[Seekable, int | None]]:
+def open_stream(url: str, kind: str | None = None) -> Iterator[tuple[Stream, int | None]]:
     """Open a shard and yield its uncompressed bytes and their number, or None where that is not known in advance.
 
     ``kind`` is its compression, if that does not follow from the ending of a tar. Reading raises EOFError where the
@@ -654,7 +643,7 @@ def read_ahead(read: Callable[[T], R], items: Iterable[T], folder: str) -> Itera
         yield from prefetch(pool, read, items, threads)
 
 
-class _PlainStream(Seekable):
+class _PlainStream(Stream):
     """An uncompressed file. Raises EOFError if its first bytes are those of a compressed file."""
 
     def __init__(self, file: Any) -> None:
@@ -675,7 +664,7 @@ class _PlainStream(Seekable):
         self._file.seek(count, 1)
 
 
-class _Decompressor(Seekable):
+class _Decompressor(Stream):
     """Decompresses a file. Raises EOFError for broken data; errors of the storage pass through."""
 
     def __init__(self, file: Any, kind: str) -> None:
@@ -748,7 +737,7 @@ def rows_path(name: str, fingerprint: str, shard: str) -> tuple[str, ...]:
 
 
 def digest_of(content: bytes) -> int:
-    """The digest of a file of a view, as the view states it."""
+    """BLAKE2b-64 of bytes: of an encoded image, as its layer has it, or of a file of a view, as the view states it."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 

@@ -59,6 +59,7 @@ from reinforce.training.trials import Trials, compile_model
 from schemas.seeds import seed_for
 from teachers.fast_paths.recompilation import Compiler
 from teachers.fast_paths.usage import snapshot, total
+from teachers.runtime.flops import peak_flops
 
 #: Above all signals: the last checkpoint could not be written.
 _NOT_SAVED = 1000
@@ -260,7 +261,9 @@ class _Loop:
         if signum := self.ranks.start_max(self.stop.signum)():
             raise Stopped(signum)
         trials = Trials(self.task, self.state, prefetcher.peek(), rank_batch, self.ranks)
-        peak = self.accelerator.peak_flops()
+        device = self.accelerator.device
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        peak = peak_flops(card, self.accelerator.precision)
         peak = None if peak is None else peak * self.ranks.size
         self.throughput = Throughput(self.progress.step, self.steps, trials.flops_of_sample(), peak)
         # find what of the division of a rank's batch the config leaves open, before the model is wrapped and compiled

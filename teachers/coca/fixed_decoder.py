@@ -147,16 +147,13 @@ class FixedCocaDecoder:
     def launch(self, step: Step, longest: int) -> None:
         """Run a step that calls ``step`` once. Texts that have not ended have at most ``longest`` new tokens."""
         self._filled = longest
-        self._launch(step)
-
-    def run(self, kind: str, size: int, step: Step) -> None:
-        self.steps.run(kind, size, step)
-
-    def _launch(self, step: Step) -> None:
         name: str = getattr(step, "func", step).__name__
         shape = name, self._rows, self._images, self._attended()
         self.steps.run("step", shape, many_shapes()(step) if self._compiled else step)
         self._filled += 1
+
+    def run(self, kind: str, size: int, step: Step) -> None:
+        self.steps.run(kind, size, step)
 
     def step(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Tokens int64 [rows, any length] -> logits [rows, vocabulary] after those at ``position``, int64 [rows].
@@ -188,7 +185,7 @@ class FixedCocaDecoder:
         hiding = self.network.hiding
         if hiding is not None and tokens.shape[1] >= hiding[1]:
             self._hidden[:rows] = tokens[:, -hiding[1]] == hiding[0]
-        self._launch(self._step_on_newest)
+        self.launch(self._step_on_newest, self._filled)
         return self._last_logits[:rows]
 
     def select_rows(self, rows: Tensor, used: Tensor | None = None) -> None:
@@ -278,7 +275,7 @@ class FixedCocaDecoder:
 
     def release(self) -> None:
         """Return the memory of caches, logits and graphs. The next batch allocates what it needs."""
-        self.steps.clear()  # graphs hold the addresses
+        self.steps.graphs.clear()  # graphs hold the addresses
         self.cache, self.image_cache = self.network.text_cache(0), self.network.image_cache(0, 0)
         self._entering = self._entry = self._last_logits = torch.zeros(0)
         self.capacity = self._captions = 0

@@ -56,7 +56,7 @@ class Compiler:
             if is_eager():
                 return function(*args, **kwargs)
             if self._given_up:
-                self._path.plain()
+                self._path.plain += 1
                 return function(*args, **kwargs)
             before = _ran.graphs
             try:
@@ -68,9 +68,9 @@ class Compiler:
                 result = function(*args, **kwargs)  # raises what is no fault of the compiler
                 self.give_up(error)
             if _ran.graphs > before:
-                self._path.used()
+                self._path.used += 1
                 return result
-            self._path.plain()
+            self._path.plain += 1
             if self._accepted and not self._given_up and not self._skipped:
                 self._skipped = True
                 self._path.fall_back(f"{self._what}: torch runs it without compiled code, at least for some shapes")
@@ -84,7 +84,7 @@ class Compiler:
 
     def accept(self) -> None:
         """End the comparison with the plain functions. Raises ValueError if torch has run no compiled code in it."""
-        if not self._path.usage().used:
+        if not self._path.used:
             raise ValueError("torch runs it without compiled code")
         self._accepted = True
 
@@ -154,7 +154,7 @@ class Steps:
 
     def __init__(self, device: torch.device, graphs: bool = True, asked: bool = False) -> None:
         self._device = device
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._path = fast_path("graphs", asked) if graphs and device.type == "cuda" and enabled() else None
         self._stream = torch.cuda.Stream(device) if self._path else None
         self._failed = set[str]()
@@ -165,7 +165,7 @@ class Steps:
 
     def run(self, kind: str, shape: Hashable, step: Step) -> None:
         """Run a step. Those of equal kind and shape are the same operations on the same tensors."""
-        if (graph := self._graphs.get((kind, shape))) is not None:
+        if (graph := self.graphs.get((kind, shape))) is not None:
             graph.replay()
         else:
             with decoding_kernels(self._device):
@@ -173,13 +173,11 @@ class Steps:
                 if self.captures(kind):
                     self._capture(kind, shape, step)
         if self._path is not None:
-            (self._path.plain if graph is None else self._path.used)()
-
-    def clear(self) -> None:
-        self._graphs.clear()
+            self._path.plain += graph is None
+            self._path.used += graph is not None
 
     def _capture(self, kind: str, shape: Hashable, step: Step) -> None:
-        pool = next((graph.pool() for graph in self._graphs.values()), None)
+        pool = next((graph.pool() for graph in self.graphs.values()), None)
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate and copy meanwhile. If a capture fails, torch.cuda.graph may leave its own stream
         # as the current one, so the outer context sets it back.
@@ -195,7 +193,7 @@ class Steps:
                 self._path.fall_back(f"{type(error).__name__}: {error}")
             self._failed.add(kind)
         else:
-            self._graphs[kind, shape] = graph
+            self.graphs[kind, shape] = graph
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 
 from teachers.fast_paths.frozen import Float8Layers, FrozenAttention, check_device
 from teachers.fast_paths.recompilation import Compiler, many_shapes
-from teachers.fast_paths.usage import FastPath, fast_path
+from teachers.fast_paths.usage import Usage, fast_path
 from teachers.runtime.accelerator import Accelerator, widest_float
 from teachers.spec import TeacherSpec
 from teachers.tokens import PROBE_TEXTS
@@ -113,10 +113,10 @@ def fuse_attention(model: torch.nn.Module, accelerator: Accelerator, outputs: Ou
         return False
 
 
-def _fall_back(path: FastPath, model: torch.nn.Module, error: Exception, asked: bool) -> None:
+def _fall_back(path: Usage, model: torch.nn.Module, error: Exception, asked: bool) -> None:
     """Record that a path does not work, or raise if the user asked for it."""
     if asked:
-        raise ValueError(f"`{path.name}: true` does not work with {type(model).__name__}: {error}") from error
+        raise ValueError(f"`{path.path}: true` does not work with {type(model).__name__}: {error}") from error
     path.fall_back(f"{type(model).__name__}: {type(error).__name__}: {error}")
 
 

@@ -25,12 +25,12 @@ _LOG = logging.getLogger(__name__)
 _model: ContextVar[str] = ContextVar("model", default="")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Usage:
     """Calls of one path of one model, by its name in the config.
 
-    ``asked``: the user set the path's key to true. ``used`` calls ran the fast code, ``plain`` calls the plain way.
-    ``reason`` is that of the first fallback, None without one.
+    ``asked``: the user set the path's key to true. ``used`` calls ran the fast code, ``plain`` calls the plain way; one
+    thread at a time counts them. ``reason`` is that of the first fallback, None without one.
     """
 
     model: str
@@ -51,32 +51,10 @@ class Usage:
         calls = (self.used + other.used, self.plain + other.plain)
         return Usage(self.model, self.path, self.asked or other.asked, *calls, self.reason or other.reason)
 
-
-class FastPath:
-    """A fast path of one model. Calls are counted in one thread at a time."""
-
-    def __init__(self, model: str, name: str, asked: bool) -> None:
-        self.name, self._usage = name, Usage(model, name, asked)
-        self._used = self._plain = 0
-        self._reason: str | None = None
-
-    def used(self, calls: int = 1) -> None:
-        """Count calls that ran the fast code."""
-        self._used += calls
-
-    def plain(self, calls: int = 1) -> None:
-        """Count calls that ran the plain way."""
-        self._plain += calls
-
     def fall_back(self, reason: str) -> None:
         """Log a warning, and keep the first reason for the summary of the run."""
-        self._reason = self._reason or reason
-        model, path = self._usage.model or "a model", self._usage.path
-        _LOG.warning("%s runs without the fast path `%s`: %s", model, path, reason)
-
-    def usage(self) -> Usage:
-        of = self._usage
-        return Usage(of.model, of.path, of.asked, self._used, self._plain, self._reason)
+        self.reason = self.reason or reason
+        _LOG.warning("%s runs without the fast path `%s`: %s", self.model or "a model", self.path, reason)
 
 
 @dataclass
@@ -84,7 +62,7 @@ class _Process:
     """What this process has been set to, and the paths that were registered since."""
 
     fast: bool = True
-    paths: list[FastPath] = field(default_factory=list)
+    paths: list[Usage] = field(default_factory=list)
 
 
 _process = _Process()
@@ -122,19 +100,19 @@ def loading(model: str) -> Iterator[None]:
         _model.reset(token)
 
 
-def fast_path(name: str, asked: bool = False) -> FastPath:
-    """Register a path of the model that is being loaded. ``asked``: the user set its key to true.
+def fast_path(name: str, asked: bool = False) -> Usage:
+    """Register a path of the model that is being loaded -> its counts. ``asked``: the user set its key to true.
 
     Call it only where ``enabled()``, since a path that is turned off needs no count.
     """
-    path = FastPath(_model.get(), name, asked)
+    path = Usage(_model.get(), name, asked)
     _process.paths.append(path)
     return path
 
 
 def snapshot() -> tuple[Usage, ...]:
-    """The counts so far, one for each model and path, in the order in which they were registered."""
-    return total(path.usage() for path in _process.paths)
+    """A copy of the counts so far, one for each model and path, in the order in which they were registered."""
+    return total(_process.paths)
 
 
 def growth(before: Iterable[Usage], now: Iterable[Usage]) -> tuple[Usage, ...]:
@@ -153,7 +131,7 @@ def total(usages: Iterable[Usage]) -> tuple[Usage, ...]:
     found: dict[tuple[str, str], Usage] = {}
     for usage in usages:
         key = usage.model, usage.path
-        found[key] = found[key] + usage if key in found else usage
+        found[key] = found.get(key, Usage(*key)) + usage
     return tuple(found.values())
 
 

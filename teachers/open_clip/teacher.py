@@ -77,9 +77,19 @@ def load_model(spec: ModelSpec, image_size: int | None = None) -> Any:
     pretrained = catalog.weights_name(spec.name, spec.pretrained)
     catalog.check_model(name, pretrained)
     changed = catalog.changed_preprocess(name, pretrained, stated_preprocess(spec))
-    path, preprocess = _weights(name, pretrained)
+    preprocess: dict[str, Any] = {}  # that the tag of the weights prescribes
+    if name.startswith(catalog.FOLDER_PREFIX):
+        path = catalog.folder_weights(name)
+    elif name.startswith(catalog.HUB_PREFIX):
+        hub = name.removeprefix(catalog.HUB_PREFIX)
+        path = _download(name, lambda: open_clip.pretrained.download_pretrained_from_hf(hub))
+    elif catalog.is_checkpoint_file(str(pretrained)):
+        path = weights.fetch(str(pretrained))
+    else:
+        preprocess = catalog.tag_config(name, str(pretrained))
+        path = _download(f"{name} {pretrained}", lambda: open_clip.download_pretrained(preprocess))
     with _no_random_weights_warning():
-        model = build(name, {**(preprocess or {}), **changed}, image_size)
+        model = build(name, {**preprocess, **changed}, image_size)
     try:
         file = str(weights.as_safetensors(path))
         with safe_open(file, "pt") as content:
@@ -136,20 +146,6 @@ def image_spec(config: dict[str, Any]) -> ImageSpec:
 
 def model_name(spec: ModelSpec) -> str:
     return spec.name if ":" in spec.name else catalog.builtin_name(spec.name)
-
-
-def _weights(name: str, pretrained: str | None) -> tuple[Path, dict[str, Any] | None]:
-    """Locate the checkpoint, downloaded if needed, and the preprocessing that its tag prescribes, if any."""
-    if name.startswith(catalog.FOLDER_PREFIX):
-        return catalog.folder_weights(name), None
-    if name.startswith(catalog.HUB_PREFIX):
-        hub = name.removeprefix(catalog.HUB_PREFIX)
-        return _download(name, lambda: open_clip.pretrained.download_pretrained_from_hf(hub)), None
-    assert pretrained is not None
-    if catalog.is_checkpoint_file(pretrained):
-        return weights.fetch(pretrained), None
-    tag = catalog.tag_config(name, pretrained)
-    return _download(f"{name} {pretrained}", lambda: open_clip.download_pretrained(tag)), tag
 
 
 def _download(name: str, get: Callable[[], str]) -> Path:

@@ -19,7 +19,6 @@ import torch
 
 from teachers.protocols import Precision
 from teachers.runtime.determinism import tf32
-from teachers.runtime.flops import peak_flops
 
 #: Messages of RuntimeErrors that mean the same as torch's OutOfMemoryError.
 _MESSAGES = re.compile(
@@ -128,6 +127,7 @@ class Accelerator:
         if device.type == "mps" and precision in ("bf16", "fp16") and not torch.amp.is_autocast_available("mps"):
             raise ValueError(f"precision {precision!r} needs torch 2.6 or newer on mps: set fp32, or update torch")
         self.precision: Precision = precision
+        self.dtype = _DTYPES[precision]
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def of_float64(self, what: str) -> Accelerator:
@@ -149,11 +149,7 @@ class Accelerator:
         their decoding steps reads all weights for a few rows.
         """
         module.eval().requires_grad_(False)
-        return module.to(self.device, _DTYPES[self.precision]) if cast else self.place(module)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return _DTYPES[self.precision]
+        return module.to(self.device, self.dtype) if cast else self.place(module)
 
     def autocast(self) -> torch.autocast:
         """Context for forward passes in training: autocast where the precision has a data type of its own."""
@@ -250,12 +246,6 @@ class Accelerator:
             return int(torch.cuda.max_memory_allocated(self.device))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-
-    def peak_flops(self) -> float | None:
-        """FLOP/s that the card can reach at most in the precision; None on CPUs and for cards that are not known."""
-        if self.device.type != "cuda":
-            return None
-        return peak_flops(torch.cuda.get_device_name(self.device), self.precision)
 
     def synchronize(self) -> None:
         """Wait until the device has finished all queued work. No-op on CPU."""

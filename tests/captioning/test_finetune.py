@@ -21,11 +21,11 @@ from reinforce.captioning.finetune import build, finetune, format_comparison
 from reinforce.cli import main
 from reinforce.training.results import Results
 from teachers.coca.captioner import CocaCaptioner
-from teachers.registry import captioner_spec
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.captioning import captioned, captioner_config, write_shards
 from tests.helpers.data import picture, write_tar
 from tests.helpers.models.tiny_coca import coca_model
+from tests.helpers.specs import captioner_spec
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/finetune-*.yaml"))
 PRETRAINED = Path(__file__).parents[2] / "configs/recipes/coca-dfn2b.yaml"

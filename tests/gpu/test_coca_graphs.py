@@ -13,8 +13,8 @@ from teachers.coca.captioner import CocaCaptioner
 from teachers.coca.fixed_decoder import SIZES
 from teachers.fast_paths import usage
 from teachers.fast_paths.frozen import freeze
-from teachers.registry import captioner_spec
 from tests.helpers.models.tiny_coca import batch, build, coca_config
+from tests.helpers.specs import captioner_spec
 from tests.helpers.stand_in_cuda import stand_in_cuda
 
 VOCABULARY, START, END, LENGTH = 60, 58, 59, 8

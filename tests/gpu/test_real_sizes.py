@@ -24,11 +24,11 @@ from teachers.coca.decoder import CocaNetwork
 from teachers.coca.fixed_decoder import FixedCocaDecoder
 from teachers.decoding.device_sampling import DeviceSampler
 from teachers.decoding.sampling import DecodingRules, TokenChooser
-from teachers.registry import captioner_spec
 from teachers.runtime.accelerator import _PART, GIB, Accelerator
 from teachers.runtime.flops import counted_flops
 from tests.helpers.pages import ROOT
 from tests.helpers.real_sizes import Operations, PeakMemory, build_without_memory, fake_student
+from tests.helpers.specs import captioner_spec
 from tests.helpers.students import batch_for, built, student_folder
 
 # GFLOPs of an image and of a text, in docs/model_profile.csv of open_clip.

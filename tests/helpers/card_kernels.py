@@ -43,8 +43,8 @@ from teachers.decoding.sampling import DecodingRules, TokenChooser
 from teachers.fast_paths import recompilation, towers
 from teachers.fast_paths.recompilation import Compiler, many_shapes
 from teachers.open_clip.teacher import image_spec, keep_residual_in_float32
-from teachers.registry import captioner_spec
 from teachers.runtime.accelerator import Accelerator
+from tests.helpers.specs import captioner_spec
 from tests.helpers.stand_in_cuda import StandIn, _replacements
 
 DEVICE = "cuda:0"  # with its index, which torch would ask CUDA for

@@ -32,12 +32,13 @@ from schemas.seeds import seed_for
 from teachers.fast_paths.usage import Usage
 from teachers.fit import fit
 from teachers.pixels import to_pixels
-from teachers.registry import captioner_spec, load_model
+from teachers.registry import load_model
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, events_of, free_port, members_of, write_tar
 from tests.helpers.models import tiny_captioners
 from tests.helpers.models.tiny_coca import coca_model
 from tests.helpers.models.tiny_models import open_clip_model, transformers_siglip
+from tests.helpers.specs import captioner_spec
 from tests.helpers.waiting import wait_for
 
 BINARY = shutil.which("prometheus")

@@ -18,7 +18,7 @@ from reinforce.engine.starter import make_starter
 from reinforce.settings import load_yaml
 from reinforce.source.config import Input, Limits
 from reinforce.source.formats.base import Shard, find_format, read_samples, source_format
-from reinforce.source.samples import RawSample, Refusal, caption_of, metadata_of, why_no_caption
+from reinforce.source.samples import RawSample, Refusal, caption_of, metadata_of
 from tests.helpers.data import picture, write_tar
 from tests.helpers.tables import write_columns, write_huggingface
 
@@ -111,7 +111,8 @@ def test_any_json_object_becomes_valid_json_with_the_same_values(document, ascii
 )
 def test_a_missing_caption_is_explained_by_where_it_was_looked_for_and_what_is_there(sidecars, members, expected):
     assert caption_of(sidecars, FIELDS, LIMITS) is None
-    assert why_no_caption(sidecars, FIELDS, members) == f"no caption: looked for {expected}"
+    sample = RawSample("k", b"", 0, 0, sidecars, members=tuple(members))
+    assert sample.why_no_caption(FIELDS) == f"no caption: looked for {expected}"
 
 
 FIVE = ["a cat", "a cat on a mat", "one cat", "cat", "the cat"]

@@ -27,8 +27,7 @@ from reinforce.source.urls import (
     canonical,
     compression,
     expand,
-    find_compressed,
-    find_private,
+    find_unreferable,
     is_public,
     shard_name,
     shard_names,
@@ -162,10 +161,11 @@ def test_many_urls_get_the_canonical_forms_of_single_ones():
     for folder, name in itertools.product([*FOLDERS, "http://h/p#/x"], NAMES):
         urls = [f"{folder}/0", f"{folder}/{name}", f"{folder}/b.tar", name, f"simplecache::{folder}/{name}"]
         assert list(_canonical_urls(urls)) == [canonical(url) for url in urls]
-        assert [find_private([f"{folder}/0.tar", url]) for url in urls] == [
+        assert [find_unreferable([f"{folder}/0.tar", url])[1] for url in urls] == [
             next((each for each in (f"{folder}/0.tar", url) if not is_public(each)), None) for url in urls
         ]
-        assert [find_compressed(["a.tar", url]) for url in urls] == [url if compression(url) else None for url in urls]
+        packed = [find_unreferable(["a.tar", url])[0] for url in urls]
+        assert packed == [url if compression(url) else None for url in urls]
 
 
 def test_a_copied_file_has_the_same_footer_and_a_changed_one_has_not(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from teachers.coca.captioner import CocaCaptioner
-from teachers.registry import captioner_spec
 from teachers.runtime.accelerator import Accelerator
 from teachers.transformers.captioner import load
 from tests.helpers.models import tiny_captioners, tiny_models
 from tests.helpers.models.tiny_captioners import Captioners, spec_of
 from tests.helpers.models.tiny_coca import coca_model
+from tests.helpers.specs import captioner_spec
 
 
 @pytest.fixture(scope="session")

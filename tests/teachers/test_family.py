@@ -13,8 +13,9 @@ import torch
 
 from teachers import protocols
 from teachers.protocols import ImageSpec
-from teachers.registry import captioner_spec, describe_model, load_model, teacher_spec
+from teachers.registry import describe_model, load_model, teacher_spec
 from teachers.spec import TeacherSpec
+from tests.helpers.specs import captioner_spec
 
 MODULE = "tests.helpers.models.custom_models"
 WEIGHTS = {"weights": "here"}

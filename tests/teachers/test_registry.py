@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from teachers.registry import captioner_spec, describe_model, teacher_spec
+from teachers.registry import describe_model, teacher_spec
 from teachers.spec import Clean
 from tests.helpers.models import tiny_models
 from tests.helpers.models.tiny_captioners import spec_of
+from tests.helpers.specs import captioner_spec
 
 Folder = Callable[[str], Path]
 
@@ -82,7 +83,8 @@ def test_hub_models_are_not_looked_up() -> None:
 def test_describing_models_does_not_import_torch(tmp_path: Path, root: Path, captioner_folder: Folder) -> None:
     code = f"""
 import sys
-from teachers.registry import captioner_spec, describe_model, teacher_spec
+from tests.helpers.specs import captioner_spec
+from teachers.registry import describe_model, teacher_spec
 describe_model("a", teacher_spec(model="ViT-L-14-quickgelu", pretrained="dfn2b"))
 describe_model("b", teacher_spec(model={tiny_models.open_clip_model(tmp_path / "m")!r}))
 describe_model("c", teacher_spec(family="transformers", model={str(root / "clip")!r}))

@@ -13,11 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teachers.registry import captioner_spec, describe_model, teacher_spec
+from teachers.registry import describe_model, teacher_spec
 from teachers.tokens import PROBE_TEXTS, check_tokenizer_files, special_token_escaper, trimming_is_exact
 from tests.helpers.models import tiny_models
 from tests.helpers.models.tiny_captioners import blip
 from tests.helpers.models.tiny_coca import coca_model
+from tests.helpers.specs import captioner_spec
 
 
 @settings(max_examples=100)

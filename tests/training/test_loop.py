@@ -334,13 +334,13 @@ def test_results_have_the_calls_of_fast_paths_and_plain_trainings_have_none(
     def train(made: Job) -> Results:
         def build(_: Accelerator) -> tuple[TowersTask, PairFeed]:
             if enabled():
-                fast_path("held_weights").used(3)
+                fast_path("held_weights").used = 3
                 fast_path("fused_attention", asked=True).fall_back("no attention")
             return TowersTask(), PairFeed()
 
         return run_rank(build, made, Ranks(0, 1, Accelerator("cpu")), StopSignal())
 
-    fast_path("compile").used()  # of an earlier training in this process
+    fast_path("compile").used = 1  # of an earlier training in this process
     first = train(job(tmp_path / "fast", steps=3))
     paths = Usage("", "held_weights", used=3), Usage("", "fused_attention", asked=True, reason="no attention")
     assert first.fast_paths == paths

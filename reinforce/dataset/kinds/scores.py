@@ -33,7 +33,7 @@ from reinforce.dataset.layers import (
 )
 from reinforce.dataset.vectors import own_slots
 from reinforce.errors import UserError
-from reinforce.source.references import image_digest
+from reinforce.source.urls import digest_of
 from schemas import IMAGE_DIGEST, TRUE_CAPTIONS
 from teachers import weights
 
@@ -141,7 +141,7 @@ class Facts(SampleScorer):
             found = pa.array([None if text is None else self._count_tokens(text) for text in texts], pa.int64())
         else:  # the first or second 24 bits, which float32 holds, of the digest of the encoded image
             if embedded:
-                digests = pa.array([image_digest(image.as_buffer()) for image in samples["image"]], pa.uint64())
+                digests = pa.array([digest_of(image.as_buffer()) for image in samples["image"]], pa.uint64())
             else:
                 digests = samples[IMAGE_DIGEST]
             place = pa.scalar(0 if name == "digest_1" else 24, pa.uint64())

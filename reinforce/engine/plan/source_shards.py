@@ -40,8 +40,7 @@ from reinforce.source.urls import (
     expand,
     expand_braces,
     filesystem,
-    find_compressed,
-    find_private,
+    find_unreferable,
     has_glob,
     shard_name,
     shard_names,
@@ -165,12 +164,13 @@ def source_shards(config: Config, listed: dict[str, Info] | None = None) -> Sour
                 "source: images: reference needs files that hold the images as they are: uncompressed tars, or images; "
                 f"{canonical(urls[0])} is a {format_.noun}; set images: embed"
             )
-        if format_.has_offsets and (packed := find_compressed(urls)):
+        packed, private = find_unreferable(urls)
+        if format_.has_offsets and packed:
             raise UserError(
                 f"source: images: reference needs uncompressed .tar shards, and {canonical(packed)} is compressed; set "
                 "images: embed"
             )
-        if private := find_private(urls):
+        if private:
             raise UserError(
                 f"source: images: reference stores URLs without user, password and query, and {canonical(private)} "
                 "cannot be read without them; give credentials by the environment (AWS_ACCESS_KEY_ID, or fsspec's "

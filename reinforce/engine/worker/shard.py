@@ -73,13 +73,12 @@ from reinforce.source.references import (
     OpenedStates,
     SourceState,
     former_url,
-    image_digest,
     images_of_group,
     probe_state,
     read_state,
 )
 from reinforce.source.samples import CAPTIONS_REPLACED, REPLACED, AbsentShard, RawSample, Refusal
-from reinforce.source.urls import ShortRead, canonical, is_local, is_public, watching_opened
+from reinforce.source.urls import ShortRead, canonical, digest_of, is_local, is_public, watching_opened
 from schemas import IMAGE_DIGEST, TRUE_CAPTIONS, Reason, image_columns
 from teachers.redact import Redactor
 
@@ -301,7 +300,7 @@ class ShardProcess:
         self.keys = self.keys.joined(ShardKeys.of(group.keys))
         for row in group.rows if SAMPLES in self.layers else ():
             if isinstance(row.sample, RawSample) and (row.sample.url is not None or not self.shard.is_file):
-                content = repr((image_digest(row.sample.image), row.captions))
+                content = repr((digest_of(row.sample.image), row.captions))
                 self.linked.update(content.encode("utf-8", "surrogatepass"))
         if self.shard.stored:
             self.groups.append(group.keys)

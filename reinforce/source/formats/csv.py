@@ -227,13 +227,9 @@ def _encoding(head: bytes) -> tuple[str, bool]:
         return ("utf-16-be" if head[0] == 0 else "utf-16-le"), False
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)  # its last character may be cut off
+        return "utf-8", False
     except UnicodeDecodeError:
-        return _guess(head)
-    return "utf-8", False
-
-
-def _guess(head: bytes) -> tuple[str, bool]:
-    from charset_normalizer import from_bytes
+        from charset_normalizer import from_bytes
 
     matches = from_bytes(head)
     found = matches.best()

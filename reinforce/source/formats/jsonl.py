@@ -21,7 +21,7 @@ from reinforce.source.formats.base import (
 )
 from reinforce.source.parquet_file import RefusedFile
 from reinforce.source.samples import Item, Refusal, json_error, parse_json
-from reinforce.source.urls import Readable, Seekable, canonical, open_stream
+from reinforce.source.urls import Stream, canonical, open_stream
 from schemas import Reason
 
 Row = Mapping[str, Any]
@@ -170,10 +170,10 @@ def too_long(most: int, what: str = "line") -> BrokenRow:
     return BrokenRow(f"a {what} of more than {most:,} bytes", True)
 
 
-class _AsUtf8(Seekable):
+class _AsUtf8(Stream):
     """A stream of text in another encoding, as UTF-8."""
 
-    def __init__(self, stream: Readable, encoding: str) -> None:
+    def __init__(self, stream: Stream, encoding: str) -> None:
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder(encoding)("replace")
         self._data = b""
@@ -191,7 +191,7 @@ class _AsUtf8(Seekable):
 class _PartStream:
     """The bytes of a part of a stream, after those of its header. Raises EOFError where the stream ends before."""
 
-    def __init__(self, stream: Seekable, part: Part) -> None:
+    def __init__(self, stream: Stream, part: Part) -> None:
         self._stream, self._part = stream, part
         self._position = 0
 

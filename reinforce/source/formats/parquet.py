@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -87,16 +87,24 @@ class ParquetFile:
         source = pa.PythonFile(self._file, mode="r")
         options = {"buffer_size": _READ_BYTES, "pre_buffer": False, "page_checksum_verification": True}
         parquet = pq.ParquetFile(source, metadata=self.footer, **options)
-        check = FooterCheck(self.footer, names)
+        check, prefixes = FooterCheck(self.footer, names), tuple(f"{name}." for name in names)
         for number in range(self.footer.num_row_groups) if groups is None else groups:
             count = 0
             try:
                 check.check(number)
-                if not (count := self.footer.row_group(number).num_rows):
+                group = self.footer.row_group(number)
+                if not (count := group.num_rows):
                     continue
-                for batch in self._batches(parquet, number, names):
-                    yield from enumerate(batch, first)
+                leaves = {i: group.column(i) for i in range(group.num_columns)}
+                leaves = {i: leaf for i, leaf in leaves.items() if f"{leaf.path_in_schema}.".startswith(prefixes)}
+                check_codecs(self.footer, number, (leaf.path_in_schema for leaf in leaves.values()))
+                size = self._file.check(group, leaves, self.footer.schema)
+                batches = parquet.iter_batches(size, row_groups=[number], columns=names, use_threads=False)
+                self._file.batch_bytes = 0
+                while (batch := next(batches, None)) is not None:
+                    yield from enumerate(batch.to_pylist(), first)
                     first, count = first + len(batch), count - len(batch)
+                    self._file.batch_bytes = 0
             except (BadPage, RefusedFile, pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
                 if self._file.error is not None:
                     raise self._file.error from None
@@ -105,21 +113,6 @@ class ParquetFile:
                     why = "a page does not have its checksum: bytes of it have changed"
                 yield RefusedFile(f"row group {number}, from row {first:,} on: {why}")
             first += count
-
-    def _batches(self, parquet: pq.ParquetFile, number: int, names: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
-        group = self.footer.row_group(number)
-        leaves = {i: group.column(i) for i in range(group.num_columns)}
-        prefixes = tuple(f"{name}." for name in names)
-        leaves = {i: leaf for i, leaf in leaves.items() if f"{leaf.path_in_schema}.".startswith(prefixes)}
-        check_codecs(self.footer, number, (leaf.path_in_schema for leaf in leaves.values()))
-        size = self._file.check(group, leaves, self.footer.schema)
-        batches = parquet.iter_batches(size, row_groups=[number], columns=[*names], use_threads=False)
-        while True:
-            self._file.batch_bytes = 0
-            batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch.to_pylist()
 
 
 def is_binary(type_: pa.DataType) -> bool:

@@ -28,7 +28,7 @@ from reinforce.source.samples import (
     refused_rest,
     refusing_absent,
 )
-from reinforce.source.urls import COMPRESSIONS, Readable, open_stream
+from reinforce.source.urls import COMPRESSIONS, Stream, open_stream
 from schemas import Reason
 
 _META = re.compile(r"__[^/]*__(/|$)")
@@ -149,9 +149,7 @@ class TarMembers(Protocol):
     def read(self, limit: int) -> bytes | None: ...
 
 
-def members(
-    stream: Readable, size: int | None = None, budget: ReadBudget | None = None
-) -> Iterator[Member | DamagedTar]:
+def members(stream: Stream, size: int | None = None, budget: ReadBudget | None = None) -> Iterator[Member | DamagedTar]:
     """Yield the regular files and links of a tar, and its damage; folders and devices are skipped.
 
     Damage is yielded in place instead of raised. Reading resumes at the next block with the magic and the checksum of a
@@ -188,7 +186,7 @@ def _read_tar(
     last_name = ""
     split = 0
 
-    def keyed(stream: Readable, size: int | None) -> Iterator[tuple[str, str, Member]]:
+    def keyed(stream: Stream, size: int | None) -> Iterator[tuple[str, str, Member]]:
         """Yield (key, extension, member), and collect the damage."""
         nonlocal last_name
         for item in members(stream, size, budget):
@@ -451,7 +449,7 @@ class _Reader:
 class _Stream:
     """Reads a stream in chunks, at most the budget, and counts the bytes consumed."""
 
-    def __init__(self, stream: Readable, budget: ReadBudget | None = None) -> None:
+    def __init__(self, stream: Stream, budget: ReadBudget | None = None) -> None:
         self._stream, self._budget = stream, budget
         self._chunk = b""
         self._used = 0

@@ -16,12 +16,13 @@ from reinforce.engine.worker.models import Counters, load_models
 from reinforce.engine.worker.producers.registry import check_models
 from reinforce.engine.worker.self_test import TEXTS, check_text_encoder
 from reinforce.errors import UserError
-from teachers.registry import captioner_spec, teacher_spec
+from teachers.registry import teacher_spec
 from teachers.runtime.accelerator import Precision
 from tests.helpers.batches import CONFIG, CPU, LAYERS, Changed, Writing, models_of
 from tests.helpers.models import ColorTeacher, ImageOnly, TextOnly, WrongShapeTeacher, tiny_models
 from tests.helpers.models.tiny_captioners import blip, spec_of
 from tests.helpers.models.tiny_coca import coca_model
+from tests.helpers.specs import captioner_spec
 
 IMAGES, TRUE, CAPTIONS = "embeddings/red/images", "embeddings/red/caption", "captions/namer"
 

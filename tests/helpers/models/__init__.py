@@ -72,12 +72,12 @@ class PathTeacher(ColorTeacher):
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         if enabled():
-            self._path.used()
+            self._path.used += 1
         return super().encode_images(pixels)
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         if enabled():
-            self._path.plain()
+            self._path.plain += 1
         return super().encode_texts(texts)
 
 

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from teachers.fit import fit
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
-from teachers.registry import captioner_spec
 from teachers.spec import CaptionerSpec
 from teachers.transformers.captioner import TransformersCaptioner
 from tests.helpers.models.tiny_models import TOWER, VISION
+from tests.helpers.specs import captioner_spec
 
 SIDE = 32
 _SQUARE = {"height": SIDE, "width": SIDE}

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from teachers.coca.captioner import CocaCaptioner
-from teachers.registry import captioner_spec
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.pages import ROOT
+from tests.helpers.specs import captioner_spec
 
 IMAGE_SIZE = 32
 END = 49407

@@ -19,11 +19,11 @@ from teachers.coca.decoder import CocaDecoder, CocaNetwork, PlainCocaDecoder
 from teachers.decoding.decode import decode
 from teachers.open_clip.teacher import load_model
 from teachers.protocols import Captioner, ImageSpec
-from teachers.registry import captioner_spec
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.compiled_graphs import captured_graphs
 from tests.helpers.models.tiny_captioners import seeds
 from tests.helpers.models.tiny_coca import END, IMAGE_SIZE, batch, build, coca_config, coca_model
+from tests.helpers.specs import captioner_spec
 
 START = END - 1
 

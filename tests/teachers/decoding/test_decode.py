@@ -12,9 +12,9 @@ import torch
 
 from teachers.decoding.decode import BeamOptions, beam_search, decode, sample
 from teachers.decoding.sampling import DecodingRules, Schedule, TokenChooser, compact, entry_size
-from teachers.registry import captioner_spec
 from teachers.spec import CaptionerSpec
 from tests.helpers.models.tiny_captioners import seeds
+from tests.helpers.specs import captioner_spec
 
 # A toy language small enough to enumerate all texts. Logits depend on the image and on all tokens so far.
 WORDS, START, END = (0, 1, 2), 3, 4

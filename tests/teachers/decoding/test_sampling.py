@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from teachers.decoding.device_sampling import DeviceSampler
 from teachers.decoding.sampling import DecodingRules, TokenChooser, sample_nucleus, sample_top_k, uniforms
-from teachers.registry import captioner_spec
 from tests.helpers.models.tiny_coca import batch, build
+from tests.helpers.specs import captioner_spec
 from tests.helpers.stand_in_cuda import stand_in_cuda
 
 TEN_THOUSAND = torch.from_numpy((np.arange(10_000) + 0.5) / 10_000)

@@ -28,7 +28,7 @@ from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.open_clip.text import keep_residual_in_float32
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
-from teachers.registry import captioner_spec, describe_model, load_model, teacher_spec
+from teachers.registry import describe_model, load_model, teacher_spec
 from teachers.runtime.accelerator import Accelerator
 from teachers.tokens import PROBE_TEXTS
 from tests.helpers.compiled_graphs import captured_graphs
@@ -36,6 +36,7 @@ from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import decode_pool
 from tests.helpers.models.named_models import open_clip_named
 from tests.helpers.models.tiny_models import FULL_LENGTH, TRIMMED, open_clip_model, transformers_dinov2
+from tests.helpers.specs import captioner_spec
 from tests.helpers.stand_in_cuda import stand_in_cuda
 
 pytestmark = pytest.mark.usefixtures("own_fast_paths")

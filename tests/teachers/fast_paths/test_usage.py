@@ -45,11 +45,11 @@ def test_calls_are_counted_by_the_model_that_was_loaded(caplog: pytest.LogCaptur
     with loading("vit"):
         compiled = fast_path("compile", asked=True)
         with loading("inner"):
-            fast_path("compile").plain(3)
+            fast_path("compile").plain = 3
         held = fast_path("held_weights")
     fast_path("graphs")
-    compiled.used()
-    compiled.used(4)
+    compiled.used += 1
+    compiled.used += 4
     with caplog.at_level(logging.WARNING):
         held.fall_back("its outputs would change")
         held.fall_back("another reason")
@@ -73,11 +73,11 @@ def test_what_was_counted_between_two_snapshots_leaves_out_paths_without_news() 
     with loading("a.b"):
         compiled, held, graphs = (fast_path(name, asked=name == "graphs") for name in ("compile", "held", "graphs"))
     held.fall_back("first")
-    compiled.used(2)
+    compiled.used += 2
     before = snapshot()
     assert growth(before, before) == ()
-    compiled.used(3)
-    compiled.plain()
+    compiled.used += 3
+    compiled.plain += 1
     held.fall_back("second")
     graphs.fall_back("no memory")
     assert growth(before, snapshot()) == (

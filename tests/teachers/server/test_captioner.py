@@ -16,10 +16,11 @@ import torch
 
 from reinforce.processes.imports import installed
 from teachers.protocols import NoCaptions, ServerUnavailable
-from teachers.registry import captioner_spec, describe_model, load_model
+from teachers.registry import describe_model, load_model
 from teachers.spec import CaptionerSpec
 from tests.helpers.chat_server import Answer, chat_server, completion, describe, image_of
 from tests.helpers.data import free_port
+from tests.helpers.specs import captioner_spec
 from tests.helpers.web import QuietHandler, serving
 
 pytestmark = pytest.mark.skipif(not installed("openai"), reason="needs the extra server")

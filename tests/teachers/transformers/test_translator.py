@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from reinforce.processes.imports import installed
 from teachers.protocols import NoCaptions
-from teachers.registry import captioner_spec, describe_model, load_model
+from teachers.registry import describe_model, load_model
 from teachers.runtime.accelerator import Accelerator
 from teachers.spec import CaptionerSpec
 from teachers.transformers import family, translator
 from tests.helpers.models import tiny_captioners
 from tests.helpers.models.tiny_captioners import TRANSLATORS
+from tests.helpers.specs import captioner_spec
 from tests.helpers.stand_in_cuda import stand_in_cuda
 
 Folder = Callable[[str], Path]

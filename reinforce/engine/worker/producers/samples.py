@@ -11,8 +11,8 @@ import pyarrow as pa
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.store import IMAGES
 from reinforce.engine.worker.producers.base import Producer, RowGroupTables
-from reinforce.source.references import image_digest
 from reinforce.source.samples import RawSample
+from reinforce.source.urls import digest_of
 from schemas import IMAGE_DIGEST, LABELLED, TRUE_CAPTIONS
 
 
@@ -45,7 +45,7 @@ class SamplesProducer(Producer):
                 {"url": sample.url or self.source, "offset": sample.offset, "length": len(sample.image)}
                 for sample in samples
             ]
-            columns[IMAGE_DIGEST] = [image_digest(sample.image) for sample in samples]
+            columns[IMAGE_DIGEST] = [digest_of(sample.image) for sample in samples]
         table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
         if IMAGE_DIGEST in schema.names:
             self._images.update(table[IMAGE_DIGEST].to_numpy().tobytes())
