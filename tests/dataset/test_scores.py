@@ -32,7 +32,7 @@ from reinforce.engine.recompute import recompute
 from reinforce.engine.worker.models import load_models
 from reinforce.engine.worker.producers.registry import check_models
 from reinforce.errors import UserError
-from reinforce.source.references import image_digest
+from reinforce.source.urls import digest_of
 from teachers.fit import fit
 from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, members_of, tree, write_tar
@@ -150,7 +150,7 @@ def test_stored_samples_give_the_facts_that_read_ones_give(images: str, config: 
     assert tables[0].equals(tables[1])
     assert tables[0]["scores"].to_pylist()[0]["bytes"] > 100
     for sample in reinforce.open(str(Path("first").absolute()), images_from=[str(Path().absolute())]):
-        digest, sizes = image_digest(sample.image), sample.values["scores/sizes"]
+        digest, sizes = digest_of(sample.image), sample.values["scores/sizes"]
         assert (sizes["digest_1"], sizes["digest_2"]) == (digest & 0xFFFFFF, digest >> 24 & 0xFFFFFF)
 
 

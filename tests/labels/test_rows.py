@@ -30,8 +30,8 @@ from reinforce.labels.joining import Joined, TarRows, proves
 from reinforce.labels.members import RowLabels, Wanted
 from reinforce.labels.rows import open_labels
 from reinforce.publishing.labels import export_labels
-from reinforce.source.references import image_digest
 from reinforce.source.samples import Refusal
+from reinforce.source.urls import digest_of
 from schemas import Reason
 from tests.helpers.data import picture, tree, write_tar
 from tests.labels.test_taking import dataset_of, publish, sample, samples_of, smaller, take, taking
@@ -116,7 +116,7 @@ def said_of(rng: random.Random, few: int) -> tuple[int, dict[str, str]]:
 
 
 def identity(image: int, said: dict[str, str]) -> Identity:
-    return {**said, DIGEST: f"{image_digest(picture(image)):016x}"}
+    return {**said, DIGEST: f"{digest_of(picture(image)):016x}"}
 
 
 @pytest.mark.parametrize(("seed", "few"), [(0, 5), (1, 5), (2, 20), (3, 20)])
