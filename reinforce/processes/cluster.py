@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,16 @@ def _package_folder() -> Iterator[None]:
         os.chdir(before)
 
 
+@dataclass
 class _Watch:
-    """Whether a process listens at an address. One connection is kept, because Ray logs each that ends."""
+    """Whether a process listens at an address, which is None where there is nothing to watch.
 
-    def __init__(self, family: socket.AddressFamily, address: Any) -> None:
-        """``address`` is None where there is nothing to watch."""
-        self._family, self._address = family, address
-        self._connection: socket.socket | None = None
+    One connection is kept, because Ray logs each that ends.
+    """
+
+    _family: socket.AddressFamily
+    _address: Any
+    _connection: socket.socket | None = None
 
     def is_alive(self) -> bool:
         if self._address is None:

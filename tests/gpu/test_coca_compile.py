@@ -67,6 +67,6 @@ def test_what_cannot_be_compiled_or_has_other_results_is_not_unless_asked_for(fu
         captioner = build("cuda")
         assert captioner.caption(pixels, seeds) == wanted
         assert f"without the fast path `compile`: the decoding steps: {message}" in caplog.text
-        assert captioner._decoder.steps._graphs
+        assert captioner._decoder.steps.graphs
         with pytest.raises((RuntimeError, ValueError), match=re.escape(message.split(": ")[1])):
             build("cuda", compile=True)

@@ -70,12 +70,12 @@ def test_graphs_are_captured_once_for_each_shape_and_replaced_only_when_the_batc
         captioner = build("cuda")
         steps = captioner._decoder.steps
         captioner.caption(*batch(captioner, 10))
-        cache, captured = captioner._decoder.cache, dict(steps._graphs)
+        cache, captured = captioner._decoder.cache, dict(steps.graphs)
         assert 1 < len(captured) <= len(SIZES)
         for count in (10, 3, 10):
             captioner.caption(*batch(captioner, count))
         assert captioner._decoder.cache is cache
-        assert all(steps._graphs[key] is graph for key, graph in captured.items())
+        assert all(steps.graphs[key] is graph for key, graph in captured.items())
         captioner.caption(*batch(captioner, 20))
         assert captioner._decoder.cache is not cache
 

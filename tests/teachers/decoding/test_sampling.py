@@ -127,7 +127,7 @@ def test_rows_whose_token_is_open_repeat_a_step_and_have_the_captions_of_the_cpu
         assert captioner.decode(images, drawn, at_once=20) == wanted
         with cuda.counted() as counts, cuda.delayed():
             assert captioner.decode(images, drawn, at_once=20) == wanted
-        steps = captioner._decoder.steps._graphs
+        steps = captioner._decoder.steps.graphs
         assert {kind for kind, _ in steps} == {"enter", "begin", "step", "decide"}
         # The host waits at once only where many tokens are open.
         assert counts.idle.total() < 0.2 * counts.synchronizations, counts
@@ -149,7 +149,7 @@ def test_images_enter_by_graphs_and_the_first_words_attend_to_16_positions():
             operations.append(counts.operations - counts.graph_launches)
         assert len(entries) > 3
         assert operations[1] - operations[0] <= 3 * (len(entries) - 1), "texts are stored, and images stacked"
-        assert {shape[3] for kind, shape in decoder.steps._graphs if kind == "step"} == {16, 22}
+        assert {shape[3] for kind, shape in decoder.steps.graphs if kind == "step"} == {16, 22}
 
 
 def test_a_token_is_chosen_later_only_in_rows_that_the_last_step_has_left_open():
