@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -45,6 +46,38 @@ def covering_array(dimensions: Mapping[str, Sequence[Any]], excluded: Sequence[E
         cases.append({name: best[name] for name in dimensions})
         left = {pair: None for pair in left if pair not in pairs_of(best)}
     return Array(cases, {*every} - impossible, impossible)
+
+
+def cheapened(
+    array: Array, excluded: Sequence[Exclusion], costs: Mapping[str, Mapping[Any, float]]
+) -> list[dict[str, Any]]:
+    """Cases that meet the same pairs, with fewer of the values that cost time, and without cases that nothing needs.
+
+    ``costs`` are what each value of a dimension adds to a case; dimensions that are not named stay as they are.
+    """
+    cases = [dict(case) for case in array.cases]
+    counts = Counter(pair for case in cases for pair in pairs_of(case))
+
+    def cost(case: Case) -> float:
+        return sum(of.get(case[name], 0.0) for name, of in costs.items())
+
+    def lost(case: Case, changed: Case | None) -> bool:
+        return any(counts[pair] == 1 for pair in pairs_of(case) - (pairs_of(changed) if changed else set()))
+
+    for case in sorted(cases, key=cost, reverse=True):
+        if not lost(case, None):
+            counts.subtract(pairs_of(case))
+            cases.remove(case)
+    for case in sorted(cases, key=cost, reverse=True):
+        for name, of in costs.items():
+            for value in sorted(of, key=lambda value: of[value]):
+                changed = {**case, name: value}
+                if of[value] < of[case[name]] and is_allowed(changed, excluded) and not lost(case, changed):
+                    counts.subtract(pairs_of(case))
+                    counts.update(pairs_of(changed))
+                    case[name] = value
+                    break
+    return cases
 
 
 def is_allowed(case: Case, excluded: Sequence[Exclusion]) -> bool:

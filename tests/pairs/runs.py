@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset.codecs.base import FittedCodec
 from reinforce.dataset.codecs.codebooks import CODECS, find_codec
@@ -21,6 +26,8 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.store import Store
 from reinforce.engine.messages import LayerFailure
 from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.worker import actor
+from reinforce.engine.worker.shard import ShardProcess
 from reinforce.errors import UserError
 from reinforce.images.backends import BACKENDS
 from reinforce.source.config import MODULES
@@ -30,6 +37,7 @@ from tests.helpers.arrays import Exclusion
 from tests.helpers.commands import exit_status
 from tests.helpers.models import classifiers
 from tests.helpers.reinforced import reinforce_here
+from tests.helpers.worker_in_process import worker_in_process
 from tests.pairs.sources import Sample, make_samples, write
 
 DIM = 8  # of the vectors of all teachers
@@ -56,6 +64,7 @@ DIMENSIONS: dict[str, list[str]] = {
     "resume": ["whole", "killed", "added", "changed", "exchanged", "renamed"],
     "damage": ["none", "broken", "lost", "stray"],
     "nulls": ["none", "nan", "zero"],
+    "by": ["worker", "python", "command"],
 }
 _TABLES = [name for name in MODULES if find_format(name).is_table]
 EXCLUDED: list[Exclusion] = [
@@ -68,6 +77,12 @@ EXCLUDED: list[Exclusion] = [
     {"resume": ["renamed"], "kind": [name for name in KINDS if name != "probabilities"]},
     {"resume": ["exchanged", "renamed"], "format": ["folder"]},  # which is one shard
 ]
+#: CPU seconds that values add to a case.
+COSTS: dict[str, dict[str, float]] = {
+    "storage": {"s3": 1.9, "memory": 0.0, "local": 0.0},
+    "resume": {"whole": 0.0, "renamed": 0.2, "exchanged": 0.45, "added": 0.6, "killed": 0.85, "changed": 0.9},
+    "by": {"worker": 0.0, "python": 0.3, "command": 0.3},
+}
 #: What a config has beside a teacher of images and texts, so that there is a layer of a kind. Of a kind without models
 #: of its own nothing; a new kind with models needs its line.
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -87,11 +102,13 @@ SECTIONS: dict[str, dict[str, Any]] = {
 class Run:
     """A case, where its source and its dataset are, and what was said in the meantime.
 
-    ``url`` is the dataset, ``other`` one of the same config in another folder, made at once; None where there is none.
+    ``url`` is the dataset, ``other`` one of the same config in a ``folder`` of this machine, made at once by the code
+    of workers alone; None where there is none.
     """
 
     case: Mapping[str, str]
     root: str
+    folder: Path
     samples: list[list[Sample]]
     source: Any = None
     spec: Mapping[str, Any] = field(default_factory=dict)
@@ -128,8 +145,29 @@ class Run:
             "teachers": {"red": teacher, **cells},
         }
 
-    def compute(self, output: str | None = None, complete: bool = True) -> None:
-        reinforce_here(self.config(output, complete), _GROUP_ROWS)
+    def compute(
+        self, output: str | None = None, complete: bool = True, by: str | None = None, retry: bool = False
+    ) -> None:
+        """Compute what is missing: by the code of workers alone, or with the driver, from Python or as a command.
+
+        The driver quarantines what fails; ``retry`` computes that as well.
+        """
+        config = self.config(output, complete)
+        if (by or self.case["by"]) == "worker":
+            reinforce_here(config, _GROUP_ROWS)
+            return
+        with worker_in_process(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(actor, "ShardProcess", partial(ShardProcess, group_rows=_GROUP_ROWS))
+            if self.case["by"] == "python":
+                self.messages.append(reinforce.run(config, retry_quarantined=retry).text(self.url))
+                return
+            file = self.folder / "config.yaml"
+            file.write_text(yaml.safe_dump(config, sort_keys=False))
+            with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as error:
+                status = exit_status("run", str(file), *["--retry-quarantined"] * retry)
+            self.messages += [out.getvalue(), error.getvalue()]
+            if status:
+                raise UserError(error.getvalue())
 
     def write(self, files: Mapping[str, bytes]) -> None:
         """Put other content into files of the dataset."""
@@ -214,9 +252,9 @@ def listening(messages: list[str]) -> Iterator[None]:
         logger.removeHandler(listener)
 
 
-def perform(case: Mapping[str, str], root: str, number: int) -> Run:
+def perform(case: Mapping[str, str], root: str, folder: Path, number: int) -> Run:
     """Do what a case says; ``number`` decides when a run is killed."""
-    run = Run(case, root, [])
+    run = Run(case, root, folder, [])
     run.write_source()
     with listening(run.messages):
         RESUMES[case["resume"]](run, number)
@@ -228,11 +266,13 @@ def perform(case: Mapping[str, str], root: str, number: int) -> Run:
 
 def _whole(run: Run, number: int) -> None:
     run.compute()
+    if run.case["by"] != "worker":
+        _compare(run)
 
 
 def _killed(run: Run, number: int) -> None:
     with killed_after(1 + number % 3):
-        run.compute()
+        run.compute(by="worker")
     files = files_of(run.url)
     for name in files:
         layer, _, file = name.rpartition("/")
@@ -261,7 +301,7 @@ def _changed(run: Run, number: int) -> None:
     store = run.store
     shard = max(store.shards(SAMPLES), key=lambda name: _keys(store, name))
     assert exit_status("drop", run.url, SAMPLES, "--shard", shard, "--yes") == 0
-    run.compute()
+    run.compute(retry=True)
     if not isinstance(find_codec(run.case["codec"]), FittedCodec):  # whose codebook is of the former vectors
         _compare(run)
     kept = files_of(run.url)
@@ -305,8 +345,8 @@ RESUMES: dict[str, Callable[[Run, int], None]] = {
 
 
 def _compare(run: Run) -> None:
-    run.other = f"{run.root}/fresh"
-    run.compute(run.other)
+    run.other = f"{run.folder}/fresh"
+    run.compute(run.other, by="worker")
 
 
 def _spoil(run: Run, files: Mapping[str, bytes]) -> None:

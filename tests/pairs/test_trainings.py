@@ -18,15 +18,15 @@ from reinforce.student.train import build
 from reinforce.training.ranks import join_ranks
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers import sync_batch_norm  # noqa: F401  SyncBatchNorm's operations on CPUs
-from tests.helpers.arrays import covering_array, is_allowed, pairs_of
+from tests.helpers.arrays import cheapened, covering_array, is_allowed, pairs_of
 from tests.helpers.ranks import served_store, start_ranks, under_torchrun
 from tests.pairs.training_invariants import FUNCTIONS, INVARIANTS, Trained
-from tests.pairs.trainings import DIMENSIONS, EXCLUDED, REFUSED, TERMS, Place, cheapened, config, train
+from tests.pairs.trainings import COSTS, DIMENSIONS, EXCLUDED, REFUSED, TERMS, Place, config, train
 
 pytest.importorskip("faiss")
 
 ARRAY = covering_array(DIMENSIONS, EXCLUDED, seed=7)
-CASES = cheapened(ARRAY)
+CASES = cheapened(ARRAY, EXCLUDED, COSTS)
 #: Cases of more than one rank.
 ON_RANKS = [number for number, case in enumerate(CASES) if case["ranks"] == "2"]
 RANKS = 2

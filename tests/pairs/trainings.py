@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,7 +29,7 @@ from reinforce.training.ranks import Ranks
 from reinforce.training.task import Batch, Feed, Task
 from teachers.runtime.accelerator import Accelerator
 from teachers.runtime.determinism import strict_flags
-from tests.helpers.arrays import Array, Exclusion, is_allowed, pairs_of
+from tests.helpers.arrays import Exclusion
 from tests.helpers.data import config_of, picture, write_tar
 from tests.helpers.images import encode
 from tests.helpers.models.faint import VOID
@@ -104,8 +103,13 @@ REFUSED: list[tuple[Exclusion, str]] = [
     ({**_NOTHING, "features": ["none"]}, "no loss has targets of them"),
 ]
 EXCLUDED: list[Exclusion] = [exclusion for exclusion, _ in REFUSED]
-#: The more costly value of a dimension, and the one that takes its place where no pair is lost.
-CHEAPER = {"ranks": ("2", "1"), "resume": ("yes", "no"), "accumulate": ("2", "1"), "targets": ("bf16", "stored")}
+#: Which values of a dimension cost more than others.
+COSTS: dict[str, dict[str, float]] = {
+    "ranks": {"1": 0.0, "2": 1.0},
+    "resume": {"no": 0.0, "yes": 1.0},
+    "accumulate": {"1": 0.0, "2": 1.0},
+    "targets": {"stored": 0.0, "online": 0.0, "bf16": 1.0},
+}
 #: The dimension of each term of the registry that it is in, and values with which it is computed.
 TERMS: dict[str, tuple[str, list[str]]] = {
     "pairs": ("captions", _OTHERS),
@@ -120,21 +124,6 @@ TERMS: dict[str, tuple[str, list[str]]] = {
 }
 
 Case = Mapping[str, str]
-
-
-def cheapened(array: Array) -> list[Case]:
-    """The cases of an array, with fewer of the costly values, that meet the same pairs."""
-    cases, counts = [*array.cases], Counter(pair for case in array.cases for pair in pairs_of(case))
-    for name, (costly, cheap) in CHEAPER.items():
-        for number, case in enumerate(cases):
-            changed = {**case, name: cheap}
-            if case[name] == costly and is_allowed(changed, EXCLUDED):
-                before, after = pairs_of(case), pairs_of(changed)
-                if all(counts[pair] > 1 for pair in before - after):
-                    cases[number] = changed
-                    counts.subtract(before)
-                    counts.update(after)
-    return cases
 
 
 class Place:
