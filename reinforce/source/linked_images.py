@@ -32,6 +32,7 @@ _DEADLINE = 60.0  # seconds for an image, from the first connection to the last 
 _MAX_HEAD_BYTES = 2**20  # of all that precedes the body, such as interim answers of status 100
 _MAX_REDIRECTS = 5
 _CHUNK_BYTES = 2**16
+_tls = functools.cache(ssl.create_default_context)
 _REDIRECTS = (301, 302, 303, 307, 308)
 _HEADERS = {"User-Agent": "dataset-reinforcement", "Accept": "image/*,*/*;q=0.5"}
 _EMBEDDED = ipaddress.ip_network("64:ff9b::/96")  # addresses that stand for IPv4 ones behind a gateway
@@ -162,11 +163,6 @@ def _connect(host: str, port: int | None, secure: bool, private: bool, end: floa
     raw.settimeout(_seconds_left(end))  # for the handshake and the request
     connection.sock = _tls().wrap_socket(raw, server_hostname=host) if secure else raw
     return connection
-
-
-@functools.cache
-def _tls() -> ssl.SSLContext:
-    return ssl.create_default_context()
 
 
 def is_public_address(address: str) -> bool:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from teachers.decoding.sampling import Decoder, DecodingRules, Entry, Schedule, TokenChooser
-from teachers.fast_paths.recompilation import Compiler, Step
+from teachers.fast_paths.recompilation import Step
 from teachers.runtime.accelerator import download, put_into, widest_float
 
 Tensor = torch.Tensor
@@ -82,7 +82,7 @@ class DeviceSampler:
     def __init__(self, rules: DecodingRules, choose: TokenChooser) -> None:
         self._rules, self._choose = rules, choose
         self._state: _State | None = None
-        self.advance: Callable[..., None] = self._advance
+        self.advance: Callable[..., None] = self._advance  # what follows the logits of a step, which may be compiled
         self._mask = rules.mask()
         self._padding = int(rules.impossible.int().argmax())  # impossible, also after the repetition penalty
 
@@ -135,10 +135,6 @@ class DeviceSampler:
             vocabulary = len(self._rules.impossible) if self._choose.keeps_probabilities else 0
             self._state = _State(rows, self._rules.max_tokens, vocabulary, self._rules.impossible.device)
         return self._state
-
-    def compile(self, compiler: Compiler) -> None:
-        """Compile what follows the logits of a step."""
-        self.advance = compiler.for_any_rows(self._advance)
 
     def _step(self, decoder: DeviceDecoder, state: _State, rows: int) -> None:
         """Choose the next token of each row. Reads and writes ``state`` alone, so that it can be a CUDA graph."""

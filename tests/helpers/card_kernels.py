@@ -127,7 +127,7 @@ def _decoding(model: Any, name: str) -> None:
     with patch.object(torch.Tensor, "argmax", lambda *_: 0):  # the padding token, which is read from the device
         sampler = DeviceSampler(rules, TokenChooser(spec))
     decoder.compile(compiler)
-    sampler.compile(compiler)
+    sampler.advance = compiler.for_any_rows(sampler.advance)
     probe(decoder, sampler)
 
 
