@@ -19,7 +19,7 @@ from reinforce.cli import adapting, dataset, export, run, training
 from reinforce.cli.common import examples
 from reinforce.errors import UserError
 from reinforce.processes.cores import let_waiting_threads_sleep
-from reinforce.processes.signals import ends_after_sigterm
+from reinforce.processes.signals import Terminated, ends_after_sigterm, terminated_by_exception
 from reinforce.terminal import escape
 from teachers.redact import redact
 
@@ -132,8 +132,10 @@ def main(arguments: list[str] | None = None) -> None:
     let_waiting_threads_sleep()
     _DEBUG.set(False)
     try:
-        with ends_after_sigterm(program=arguments is None):
+        with ends_after_sigterm(program=arguments is None), terminated_by_exception():
             _program()(args=arguments, prog_name="reinforce")
+    except Terminated as stopped:  # of commands that do not handle it themselves
+        _fail("stopped by SIGTERM", stopped.status)
     except UserError as error:
         _fail(f"error: {error}", error.exit_status)
     except Exception as error:

@@ -215,7 +215,10 @@ class ProgressScreen(Screen):
                 self._counted = time.monotonic(), now.samples
             at, samples = self._counted
             left = (at - self._begun) / samples * (expected - samples)
-            eta = max(0.0, left - (time.monotonic() - at))  # workers count in steps
+            # Workers count in steps. What has not come when it was expected has no estimate until more has come.
+            eta = left - (time.monotonic() - at)
+            if eta <= 0:
+                eta = None if samples < expected else 0.0
         return Rates(speed, busy, eta)
 
     def line(self, now: Snapshot) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,6 +182,21 @@ def test_an_unexpected_error_is_one_line_that_says_what_to_do(command: Command, 
     assert re.match(r"error: unexpected KeyError: 's3://bucket/x' \(test_commands\.py:\d+\)\. `reinforce --debug ", err)
     assert "report it" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["plan", "tune"])
+def test_a_command_that_handles_no_signal_ends_after_sigterm_with_one_line_and_status_143(
+    name: str, tmp_path: Path
+) -> None:
+    """It reads its config from a pipe, which this test has open and writes nothing to."""
+    os.mkfifo(pipe := tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "reinforce", name, str(pipe)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        writer = os.open(pipe, os.O_WRONLY)  # waits for the command to open it
+        process.send_signal(signal.SIGTERM)
+        printed = process.communicate(timeout=50)
+        os.close(writer)
+    assert (process.returncode, printed) == (143, ("", "stopped by SIGTERM\n"))
 
 
 def test_debug_shows_the_traceback(
