@@ -129,7 +129,7 @@ def test_the_most_likely_classes_of_images_without_text_are_stored_and_read(
     assert file.read_bytes() == before
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("worker_in_process")
 def test_a_row_with_nan_logits_is_null_and_quarantined(tmp_path: Path) -> None:
     config = config_with(tmp_path, crops={"k": 6, "options": {"nan_below": 0.2}}, whole={"sees": "image", "k": 1})
     assert reinforce.run(config).status == 0

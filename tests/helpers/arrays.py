@@ -102,7 +102,8 @@ def _complete(
     others = [name for name in dimensions if name not in case]
     if not others:
         return dict(case)
-    if not all(any(is_allowed({**case, name: one}, excluded) for one in dimensions[name]) for name in others):
+    of_name = {name: [one for one in excluded if name in one] for name in others}
+    if not all(any(is_allowed({**case, name: one}, of_name[name]) for one in dimensions[name]) for name in others):
         return None  # at once, since no values of the dimensions between would help
     name = rng.choice(others)
     new = {value: sum(frozenset([(name, value), one]) in left for one in case.items()) for value in dimensions[name]}

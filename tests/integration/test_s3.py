@@ -1,4 +1,4 @@
-"""An object store (moto's server): the files of a disk, faults that pass or last, and files that are put in parts."""
+"""An object store (moto's server): faults that pass or last, and files that are put in parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from reinforce.engine.record import RunSummary
 from reinforce.errors import StorageError
 from reinforce.processes.attempts import BOTOCORE_REQUESTS, S3FS_REQUESTS, Attempts
 from reinforce.source import urls
-from tests.helpers.data import config_of, members_of, tree
+from tests.helpers.data import members_of
 from tests.helpers.large_object import write
 from tests.helpers.reinforced import fresh_dataset
 from tests.helpers.s3_proxy import Fault, Proxy, Request, cut, hold, lose, refuse, run_first, slow
@@ -31,35 +31,6 @@ from tests.helpers.s3_runs import SHARDS, config, events, layers, put_source, re
 from tests.helpers.tars import tar_bytes
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-
-
-@pytest.mark.parametrize("images", ["embed", "reference"])
-def test_a_dataset_in_s3_equals_one_on_disk_and_is_resumed(
-    s3: s3fs.S3FileSystem, shards: Callable[..., str], tmp_path: Path, images: str
-) -> None:
-    shards(20, 6)
-    s3.put(f"{tmp_path}/source/", f"bucket/{images}/source/", recursive=True)
-    source = f"s3://bucket/{images}/source/{{00000..00001}}.tar"
-    config = config_of(source, tmp_path / "local", images=images, captioners={})
-    fresh_dataset(config)
-
-    remote = {**config, "output": f"s3://bucket/{images}/out"}
-    first = {**remote, "teachers": {"red": config["teachers"]["red"]}}
-    fresh_dataset(first)
-    fresh_dataset(remote)
-    assert reinforce.run(remote).run is None
-    files = s3.find(f"bucket/{images}/out")
-    names = {f.removeprefix(f"bucket/{images}/out/"): f for f in files}
-    layers = {name: s3.cat_file(path) for name, path in names.items() if not name.startswith(("runs/", "index/"))}
-    assert layers == tree(tmp_path / "local")
-
-    here = {
-        sample.key: sample
-        for sample in reinforce.open(str(tmp_path / "local"), images_from=f"s3://bucket/{images}/source")
-    }
-    for sample in reinforce.open(f"s3://bucket/{images}/out", images_from=f"s3://bucket/{images}/source"):
-        assert sample.image == here[sample.key].image
-        assert (sample.images["red"] == here[sample.key].images["red"]).all()
 
 
 @pytest.fixture(scope="module")

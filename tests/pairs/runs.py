@@ -284,8 +284,12 @@ def _killed(run: Run, number: int) -> None:
 
 
 def _added(run: Run, number: int) -> None:
+    """Layers that come later cost those that are there nothing: their files stay as they were written."""
     run.compute(complete=False)
+    before = _written(run)
     run.compute()
+    after = _written(run)
+    assert {name: after[name] for name in before} == before
     _compare(run)
 
 
@@ -342,6 +346,13 @@ RESUMES: dict[str, Callable[[Run, int], None]] = {
     "whole": _whole, "killed": _killed, "added": _added, "changed": _changed, "exchanged": _exchanged,
     "renamed": _renamed,
 }  # fmt: skip
+
+
+def _written(run: Run) -> dict[str, Any]:
+    """When each file of layers was written."""
+    store = run.store
+    names = [name for name in files_of(run.url) if name.endswith(".parquet")]
+    return {name: store.fs.modified(f"{store.root}/{name}") for name in names}
 
 
 def _compare(run: Run) -> None:

@@ -185,7 +185,7 @@ def test_bad_input_is_one_line_before_anything_is_written(tmp_path: Path, releas
         assert not (tmp_path / "out").exists(), words
 
 
-@pytest.mark.usefixtures("s3", "ray_session")
+@pytest.mark.usefixtures("s3", "worker_in_process")
 def test_an_object_store_takes_all_that_an_adaptation_writes(tmp_path: Path, released: str, command: Command) -> None:
     out = "s3://bucket/out"
     status, text, error = command("adapt", photos(tmp_path), out, "--model", released, *FAST, "--json", "-")
