@@ -145,11 +145,11 @@ def test_a_second_run_is_refused_a_killed_worker_is_replaced_and_a_terminated_ru
     check_resumes(config, out, undisturbed)
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("worker_in_process")
 def test_only_the_monotonic_clock_affects_a_run(
     source: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver's wall clock jumps by years at each call, and files have dates in the past and in the future."""
+    """The wall clock jumps by years at each call, and files have dates in the past and in the future."""
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     removed = sorted(out.rglob("*.parquet"))[::5]

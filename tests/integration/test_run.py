@@ -113,7 +113,7 @@ def test_a_finished_run_with_too_many_quarantined_shards_and_without_fast_paths(
     assert again == 1, "it continues the run of a config that exists, also when nothing is left to do"
 
 
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("worker_in_process")
 def test_a_fault_of_all_shards_stops_the_run_before_it_quarantines_the_rest(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
