@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,29 @@ from reinforce.dataset.validate import validate
 from reinforce.engine.driver.driver import Driver
 from tests.helpers.commands import exit_status, printed_by
 from tests.helpers.data import config_of, events_of, members_of, tree, write_tar
+from tests.helpers.reinforced import fresh_dataset
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_an_added_teacher_and_captioner_compute_only_their_layers_and_end_as_a_fresh_run(
+    shards: Callable[..., str], tmp_path: Path
+) -> None:
+    whole = config_of(shards(40, 9), tmp_path / "fresh")
+    other = {"class": "tests.helpers.models:SeedCaptioner", "captions": 2}
+    grown = {**whole, "output": str(tmp_path / "grown"), "captioners": {**whole["captioners"], "other": other}}
+    fresh_dataset({**grown, "output": whole["output"]})
+    fresh_dataset({**whole, "output": grown["output"], "teachers": {"red": whole["teachers"]["red"]}})
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "grown").rglob("*.parquet") if p.parent.name != "index"}
+    reinforce.run(grown)
+    assert {layer for event in events_of(tmp_path / "grown", "shard") for layer in event["layers"]} == {
+        "captions/other", "embeddings/red/other",
+        *(f"embeddings/blue/{layer}" for layer in ("images", "caption", "namer", "other")),
+    }  # fmt: skip
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    grown_files, fresh_files = tree(tmp_path / "grown"), tree(tmp_path / "fresh")
+    manifests = [json.loads(files.pop("dataset.json")) for files in (grown_files, fresh_files)]
+    assert grown_files == fresh_files
+    assert manifests[0] == manifests[1]
 
 
 @pytest.mark.usefixtures("ray_session")

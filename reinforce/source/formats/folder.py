@@ -97,6 +97,9 @@ class Folder(SourceFormat):
         known = {path for sample in listed for path, _ in sample.files.values()}
         notes = _notes(root, [path for path in others if path not in known], tables, samples)
         notes += [note for path in tables if (note := _add_rows(root, path, samples, spec))]
+        folders = [path.partition("/")[0] for path in images if "/" in path]
+        if CLASS in spec.caption_fields and (same := folders_of_one_class(folders)):
+            notes.append(f"warning: source: {same}")
         new = [sample for sample, path in zip(samples, images, strict=True) if path not in before]
         return new, notes
 

@@ -72,6 +72,18 @@ def test_captions_are_made_of_the_names_of_class_folders(tmp_path: Path) -> None
         plan(config(tmp_path / "photos", tmp_path / "x", input={"templates": ["a photo"]}))
 
 
+def test_a_plan_warns_of_two_folders_that_are_one_class_to_every_caption(tmp_path: Path) -> None:
+    for number, name in enumerate(("red_thing/a.png", "red thing/b.png", "blue/c.png", "blue/d.png")):
+        put(tmp_path / "photos", name, picture(number))
+    line = (
+        "warning: source: folders 'red thing' and 'red_thing' are one class, 'red thing', to every text: rename or "
+        "join them"
+    )
+    named = config(tmp_path / "photos", tmp_path / "out", input={"captions": ["txt", "class"]})
+    assert line in plan(named).source_notes
+    assert line not in plan(config(tmp_path / "photos", tmp_path / "out")).source_notes, "their names are no captions"
+
+
 def test_a_class_is_added_to_the_rows_and_files_that_state_more(tmp_path: Path) -> None:
     for number, name in enumerate(("cats/a.png", "cats/b.png", "dogs/c.png")):
         put(tmp_path / "photos", name, picture(number))
