@@ -28,7 +28,7 @@ from reinforce.dataset.kinds.registry import (
     kind_of,
     with_dependants,
 )
-from reinforce.dataset.layers import MODEL_SECTIONS, SAMPLES, matches, model_of, parts_of
+from reinforce.dataset.layers import MODEL_SECTIONS, SAMPLES, mapping_at, matches, model_of, parts_of
 from reinforce.dataset.manifest import TUNED_KEY, find_manifest, write_manifest
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.dataset.view import DESCRIPTION, read_view
@@ -157,10 +157,18 @@ def layers_with_shard(store: Store, patterns: Iterable[str], shard: str) -> list
     return layers
 
 
-def drop_shard(store: Store, layers: Iterable[str], shard: str) -> list[str]:
-    """Set aside the files of a shard in some layers; a local dataset is locked. Returns where they are now."""
+def drop_shard(store: Store, layers: Collection[str], shard: str) -> list[str]:
+    """Set aside the files of a shard in some layers; a local dataset is locked. Returns where they are now.
+
+    Layers that are computed from these and have no file of the shard are no longer quarantined there: what has failed
+    was of the files that are set aside.
+    """
     with store.lock():
-        return [set_aside(store, layer, shard) for layer in layers]
+        places = [set_aside(store, layer, shard) for layer in layers]
+        for layer in with_dependants(layers, mapping_at(find_manifest(store) or {}, "layers")):
+            if shard not in store.shards(layer):
+                store.forget_quarantine(layer, shard)
+        return places
 
 
 def drop(store: Store, plan: DropPlan) -> None:

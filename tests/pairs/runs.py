@@ -145,13 +145,8 @@ class Run:
             "teachers": {"red": teacher, **cells},
         }
 
-    def compute(
-        self, output: str | None = None, complete: bool = True, by: str | None = None, retry: bool = False
-    ) -> None:
-        """Compute what is missing: by the code of workers alone, or with the driver, from Python or as a command.
-
-        The driver quarantines what fails; ``retry`` computes that as well.
-        """
+    def compute(self, output: str | None = None, complete: bool = True, by: str | None = None) -> None:
+        """Compute what is missing: by the code of workers alone, or with the driver, from Python or as a command."""
         config = self.config(output, complete)
         if (by or self.case["by"]) == "worker":
             reinforce_here(config, _GROUP_ROWS)
@@ -159,12 +154,12 @@ class Run:
         with worker_in_process(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(actor, "ShardProcess", partial(ShardProcess, group_rows=_GROUP_ROWS))
             if self.case["by"] == "python":
-                self.messages.append(reinforce.run(config, retry_quarantined=retry).text(self.url))
+                self.messages.append(reinforce.run(config).text(self.url))
                 return
             file = self.folder / "config.yaml"
             file.write_text(yaml.safe_dump(config, sort_keys=False))
             with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as error:
-                status = exit_status("run", str(file), *["--retry-quarantined"] * retry)
+                status = exit_status("run", str(file))
             self.messages += [out.getvalue(), error.getvalue()]
             if status:
                 raise UserError(error.getvalue())
@@ -305,7 +300,7 @@ def _changed(run: Run, number: int) -> None:
     store = run.store
     shard = max(store.shards(SAMPLES), key=lambda name: _keys(store, name))
     assert exit_status("drop", run.url, SAMPLES, "--shard", shard, "--yes") == 0
-    run.compute(retry=True)
+    run.compute()
     if not isinstance(find_codec(run.case["codec"]), FittedCodec):  # whose codebook is of the former vectors
         _compare(run)
     kept = files_of(run.url)
