@@ -24,6 +24,7 @@ VARIABLES = {
     "TORCH_CPP_LOG_LEVEL": "set to ERROR, unless it is set: hides warnings of intended settings",
     "AWS_RETRY_MODE": "mode of retries of S3, as in botocore; if it is set, this project sets no retries",
     "AWS_MAX_ATTEMPTS": "attempts of a request to S3, as in botocore; if it is set, this project sets no retries",
+    "MLFLOW_TRACKING_URI": "server of the tracker MLflow, or a folder as file:PATH; default: MLflow's own",
     "MLFLOW_ALLOW_FILE_STORE": "set for the tracker MLflow, unless it is set: it may write to a folder",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "retries of the tracker MLflow; set, unless it is set, so that none waits long",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "seconds for a request of the tracker MLflow; set, unless it is set",
