@@ -256,3 +256,17 @@ def test_scores_are_sums_in_float64() -> None:
     assert scores_of(torch.ones(2, 3), candidates).tolist() == [[1.0] * 4] * 2
     assert rank_matches(torch.ones(1, 3), candidates, (np.array([0]), np.array([0])), CPU).tolist() == [0]
     assert rank_classes(torch.ones(1, 3), candidates, torch.tensor([0])).ranks.tolist() == [0]
+
+
+def test_a_candidate_without_a_score_ranks_before_the_match() -> None:
+    candidates = torch.tensor([[0.5, 0.0], [float("nan"), 0.0], [0.25, 0.0]])
+    match = np.array([0]), np.array([0])
+    assert rank_matches(torch.tensor([[1.0, 0.0]]), candidates, match, CPU).tolist() == [1]
+
+
+def test_neighbours_whose_scores_are_zeros_of_both_signs_are_in_their_order() -> None:
+    """A product that is too small for float32 is -0.0 there."""
+    train = torch.tensor([[-1e-30], [0.0], [1e-30]])
+    scores, indices = find_nearest(torch.tensor([[1e-30]]), train, 3, CPU)
+    assert indices.tolist() == [[0, 1, 2]]
+    assert scores.tolist() == [[0.0, 0.0, 0.0]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,20 @@ def test_no_weaker_agreement_joins_than_the_config_allows_and_a_contradiction_is
             assert found.what == (expected if expected not in JOINS or join == "key" else found.what)
             assert "'a' is of" in found.detail or "only the key" in found.detail
         assert other.what == "absent", "a uid is no key"
+
+
+def test_an_entry_whose_text_is_another_one_of_the_same_hash_is_no_candidate() -> None:
+    class Colliding(TarRows):
+        """Finds all rows for each text, as an index of hashes does that are all equal."""
+
+        def entries(self, kind: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
+            return {text: np.arange(len(self.identities)) for text in texts}
+
+    rows = Colliding()
+    rows.add("a", {"uid": "u"})
+    other, own = rows.match([Wanted("x", {"uid": "v"}), Wanted("y", {"uid": "u"})])
+    assert other.what == "absent"
+    assert own == Joined(0, 0, "uid")
 
 
 def test_keys_that_nothing_confirms_are_refused_before_a_run_unless_the_config_joins_by_key(tmp_path: Path) -> None:

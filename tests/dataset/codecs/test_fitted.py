@@ -15,6 +15,7 @@ import pytest
 import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset.codecs.codebooks import codebook_of, find_codec, find_fitted, load, path_of
+from reinforce.dataset.codecs.plain import DEVIATION, Standardised
 from reinforce.dataset.convert import convert
 from reinforce.dataset.drop import drop, plan_drop
 from reinforce.dataset.kinds.registry import kind_of, stored_layer
@@ -328,3 +329,35 @@ def test_residual_codes_are_nearer_than_those_of_the_nearest_vector_one_after_th
     for book in arrays["codebook"]:
         rest -= book[((rest[:, None] - book) ** 2).sum(axis=2).argmin(axis=1)]
     assert ((values - found) ** 2).sum(axis=1).mean() < 0.95 * (rest**2).sum(axis=1).mean()
+
+
+def test_principal_components_have_one_sign_and_codes_are_the_nearest_steps() -> None:
+    rng = np.random.default_rng(0)
+    codec = find_fitted("pca6")
+    for _ in range(10):
+        sample = rng.standard_normal((300, 8)).astype(np.float32)
+        arrays = codec.fit(sample, 0)
+        basis = arrays["basis"]
+        assert (basis[np.arange(6), np.abs(basis).argmax(axis=1)] > 0).all()
+        steps = (sample - arrays["mean"]) @ basis.T / arrays["steps"]
+        assert np.abs(codec.encode(sample, arrays) - 128.0 - steps).max() < 0.501
+
+
+def test_a_channel_of_equal_values_is_standardised_by_one() -> None:
+    sample = np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
+    sample[:, 3] = 2.5
+    codec = Standardised(find_codec("float16"))
+    arrays = codec.fit(sample, 0)
+    assert arrays[DEVIATION][3] == 1
+    codes = codec.encode(sample, arrays)
+    assert (codes[:, 3] == 0).all()
+    assert np.isfinite(codes).all()
+
+
+@pytest.mark.parametrize("name", ["pq4", "rq3"])
+def test_a_seed_gives_its_own_codebook(name: str) -> None:
+    sample = np.random.default_rng(0).standard_normal((1024, 8)).astype(np.float32)
+    codec = find_fitted(name)
+    first, again, other = (codec.fit(sample, seed)["codebook"] for seed in (2, 2, 3))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
