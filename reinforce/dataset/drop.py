@@ -166,7 +166,7 @@ def drop_shard(store: Store, layers: Collection[str], shard: str) -> list[str]:
     with store.lock():
         places = [set_aside(store, layer, shard) for layer in layers]
         for layer in with_dependants(layers, mapping_at(find_manifest(store) or {}, "layers")):
-            if shard not in store.shards(layer):
+            if layer not in layers and shard not in store.shards(layer):
                 store.forget_quarantine(layer, shard)
         return places
 

@@ -191,24 +191,7 @@ class LayerFile:
                     table = self._file.read_row_group(number, columns=names, use_threads=use_threads)
             finally:
                 self._source.fetch([])
-            # Lists of numbers become tensors of the shape that the footer states, if the rows have it.
-            for name in _TENSORS:
-                if name in table.column_names:
-                    if name not in self._shapes:
-                        raise RefusedFile(f"its schema has no shape of column {name}")
-                    try:
-                        tensors = vectors.from_lists(table[name], self._shapes[name])
-                    except ValueError as error:
-                        raise RefusedFile(f"column {name}: {error}") from error
-                    table = table.set_column(table.column_names.index(name), name, tensors)
-            digest = (self.metadata.metadata or {}).get(b"reinforce.codebook", b"")
-            types = [type_.value_type for type_ in table.schema.types if isinstance(type_, pa.FixedShapeTensorType)]
-            if not digest and pa.uint8() not in types:
-                return table.replace_schema_metadata(None)
-            if not re.fullmatch(rb"[0-9a-f]{32}", digest):
-                raise RefusedFile("its footer does not name the codebook of its codes")
-            place = None if self._name is None else Place(self._dataset or "", self._name[0], digest.decode())
-            return table.replace_schema_metadata(place and place.metadata())
+            return self._with_tensors(table)
 
     def has_nulls(self, number: int, column: str) -> bool:
         """Whether rows of a tensor may be null, by the footer alone, in which a null row has one value."""
@@ -315,6 +298,28 @@ class LayerFile:
                 total += rows * math.prod(self._shapes[name]) * _WIDTHS["FLOAT"]
             if total > MAX_BYTES:
                 raise RefusedFile(f"a row group needs more than {MAX_BYTES:,} bytes, in column {name}")
+
+    def _with_tensors(self, table: pa.Table) -> pa.Table:
+        """The table with lists of numbers as tensors of the shape that the footer states, if the rows have it, and with
+        the place of the codebook that decodes it."""
+        for name in _TENSORS:
+            if name in table.column_names:
+                if name not in self._shapes:
+                    raise RefusedFile(f"its schema has no shape of column {name}")
+                index = table.column_names.index(name)
+                try:
+                    tensors = vectors.from_lists(table[name], self._shapes[name])
+                except ValueError as error:
+                    raise RefusedFile(f"column {name}: {error}") from error
+                table = table.set_column(index, name, tensors)
+        digest = (self.metadata.metadata or {}).get(b"reinforce.codebook", b"")
+        types = [type_.value_type for type_ in table.schema.types if isinstance(type_, pa.FixedShapeTensorType)]
+        if not digest and pa.uint8() not in types:
+            return table.replace_schema_metadata(None)
+        if not re.fullmatch(rb"[0-9a-f]{32}", digest):
+            raise RefusedFile("its footer does not name the codebook of its codes")
+        place = None if self._name is None else Place(self._dataset or "", self._name[0], digest.decode())
+        return table.replace_schema_metadata(place and place.metadata())
 
 
 def _column_names(footer: pq.FileMetaData) -> list[str]:

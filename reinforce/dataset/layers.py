@@ -390,7 +390,7 @@ class LayerKind(ABC):
         """What dataset.json states of how a layer was computed: by default from the samples, by a model."""
         model = mapping_at(manifest, self.section, layer.model, "model")
         samples = mapping_at(manifest, "layers", SAMPLES).get("fingerprint")
-        fingerprint = compute_fingerprint({"samples": samples, "model": dict(model)}) if model else None
+        fingerprint = compute_fingerprint({"samples": samples, "model": dict(model)}) if model and samples else None
         return Recorded(fingerprint, dict(model), dict(layer.recipe.get("model", {})) if model else {})
 
     def differs(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -290,23 +290,7 @@ class _Selection:
             self.references[rule.number] = check_found(spec, rule.label, against, counts)
             rule = replace(rule, reference=Reference(self.parts, stage, spec.threshold))
         elif rule.spec.deduplicate is not None:
-            # Compute all parts of each stage, whose results are read where they are needed.
-            dim = manifest["layers"][rule.layer]["dim"] if rule.layer else 0
-            buckets = Buckets(int(self.groups[:, 2].sum()), dim)
-            found = Duplicates(self.parts, self.inputs, rule, buckets, tuple(chunk.first for chunk in self.chunks))
-            if dim:
-                self.log(f"rule {rule.label}: dividing samples into cells ({buckets.cells:,})")
-                places = training_places(self.groups, self.shards, rule.seed, buckets.cells)
-                list(self.compute(found.stage("centroids-trained"), found.train, [places]))
-            list(self._pass(found.stage("records"), found, save=True))
-            self.log(f"rule {rule.label}: comparing samples in each part ({buckets.count:,})")
-            list(self.compute(found.stage("duplicates"), found.compare, found.records.ranges(len(self.chunks))))
-            assert self.codes is not None
-            after = found.stage("duplicates-codes")
-            enter = partial(found.enter, self.codes, after)
-            chunks = [*zip(self.chunks, found.worse.ranges(buckets.count), strict=True)]
-            list(self.compute(found.stage("duplicates-entered"), enter, chunks))
-            self.codes = after
+            self._find_duplicates(rule, manifest["layers"][rule.layer]["dim"] if rule.layer else 0)
         self.rules[rule.number - 1] = rule
         if rule.spec.deduplicate is None:
             self.pending.append(rule)
@@ -352,6 +336,24 @@ class _Selection:
             if not len(search.groups):
                 break
         return search
+
+    def _find_duplicates(self, rule: BoundRule, dim: int) -> None:
+        """Compute all parts of each stage, whose results are read where they are needed."""
+        buckets = Buckets(int(self.groups[:, 2].sum()), dim)
+        found = Duplicates(self.parts, self.inputs, rule, buckets, tuple(chunk.first for chunk in self.chunks))
+        if dim:
+            self.log(f"rule {rule.label}: dividing samples into cells ({buckets.cells:,})")
+            places = training_places(self.groups, self.shards, rule.seed, buckets.cells)
+            list(self.compute(found.stage("centroids-trained"), found.train, [places]))
+        list(self._pass(found.stage("records"), found, save=True))
+        self.log(f"rule {rule.label}: comparing samples in each part ({buckets.count:,})")
+        list(self.compute(found.stage("duplicates"), found.compare, found.records.ranges(len(self.chunks))))
+        assert self.codes is not None
+        after = found.stage("duplicates-codes")
+        enter = partial(found.enter, self.codes, after)
+        chunks = [*zip(self.chunks, found.worse.ranges(buckets.count), strict=True)]
+        list(self.compute(found.stage("duplicates-entered"), enter, chunks))
+        self.codes = after
 
     def _pass(
         self, stage: str, measure: Measure[Any] | None, save: bool | None = None, read: Sequence[BoundRule] = ()

@@ -109,15 +109,7 @@ def export_shard(export: ShardExport, shard: str) -> dict[str, Any]:
         with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
             for key, row in _rows(export, shard):
                 try:
-                    # The key as the name of members, with %XX for what ends a key or leads out of a folder.
-                    *folders, base = key.split("/")
-                    parts = [re.sub(r"^\.+$", _percent, folder) for folder in folders] + [re.sub(r"\.", _percent, base)]
-                    name = _UNSAFE.sub(_percent, "/".join(parts))
-                    if split_name(f"{name}.json") != (name, "json") or name.startswith("/"):
-                        raise LeftOut("its key cannot name a member of a tar")
-                    if name in keys:
-                        raise LeftOut("another key of the shard has the same name in a tar")
-                    keys.add(name)
+                    name = _member_name(key, keys)
                     with row_errors(Store(export.source.url).url):
                         members = list(_members(export, shard, key, row))
                         image, is_converted = _image_members(export, row["image"])
@@ -250,6 +242,19 @@ def _record(export: ShardExport, shard: str, key: str, record: Mapping[str, Any]
         where = f"{Store(export.source.url).url}, shard {shard}, key {escape(key[:200])}"
         raise UserError(f"{where}: the format has no {escape(what)}.")
     return [box, [[OPS.index(op["name"]), op["magnitude"]] for op in ops]]
+
+
+def _member_name(key: str, taken: set[str]) -> str:
+    """A key as the name of members, with %XX for what ends a key or leads out of a folder. Raises LeftOut."""
+    *folders, base = key.split("/")
+    parts = [re.sub(r"^\.+$", _percent, folder) for folder in folders] + [re.sub(r"\.", _percent, base)]
+    name = _UNSAFE.sub(_percent, "/".join(parts))
+    if split_name(f"{name}.json") != (name, "json") or name.startswith("/"):
+        raise LeftOut("its key cannot name a member of a tar")
+    if name in taken:
+        raise LeftOut("another key of the shard has the same name in a tar")
+    taken.add(name)
+    return name
 
 
 def _percent(found: re.Match[str]) -> str:

@@ -207,12 +207,7 @@ def publish_model(
             config = _copy(str(specs[run].model), Path(folder), repository.id if repository else catalog.OWN_FOLDER)
         card, notes = build_model_card(run, url, config, licence, licences or {})
         Path(folder, NAME).write_text(card, encoding="utf-8")
-        # No file may name the home, the working folder or the training's folder of this machine.
-        known = {str(Path.home()), os.getcwd(), os.path.abspath(run)} if "://" not in run else {str(Path.home())}
-        hidden = [one.encode() for one in known if len(Path(one).parts) > 2]
-        for path in Path(folder).iterdir():
-            if path.name != HF_SAFE_WEIGHTS_NAME and any(one in path.read_bytes() for one in hidden):
-                raise UserError(f"{run}: {path.name} would name a folder of this machine. Remove the path from it.")
+        _check_private(Path(folder), run)
         files = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
         if repository is not None:
             repository.write(folder, f"Publish {url.rpartition('/')[2]}", private)
@@ -262,6 +257,15 @@ def _copy(model: str, folder: Path, name: str) -> dict[str, Any]:
     saved = {**found, "model_cfg": config}
     (folder / HF_CONFIG_NAME).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     return config
+
+
+def _check_private(folder: Path, run: str) -> None:
+    """Raise UserError if a file names the home, the working folder or the training's folder of this machine."""
+    known = {str(Path.home()), os.getcwd(), os.path.abspath(run)} if "://" not in run else {str(Path.home())}
+    private = [one.encode() for one in known if len(Path(one).parts) > 2]
+    for path in folder.iterdir():
+        if path.name != HF_SAFE_WEIGHTS_NAME and any(one in path.read_bytes() for one in private):
+            raise UserError(f"{run}: {path.name} would name a folder of this machine. Remove the path from it.")
 
 
 class ModelRepository:

@@ -96,8 +96,7 @@ class OpenedStates:
         if isinstance(fs, LocalFileSystem):
             with contextlib.nullcontext(file) if file is not None else open(path, "rb") as opened:
                 number = opened.fileno()
-                found = os.fstat(number)  # of the file itself, where a listing has the state of the link to it
-                state = SourceState(found.st_size, _hash(os.pread(number, _HEAD_BYTES, 0)), f"mtime={found.st_mtime}")
+                state = replace(_local_state(os.fstat(number)), head=_hash(os.pread(number, _HEAD_BYTES, 0)))
         else:
             state = listed_state(info or getattr(file, "details", None) or fs.info(path))
             if state.stamp is None:
@@ -113,7 +112,7 @@ class OpenedStates:
     def check(self, now: SourceState) -> None:
         """Raise ChangedSource if the file, which is ``now`` in this state, had another when it was opened."""
         if self.states and isinstance(self._fs, LocalFileSystem):
-            now = replace(now, stamp=f"mtime={os.stat(self._path).st_mtime}")
+            now = replace(now, stamp=_local_state(os.stat(self._path)).stamp)
         for before in self.states:
             touched = None not in (before.stamp, now.stamp) and before.stamp != now.stamp
             if touched or before.same_content(now) is False:
@@ -130,6 +129,11 @@ def read_state(url: str) -> SourceState:
         return replace(
             listed_state(getattr(file, "details", None) or fs.info(path)), head=_hash(read_up_to(file, _HEAD_BYTES))
         )
+
+
+def _local_state(found: os.stat_result) -> SourceState:
+    """The state of a local file itself, where that of a listing is of the link to it."""
+    return SourceState(found.st_size, None, f"mtime={found.st_mtime}")
 
 
 def _hash(head: bytes) -> str:

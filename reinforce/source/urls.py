@@ -361,9 +361,13 @@ def find_unreferable(urls: Sequence[str]) -> tuple[str | None, str | None]:
 
     Images in neither can be read by reference.
     """
-    locations = [*zip(urls, _canonical_urls(urls), strict=True)]
-    packed = next((url for url, location in locations if COMPRESSIONS.get(_ending(location))), None)
-    return packed, next((url for url, location in locations if location != url and not is_public(url)), None)
+    packed = private = None
+    for url, location in zip(urls, _canonical_urls(urls), strict=True):
+        if packed is None and COMPRESSIONS.get(_ending(location)):
+            packed = url
+        if private is None and location != url and not is_public(url):
+            private = url
+    return packed, private
 
 
 def compression(url: str) -> str | None:

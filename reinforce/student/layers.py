@@ -62,13 +62,25 @@ def round_inputs(values: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
     return values + error.to(values.dtype)
 
 
-def quantize(model: torch.nn.Module, kind: Quantize | None, in_eval: bool = False) -> int:
+def quantize(model: torch.nn.Module, kind: Quantize, in_eval: bool = False) -> int:
     """Let a model compute with rounded weights, and with ``int8`` inputs, in training mode; ``in_eval``: always.
 
-    With ``kind`` None nothing is rounded: merged blocks compute as one convolution. Returns the number of layers that
-    are changed; 0 means that the model has none and is unchanged.
+    Returns the number of layers that round; 0 means that the model has nothing to round and is unchanged.
     """
-    layers, rounding = 0, _rounding_of(kind is not None, kind == "int8", in_eval)
+    return _change(model, _rounding_of(True, kind == "int8", in_eval))
+
+
+def merge(model: torch.nn.Module) -> int:
+    """Let merged blocks compute as one convolution in training mode, without rounding.
+
+    Returns the number of blocks; 0 means that the model has none and is unchanged.
+    """
+    return _change(model, _rounding_of(False, False, False))
+
+
+def _change(model: torch.nn.Module, rounding: _Rounding) -> int:
+    """Give layers their rounding, merged blocks alone if weights are not rounded; returns their number."""
+    layers = 0
     pending: list[Any] = [model]
     while pending:
         module = pending.pop()

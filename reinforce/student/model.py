@@ -20,6 +20,7 @@ from reinforce.student.layers import (
     avoid_faulty_convolutions,
     batch_norms,
     can_quantize,
+    merge,
     quantize,
     round_in_eval,
 )
@@ -124,11 +125,11 @@ class StudentModel(torch.nn.Module):
         if self.start:
             weights = dict(self.named_parameters())
             losses |= self.terms.merged(lambda term: term.losses_of_weights(weights, self.start))
-        plain = features
-        projections = self.terms.merged(lambda term: term.projections(plain, self.heads))
+        projections = self.terms.merged(lambda term: term.projections(features, self.heads))
+        contrasted = features
         if not (IMAGE in batch and kinds):  # nothing is contrasted: DistributedDataParallel waits for what has a graph
-            features = {name: rows.detach() for name, rows in features.items()}
-        return Encoded({**features, **projections}, losses, scalars)
+            contrasted = {name: rows.detach() for name, rows in features.items()}
+        return Encoded({**contrasted, **projections}, losses, scalars)
 
     def quantize(self, kind: Quantize) -> None:
         """Train with rounded values from now on; see ``reinforce.student.layers``."""
@@ -143,7 +144,7 @@ class StudentModel(torch.nn.Module):
         """
         if how != "train" and not self.pretrained:
             raise UserError(f"student.batch_norm: {self.name} starts from random weights; set student.pretrained")
-        if how == "merge" and not quantize(self.clip, None):
+        if how == "merge" and not merge(self.clip):
             raise UserError(f"student.batch_norm: {self.name} has no branches that `merge` could merge; set it to keep")
         self.batch_norm = how
         self.train(self.training)

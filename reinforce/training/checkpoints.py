@@ -261,16 +261,7 @@ class CheckpointWriter:
         for name, tensor in tensors.items():
             copy = self._copies.get(name)
             if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
-                copy = None
-                if tensor.is_cuda and self._pins:
-                    try:
-                        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                    except RuntimeError as error:  # it is not tried again
-                        self._pins = False
-                        first = str(error).partition("\n")[0]
-                        text = "checkpoints are copied to memory that is not pinned, which is slower: %s"
-                        _LOG.warning(text, first)
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype) if copy is None else copy
+                copy = self._buffer(tensor)
             copies[name] = copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
@@ -288,6 +279,17 @@ class CheckpointWriter:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+    def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Host memory for a copy of a tensor: for one on CUDA pinned, unless the machine has refused that before."""
+        if tensor.is_cuda and self._pins:
+            try:
+                return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            except RuntimeError as error:
+                self._pins = False
+                first = str(error).partition("\n")[0]
+                _LOG.warning("checkpoints are copied to memory that is not pinned, which is slower: %s", first)
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
 
     def __enter__(self) -> CheckpointWriter:
         return self

@@ -203,9 +203,8 @@ def _open_wandb(project: str, run: str, title: str, config: Mapping[str, Any]) -
 def _open_mlflow(project: str, run: str, title: str, config: Mapping[str, Any]) -> TrackerRun:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    if os.environ.get("MLFLOW_TRACKING_URI", "").startswith(
-        "file:"
-    ):  # MLflow 3.7 wants a database, unless a folder is asked for
+    # MLflow 3.7 wants a database, unless a folder is asked for.
+    if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("file:"):
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -86,31 +87,9 @@ class _Embeddings(LayerKind):
                     sees="crops" if self.crops else None,
                 )
 
+    @abstractmethod
     def _sides(self, config: Config, name: str, info: ModelInfo) -> Iterable[tuple[str, int]]:
         """What a teacher, by its name, encodes in layers of this kind, and the number of vectors of a row."""
-        from teachers.published import PublishedTeacherSpec
-
-        teacher = config.teachers[name]
-        if self.crops:
-            unknown = teacher.published and config.augmentations.own  # the crops of published vectors
-            return [("images", config.augmentations.count)] if info.images and not unknown else []
-        if not info.texts:
-            return []
-        synthetic = [
-            (captioner, spec.count)
-            for captioner, spec in config.captioners.items()
-            if spec.published or not teacher.published
-        ]
-        most = config.input.captions_per_sample or 1
-        if most > 1 and isinstance(teacher, PublishedTeacherSpec):
-            raise UserError("input.captions_per_sample: published vectors are of one true caption. Remove it.")
-        if not info.images and not synthetic:
-            config.input.require_captions(f"teachers.{name}")
-        return synthetic if config.input.captions == IMAGES_ALONE else [(TRUE_CAPTION, most), *synthetic]
-
-    def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
-        alone = self.crops or inputs_of(name) == TRUE_CAPTION
-        return (SAMPLES,) if alone else (SAMPLES, captions_layer(inputs_of(name)))
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         assert layer.dim is not None
@@ -211,6 +190,11 @@ class ImageEmbeddings(_Embeddings):
     crops = True
     picks = "crop"
 
+    def _sides(self, config: Config, name: str, info: ModelInfo) -> Iterable[tuple[str, int]]:
+        if config.teachers[name].published and config.augmentations.own:
+            return []  # the crops of published vectors are unknown
+        return [("images", config.augmentations.count)] if info.images else []
+
 
 class TextEmbeddings(_Embeddings):
     name = "texts"
@@ -218,6 +202,30 @@ class TextEmbeddings(_Embeddings):
     unit = "texts"
     producer = "embeddings:TextEmbeddingsProducer"
     picks = "text"
+
+    def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
+        texts = inputs_of(name)
+        return (SAMPLES,) if texts == TRUE_CAPTION else (SAMPLES, captions_layer(texts))
+
+    def _sides(self, config: Config, name: str, info: ModelInfo) -> Iterable[tuple[str, int]]:
+        from teachers.published import PublishedTeacherSpec
+
+        if not info.texts:
+            return []
+        teacher = config.teachers[name]
+        synthetic = [
+            (captioner, spec.count)
+            for captioner, spec in config.captioners.items()
+            if spec.published or not teacher.published
+        ]
+        most = config.input.captions_per_sample or 1
+        if most > 1 and isinstance(teacher, PublishedTeacherSpec):
+            raise UserError("input.captions_per_sample: published vectors are of one true caption. Remove it.")
+        if not info.images and not synthetic:
+            config.input.require_captions(f"teachers.{name}")
+        if config.input.captions == IMAGES_ALONE:
+            return synthetic
+        return [(TRUE_CAPTION, most), *synthetic]
 
 
 def _dim_of(teacher: str | None, codec: Codec, dim: int) -> int:

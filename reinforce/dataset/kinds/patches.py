@@ -191,7 +191,7 @@ class PatchFeatures(LayerKind):
         _, before, now = super().recorded(layer, manifest)
         entry, samples = (mapping_at(manifest, "layers", name) for name in (layer.name, SAMPLES))
         fingerprint = None
-        if before and layer.codebook is not None:
+        if before and samples and layer.codebook is not None:
             recipe = {"samples": samples.get("fingerprint"), "model": {**before}, "patches": layer.recipe["patches"]}
             fingerprint = compute_fingerprint(recipe)
         if "grid" in entry:

@@ -130,7 +130,7 @@ class ClassProbabilities(LayerKind):
         entry, samples = (mapping_at(manifest, "layers", name) for name in (layer.name, SAMPLES))
         keys = ("model", *_SETTINGS)
         before, now = ({key: of[key] for key in keys if key in of} for of in (entry, layer.recipe))
-        whole = len(before) == len(keys)
+        whole = len(before) == len(keys) and samples
         fingerprint = compute_fingerprint({"samples": samples.get("fingerprint"), **before}) if whole else None
         return Recorded(fingerprint, before, now if before else {})
 

@@ -92,7 +92,7 @@ def read_shard(url: str, limits: Limits, images: bool = True) -> Iterator[RawSam
     return refusing_absent(url, _read_tar(url, limits, images))
 
 
-def sample_of_files(key: str, files: Iterable[tuple[str, TarMembers]], limits: Limits) -> Iterator[RawSample | Refusal]:
+def sample_of_files(key: str, files: Iterable[tuple[str, SourceFile]], limits: Limits) -> Iterator[RawSample | Refusal]:
     """Yield the sample of the (extension, file) of one key, as ``read_shard`` makes it of members, and refusals.
 
     No refusal names further images, because each is a sample.
@@ -138,7 +138,7 @@ class Member:
         return data
 
 
-class TarMembers(Protocol):
+class SourceFile(Protocol):
     """A member of a tar, or a file of its own with its ``url``. ``read`` returns None for more than ``limit`` bytes."""
 
     offset: int
@@ -240,14 +240,14 @@ class _Group:
     repeated: str | None = None
     unread: int = 0  # members above limits.members
     images: int = 0
-    image: TarMembers | None = None
+    image: SourceFile | None = None
     image_extension: str = ""
     data: bytes | None = None  # None if above limits.image_bytes
     cut_off: bool = False
     sidecars: dict[str, bytes] = field(default_factory=dict)
     left_out: dict[str, Refusal] = field(default_factory=dict)
 
-    def add(self, extension: str, member: TarMembers, limits: Limits) -> None:
+    def add(self, extension: str, member: SourceFile, limits: Limits) -> None:
         if extension in self.extensions:
             self.repeated = extension
             return
@@ -344,7 +344,7 @@ def _start(extension: str) -> str:
     return extension[: extension.rfind(".") + 1]
 
 
-def _read(member: TarMembers, limit: int) -> tuple[bytes | None, bool]:
+def _read(member: SourceFile, limit: int) -> tuple[bytes | None, bool]:
     """Return a member's data, or None if it is above the limit or cut off, and whether it is cut off."""
     try:
         return member.read(limit), False
