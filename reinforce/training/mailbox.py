@@ -1,10 +1,22 @@
-"""Messages between the driver and the ranks of a training run on Ray. Its actor imports no torch."""
+"""Messages between the driver and the ranks of a training run on Ray.
+
+The actor's process imports this module and no torch, since what the messages hold is defined here.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
 from typing import Any
+
+
+@dataclass(frozen=True)
+class RankHost:
+    """A host on which a rank runs or may run: Ray's id of the node, and the name and address of the host."""
+
+    node: str
+    name: str
+    address: str
 
 
 @dataclass
@@ -16,7 +28,7 @@ class Status:
     whether a rank has received the driver's signal.
     """
 
-    hosts: dict[int, Any] = field(default_factory=dict)
+    hosts: dict[int, RankHost] = field(default_factory=dict)
     user_errors: dict[int, str] = field(default_factory=dict)
     stopped_by: int = 0
     stop_received: bool = False
@@ -55,7 +67,7 @@ class Mailbox:
         if user_error is not None:
             self._status.user_errors[rank] = user_error
 
-    async def report_start(self, rank: int, host: Any) -> int | None:
+    async def report_start(self, rank: int, host: RankHost) -> int | None:
         """A rank starts on a host; returns how often it has started before, None if the training run has ended."""
         if self._closed or self._status.user_errors:
             return None

@@ -43,7 +43,7 @@ from reinforce.storage import Storage
 from reinforce.terminal import Screen, plural
 from reinforce.training.config import Compute, Job
 from reinforce.training.loop import run_rank
-from reinforce.training.mailbox import Mailbox, Status
+from reinforce.training.mailbox import Mailbox, RankHost, Status
 from reinforce.training.ranks import TIMEOUT, join_ranks, use_interface_of
 from reinforce.training.results import Results, read_results
 from reinforce.training.task import Build
@@ -65,15 +65,6 @@ _UNUSED_CALLBACKS = {"PlacementGroupCleanerCallback", "DatasetsCallback", "Datas
 #: For other threads to end. One that asks Ray for something while Ray shuts down here would end this process.
 _END_SECONDS = 5.0
 _ALL_FAILED_SECONDS = 5.0  # wait for the other ranks to report the same user error
-
-
-@dataclass(frozen=True)
-class RankHost:
-    """A host on which a rank runs or may run: Ray's id of the node, and the name and address of the host."""
-
-    node: str
-    name: str
-    address: str
 
 
 def live_hosts(nodes: Iterable[Mapping[str, Any]]) -> dict[str, RankHost]:

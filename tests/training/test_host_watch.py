@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from reinforce.training.ray_train import Cluster, LostHosts, RankHost, find_lost
+from reinforce.training.mailbox import Mailbox, RankHost
+from reinforce.training.ray_train import Cluster, LostHosts, find_lost
 
 A, B = RankHost("node-a", "a", "10.0.0.1"), RankHost("node-b", "b", "10.0.0.2")
 AGAIN = "run the same command again, which resumes from the last checkpoint."
@@ -77,3 +78,8 @@ def test_a_host_that_is_lost_before_its_rank_has_started_ends_the_training_where
     error = watched.error(30.0)
     assert error is not None
     assert error.startswith("host b (10.0.0.2) was lost, and the other hosts can hold 1 of 2 ranks with 4 CPUs")
+
+
+def test_the_process_of_the_mailbox_imports_no_more_than_its_module_for_a_host() -> None:
+    """A host is unpickled there; from a module that imports torch it would cost seconds in every training on Ray."""
+    assert RankHost.__module__ == Mailbox.__module__
