@@ -228,7 +228,8 @@ def read_table(store: Store, name: str, fingerprint: str, columns: list[str]) ->
     if not store.fs.exists(path):
         return None
     with storage_errors(f"{store.url}/{name} cannot be read", "Delete it."), open_whole(store.fs, path) as file:
-        table = pq.read_table(file, columns=columns, page_checksum_verification=True)
+        parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
+        table = parquet.read(columns, use_threads=False)  # as in LayerFile.read_row_group
     return table if (table.schema.metadata or {}).get(FINGERPRINT) == fingerprint.encode() else None
 
 
@@ -303,11 +304,11 @@ class HeldOutImages:
             storage_errors(f"{name} cannot be read", "Delete it, and start the training again."),
             open_whole(store.fs, store.path(HELD_OUT_FILE)) as file,
         ):
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
             if (parquet.schema_arrow.metadata or {}).get(FINGERPRINT) != self.fingerprint.encode():
                 raise UserError(f"{name} was replaced during the training. Start it again.")
             for group in range(parquet.num_row_groups):
-                for image in parquet.read_row_group(group, columns=["image"])["image"]:
+                for image in parquet.read_row_group(group, columns=["image"], use_threads=False)["image"]:
                     yield image.as_py()
 
 

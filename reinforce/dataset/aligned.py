@@ -95,7 +95,7 @@ class AlignedShard:
         """Read a row group of a layer without comparing its keys; references to images name the tars where they are
         now."""
         with layer_errors(self.store, layer, self.shard):
-            table = self._files[layer].read_row_group(number, self._aligned.columns.get(layer), use_threads=False)
+            table = self._files[layer].read_row_group(number, self._aligned.columns.get(layer))
             if "key" not in table.column_names:
                 raise RefusedFile("it has no column key")
         index = table.schema.get_field_index("image_ref")

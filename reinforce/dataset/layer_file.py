@@ -137,7 +137,7 @@ class LayerFile:
     @functools.cached_property
     def _file(self) -> pq.ParquetFile:
         readable = pa.PythonFile(self._source, mode="r") if self._readable is None else self._readable
-        return pq.ParquetFile(readable, metadata=self.metadata, page_checksum_verification=True)
+        return pq.ParquetFile(readable, metadata=self.metadata, page_checksum_verification=True, pre_buffer=False)
 
     @functools.cached_property
     def _shapes(self) -> dict[str, list[int]]:
@@ -176,8 +176,12 @@ class LayerFile:
             return self._file.schema_arrow.empty_table()
         return pa.concat_tables([self.read_row_group(number, columns) for number in range(self.num_row_groups)])
 
-    def read_row_group(self, number: int, columns: Collection[str] | None = None, use_threads: bool = True) -> pa.Table:
-        """Read a row group, or some of its columns. Raises RefusedFile if it is above the bounds or damaged."""
+    def read_row_group(self, number: int, columns: Collection[str] | None = None) -> pa.Table:
+        """Read a row group, or some of its columns. Raises RefusedFile if it is above the bounds or damaged.
+
+        This thread reads and decodes alone: Arrow's threads may hold bytes after the call, and a program that ends
+        meanwhile is aborted.
+        """
         names = [name for name in self._names if columns is None or name in columns]
         with naming_refused(self._name):
             if missing := set(columns or ()) - set(names) - {schemas.TRUE_CAPTIONS}:
@@ -188,7 +192,7 @@ class LayerFile:
             try:
                 with self._decode_errors():
                     self._check_bytes(group.num_rows, leaves)
-                    table = self._file.read_row_group(number, columns=names, use_threads=use_threads)
+                    table = self._file.read_row_group(number, columns=names, use_threads=False)
             finally:
                 self._source.fetch([])
             return self._with_tensors(table)

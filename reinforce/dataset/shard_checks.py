@@ -422,7 +422,7 @@ class _ShardCheck:
                 stored = file.stored_keys(number, keys.free_bytes if layer == SAMPLES else _STORED_BYTES)
                 if layer != SAMPLES and stored is not None and stored == keys.stored[number]:
                     continue
-            table = file.read_row_group(number, ("key",) if self._quick else None, use_threads=False)
+            table = file.read_row_group(number, ("key",) if self._quick else None)
             if "key" not in table.column_names:
                 raise RefusedFile("it has no column key")
             if layer == SAMPLES:

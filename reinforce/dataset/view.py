@@ -66,7 +66,7 @@ class ViewRows:
             if not _row_digests(self, store).check(shard, content):
                 raise RefusedFile("it does not have the digest that the view states")
             file = LayerFile(pa.BufferReader(content), len(content), file=(f"{FOLDER}/{self.name}", shard))
-            return [file.read_row_group(group, names, use_threads=False) for group in range(file.num_row_groups)]
+            return [file.read_row_group(group, names) for group in range(file.num_row_groups)]
 
         names = schemas.VIEW_SCHEMA.names if values else ["key", "left_out"]
         path = rows_path(self.name, self.fingerprint, shard)
@@ -354,7 +354,8 @@ def _read_shards(store: Store, name: str, fingerprint: str, digest: str) -> pa.T
         content = store.read_bytes(*parts, limit=_MAX_BYTES)
         if digest != f"{digest_of(content):016x}":
             raise UserError(f"{path} does not have the digest that {DESCRIPTION} states. Make the view again.")
-        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True, pre_buffer=False)
+        table = file.read(use_threads=False)  # as in LayerFile.read_row_group
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:

@@ -216,7 +216,7 @@ def _row_groups(store: Store, build: Build, shard: str) -> Iterator[tuple[int, d
     with layer_errors(store, SAMPLES, shard), store.open_layer(SAMPLES, shard, build.samples, whole=False) as file:
         columns = columns_of_identities(file.metadata.schema.to_arrow_schema().names, build.images)
         for group in range(file.num_row_groups):
-            table = file.read_row_group(group, ["key", *columns], use_threads=False)
+            table = file.read_row_group(group, ["key", *columns])
             found = identities(table)
             yield table.num_rows, {**found, KEY: lone_keys(table, found)}
 

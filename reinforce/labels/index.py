@@ -372,7 +372,7 @@ class IdentityIndex:
                         at = int(np.searchsorted(hashes, least))
                         if at == len(hashes) or hashes[at] > most:
                             continue
-                    table = file.read_row_group(group, _NAMES, use_threads=False)
+                    table = file.read_row_group(group, _NAMES)
                     columns = (table[name].cast(type_).to_numpy() for name, type_ in zip(_NAMES, _TYPES, strict=True))
                     entries = Entries(*columns)
                     inside = (entries.shards >= 0) & (entries.shards < len(self.shards)) & (entries.rows >= 0)

@@ -366,7 +366,7 @@ class _Files(IndexedRows):
 
         def read(file: LayerFile, group: int) -> tuple[Any, int]:
             columns = ["key", *self._columns, *columns_of_identities(file.footer[1], images=False)]
-            table = file.read_row_group(group, columns, use_threads=False)
+            table = file.read_row_group(group, columns)
             found = [{KEY: key, **one} for key, one in zip(table["key"].to_pylist(), stated(table), strict=True)]
             rows: dict[str, dict[str, int]] = {}
             for row, one in enumerate(found):
@@ -399,7 +399,7 @@ class _Files(IndexedRows):
         """The keys and values of a row group of a layer."""
 
         def read(file: LayerFile, group: int) -> tuple[Any, int]:
-            table = file.read_row_group(group, use_threads=False)
+            table = file.read_row_group(group)
             if layer.codebook is not None:
                 codes, valid = tensor_rows(table[layer.kind.values])
                 rows = [row if one else None for row, one in zip(codes, valid, strict=True)]

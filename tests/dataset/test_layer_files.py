@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from reinforce.dataset.vectors import decode, encode
 from reinforce.errors import StorageError, UserError
 from reinforce.images.backends import sample_augmentation
 from reinforce.images.records import to_records
+from reinforce.source.parquet_file import WindowFile
 from reinforce.source.urls import expand
 from schemas import Reason
 from tests.helpers.s3_proxy import Handler, Proxy, Request, Response, listening_on, refuse, s3_environment
@@ -362,3 +364,23 @@ def test_a_listing_in_ranges_is_the_same_whatever_is_known(address: str, monkeyp
         }
         assert counts(address)["LIST"] <= times * (5 + 3 * 4)
         assert counts(address)["at once"] > 3
+
+
+def test_rows_are_decoded_by_the_thread_that_reads_them_so_that_none_outlives_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of Arrow may still hold bytes of a file when Python ends, which aborts the program (status 134)."""
+    seen: list[int] = []
+    read = WindowFile.read
+
+    def recorded(self: WindowFile, count: int = -1) -> Any:
+        seen.append(threading.get_ident())
+        return read(self, count)
+
+    monkeypatch.setattr(WindowFile, "read", recorded)
+    path = tmp_path / "s.parquet"
+    pq.write_table(table(*map(str, range(4000))), path, row_group_size=1000, use_dictionary=False)
+    size = path.stat().st_size
+    assert LayerFile(RangeFile(LocalFileSystem(), str(path), size), size).read().num_rows == 4000
+    assert {*seen} == {threading.get_ident()}
+    assert len(seen) >= 8, "of each column of each row group"

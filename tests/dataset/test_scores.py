@@ -216,9 +216,9 @@ def test_only_facts_about_bytes_read_images(config: dict[str, Any], monkeypatch:
     asked: list[Any] = []
     read = LayerFile.read_row_group
 
-    def recorded(self: LayerFile, number: int, columns: Any = None, use_threads: bool = True) -> pa.Table:
+    def recorded(self: LayerFile, number: int, columns: Any = None) -> pa.Table:
         asked.extend(self._names if columns is None else columns)
-        return read(self, number, columns, use_threads)
+        return read(self, number, columns)
 
     monkeypatch.setattr(LayerFile, "read_row_group", recorded)
     for fact, reads_images in (("bytes", True), ("words", False)):
