@@ -216,7 +216,7 @@ def evaluated(name: str) -> dict[str, float]:
     """The metrics of a model: the nearest Twemoji pictures of OpenMoji pictures."""
     train = {"images": "demo/shards/*.tar"}
     sets = {"class": ("style", "class", 1), "style": ("style", "group", 10), "concepts": ("pictures", "group", 10)}
-    keys: dict[str, Any] = {"threads": 1, "batch": 64}
+    keys: dict[str, Any] = {"batch": 64}
     for key, (test, label, k) in sets.items():
         parts = {"train": train, "test": {"images": f"demo/tests/unseen-{test}/*.tar"}}
         keys |= {f"probes.{key}.{part}.images": one["images"] for part, one in parts.items()}

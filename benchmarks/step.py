@@ -101,7 +101,7 @@ class Bench:
         if case.online:
             config = {**open_clip.get_model_config("ViT-B-32"), "embed_dim": DIM}
             spec = {"model": model_folder(self.folder / "teacher", config, weights=True)}
-            losses["online"] = {"lambda": 0.7, "targets": "online", "teachers": dict.fromkeys(TEACHERS, spec)}
+            losses["online"] = {"lambda": 0.7, "teachers": dict.fromkeys(TEACHERS, spec)}
         tasks = {name: self.task(case, loss) for name, loss in losses.items()}
         model = self.accelerator.place(tasks["plain"].model).train()
         optimizer = make_adamw(model, Optimizer(lr=1e-5))

@@ -81,7 +81,7 @@ def make_questions(study: Study) -> dict[str, Question]:
 
 def _ways(study: Study) -> Question:
     teachers = {name: model_mapping(study.demo.teachers[name]) for name in study.teachers}
-    online = study.add_arm("online", "online", "loss.targets=online", override("loss.teachers", teachers))
+    online = study.add_arm("online", "online", override("loss.teachers", teachers))
     stored = study.add_arm("stored", "distilled")
     return Question(
         "ways",

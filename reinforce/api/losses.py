@@ -95,8 +95,10 @@ class StudentLoss(torch.nn.Module):
     def __init__(self, examples: Examples, width: int | None = None, model: Any = None, **keys: Any) -> None:
         super().__init__()
         loss = settings.as_config(Loss, {}, **keys)
-        if loss.targets == "online":
-            raise UserError("targets: online loads teachers in `reinforce train` only; here, targets are stored.")
+        if loss.online:
+            raise UserError(
+                "teachers: online teachers are loaded in `reinforce train` only; here, targets are stored. Remove it."
+            )
         urls = [source.url for source in examples.data.datasets]
         unread: dict[str, Any] = {"output": "-", "student": {"model": "-"}, "train": {"steps": 1}}
         config = settings.parse(StudentConfig, {**unread, "data": examples.data, "loss": loss, "seed": examples.seed})

@@ -76,7 +76,6 @@ class Evaluation(Section):
         "last", description="weights that a training exports: of its last step, or of its best evaluated one by `best`"
     )
     batch: int = Field(256, ge=1, description="images or texts in one forward pass")
-    threads: int | None = Field(None, ge=1, description="threads that decode images; default: one per core")
     memory: int = Field(
         2 * 2**30,
         ge=0,

@@ -37,8 +37,9 @@ class Evaluator:
     """Evaluates models on the sets of a config, which are checked once, at construction.
 
     Those of the user that fit into ``config.memory`` stay decoded between evaluations. ``only`` are the names of the
-    sets that are used, such as ``zero_shot/imagenet``; default: all. ``shown`` is that of ``EvaluatedModels``. Raises
-    UserError for a faulty set: a missing folder or shard, labels that do not match the classes, invalid templates.
+    sets that are used, such as ``zero_shot/imagenet``; default: all. ``shown`` is that of ``EvaluatedModels``.
+    ``threads`` decode images, by default one per core. Raises UserError for a faulty set: a missing folder or shard,
+    labels that do not match the classes, invalid templates.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class Evaluator:
         config: Evaluation,
         only: Collection[str] | None = None,
         shown: int = 0,
+        threads: int | None = None,
     ) -> None:
         self.config = config
         self._shown = shown
-        self._threads = config.threads or available_cores()
+        self._threads = threads or available_cores()
         budget = CacheBudget(config.memory)
         self._own: list[tuple[ImageSet, ImageBatches]] = []
         for name, (kind, one) in config.own_sets.items():

@@ -148,9 +148,6 @@ class Loss(Section):
     lambda_: float = Field(
         1.0, ge=0, le=1, alias="lambda", description="1 is best for zero-shot, 0.7 for retrieval; 0 reads no teacher"
     )
-    targets: Literal["stored", "online"] = Field(
-        "stored", description="`online` runs the teachers during training instead of reading their stored embeddings"
-    )
     form: Literal["softmax", "sigmoid"] = Field("softmax", description="form of the CLIP and distillation losses")
     logit_scales: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="logit scales by teacher; default: those of the dataset or the model"
@@ -188,8 +185,14 @@ class Loss(Section):
     anchor: Anchor | None = Field(None, description="terms against forgetting in a fine-tuning; default: none")
     teachers: Named[AnyTeacher] = Field(
         default_factory=dict,
-        description="for `online`: the models to run, as in `reinforce run`; precision: fp32 unless it is given",
+        description="online teachers: models that run during training, as in `reinforce run`, instead of stored "
+        "embeddings; precision: fp32 unless it is given",
     )
+
+    @property
+    def online(self) -> bool:
+        """Whether teachers run during training instead of their stored embeddings being read."""
+        return bool(self.teachers)
 
     @property
     def anchors(self) -> list[str]:
@@ -199,7 +202,7 @@ class Loss(Section):
     @property
     def of_images(self) -> list[str]:
         """The keys that are set, by their path, and need images."""
-        online = ["loss.targets: online"] if self.targets == "online" else []
+        online = ["loss.teachers"] if self.online else []
         return [*(f"loss.{key}" for key in OF_IMAGES if getattr(self, key) is not None), *online]
 
     @property
@@ -226,11 +229,7 @@ class Loss(Section):
         return {name: spec.model_copy(update={"precision": spec.resolved_precision}) for name, spec in teachers.items()}
 
     @model_validator(mode="after")
-    def _online(self) -> Loss:
-        if self.targets == "online" and not self.teachers:
-            raise ValueError("targets `online` needs `teachers`: the models to run")
-        if self.targets == "stored" and self.teachers:
-            raise ValueError("`teachers` needs `targets: online`; name stored teachers under `data.teachers`")
+    def _check_form(self) -> Loss:
         if self.logit_biases and self.form != "sigmoid":
             raise ValueError("`logit_biases` needs `form: sigmoid`; remove it")
         if self.learn_scales and (self.form != "softmax" or self.lambda_ == 0):
@@ -509,15 +508,14 @@ class StudentConfig(Section):
         loss, student = self.loss, self.student
         if student.images_alone:
             self._check_images_alone()
-        if self.data.backend == "device-1" and loss.targets == "online":
+        if self.data.backend == "device-1" and loss.online:
             raise ValueError(
-                "data.backend: device-1 makes no images for teachers in the loop; with `loss.targets: online` leave it "
-                "out"
+                "data.backend: device-1 makes no images for teachers in the loop; with `loss.teachers` leave it out"
             )
-        if self.data.parallel and loss.targets == "online":
+        if self.data.parallel and loss.online:
             raise ValueError(
                 "data.parallel: these texts learn the stored vectors of the true caption, and a teacher in the loop "
-                "would encode the texts themselves; set loss.targets to stored, or remove `parallel`"
+                "would encode the texts themselves; remove `loss.teachers` or `parallel`"
             )
         alone = next((key for key in ("captions", "images") if getattr(self.data, key) == "none"), None)
         if alone and (loss.logit_scales or loss.learn_scales or loss.form != "softmax"):

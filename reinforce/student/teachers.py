@@ -73,7 +73,7 @@ def compare_towers(config: StudentConfig, manifests: Mapping[str, Mapping[str, A
     """
     student, loss = config.student, config.loss
     key, spec = ("student.model", student) if config.data.images == "none" else ("student.text", student.text)
-    if spec is None or loss.features.head != "none" or loss.targets != "stored" or loss.lambda_ == 0:
+    if spec is None or loss.features.head != "none" or loss.online or loss.lambda_ == 0:
         return []
     try:
         own = _known_identity(model_identity(ModelSpec(model=spec.model, pretrained=spec.pretrained)))

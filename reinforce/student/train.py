@@ -66,7 +66,7 @@ def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str |
     Storage(config.output).check_writable()
     job = student_job(config)
     check_trackers(config.log)
-    if runs_on_ray(job, address) and config.loss.targets == "stored":
+    if runs_on_ray(job, address) and not config.loss.online:
         build(config, Accelerator("cpu"))  # reports errors of the config before Ray starts
     return launch(partial(build, config), job, address)
 
@@ -101,7 +101,7 @@ def _evaluates_start(config: StudentConfig) -> bool:
 def build(config: StudentConfig, accelerator: Accelerator) -> tuple[StudentTask, StudentFeed]:
     """Make the task and the feed of one rank. Raises UserError if config, datasets and models do not fit together."""
     task = StudentTask(config, str(accelerator.device))
-    read, online = task.terms.models, target_sections("teachers") if config.loss.targets == "online" else ()
+    read, online = task.terms.models, target_sections("teachers") if config.loss.online else ()
     feed = StudentFeed(
         config.data,
         config.seed,
@@ -124,7 +124,7 @@ class StudentTask(Task):
     """Trains the student of a config by distillation; see ``reinforce.training.task.Task``.
 
     Reads dataset.json of the datasets and the evaluation sets, loads the student on the CPU and, with
-    ``targets: online``, the teachers on ``device``. ``notes`` describe the student, the use of each teacher and the
+    ``loss.teachers``, these on ``device``. ``notes`` describe the student, the use of each teacher and the
     logit scales. Raises UserError if the config, the datasets and the models do not fit together.
     """
 
@@ -136,7 +136,7 @@ class StudentTask(Task):
         loss, texts, images = config.loss, config.data.captions != "none", config.data.images != "none"
         teachers: dict[str, Teacher] = {}
         known: dict[str, TeacherInfo] = {}
-        if loss.targets == "online":
+        if loss.online:
             every = loss.lambda_ > 0 or any(term.teachers is None for term in loss.teacher_terms)
             named = [*loss.anchors, *(name for term in loss.teacher_terms for name in term.teachers or ())]
             specs = {name: spec for name, spec in loss.teachers.items() if every or name in named}
@@ -144,7 +144,7 @@ class StudentTask(Task):
             known = {name: online.teacher_info(one, loss.teachers[name], texts) for name, one in teachers.items()}
         manifests = {source.url: read_manifest(Store(source.url)) for source in config.data.datasets}
         models, others = read_stored(config, manifests), dict[tuple[str, str], TargetEncoder]()
-        if loss.targets == "online":
+        if loss.online:
             stored = models.entries
 
             def entries(section: str, names: Sequence[str] | None) -> Mapping[str, Any]:
@@ -182,9 +182,8 @@ class StudentTask(Task):
         rank, ranks, evaluation = gather.rank(), gather.world_size(), config.evaluate
         if rank == 0 and ranks > 1:
             Evaluator(evaluation)  # reports the faulty sets of all ranks
-        threads = evaluation.threads or max(1, available_cores() // gather.local_world_size())
-        own = evaluation.model_copy(update={"threads": threads})
-        self._evaluator = Evaluator(own, evaluation.shares(ranks)[rank])
+        threads = max(1, available_cores() // gather.local_world_size())
+        self._evaluator = Evaluator(evaluation, evaluation.shares(ranks)[rank], threads=threads)
         self.notes = [_describe(self.model, config), *self.terms.notes, *notes]
         self.chosen = {"student.batch_norm": self.model.batch_norm}
         norms = len(batch_norms(self.model.clip))
@@ -254,7 +253,7 @@ def read_stored(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]
     """
     data, loss = config.data, config.loss
     known: dict[str, TeacherInfo] = {}
-    if loss.targets == "stored" and (loss.reads_ensemble or loss.anchors):
+    if not loss.online and (loss.reads_ensemble or loss.anchors):
         anchors_alone = config.model_copy(update={"data": data.model_copy(update={"teachers": []})})
         known = stored_teachers(config if loss.reads_ensemble else anchors_alone, manifests)
     kinds, images = text_kinds(data, manifests), data.images != "none"

@@ -130,7 +130,7 @@ def check_config(config: TuneConfig) -> CheckedConfig:
     assert metric is not None
     loss = short.loss
     for wrong, fix in (
-        (loss.targets == "online", "loss.targets is `online`; tuning reads stored embeddings: set it to `stored`"),
+        (loss.online, "loss.teachers run during training; tuning reads stored embeddings: remove it"),
         (loss.learn_scales, "loss.learn_scales changes the scales that are compared: set it to false"),
         (loss.lambda_ == 0 and not config.lambda_, "loss.lambda is 0, so that scales have no effect: raise it"),
         (short.train.compute.ranks > 1, "train.compute.ranks is above 1; a trial is one rank: set it to 1 in `trial`"),

@@ -184,7 +184,7 @@ def encode_images(config: AdaptConfig, count: int) -> Floats:
     """The vectors of the released model for all images of the dataset [count, D]; zero where it cannot read one."""
     spec = ModelSpec(model=config.released.model, pretrained=config.released.pretrained)
     limits, url = config.general.limits, adapt_config.dataset_of(config)
-    threads = config.general.threads or available_cores()
+    threads = available_cores()
     models = load_models({RELEASED: spec}, "auto", "fp32", config.general.batch, threads)
 
     def examples() -> Iterator[LabelledImage | Refusal]:

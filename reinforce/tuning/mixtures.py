@@ -169,9 +169,7 @@ class Mixtures:
         self.mixer: Mixer = load_mixer(specs)
         self._of: dict[str, Any] = {
             "models": self.mixer.digests(),
-            "sets": redact_values(
-                evaluation.model_dump(mode="json", exclude={"every", "best", "export", "threads", "memory"})
-            ),
+            "sets": redact_values(evaluation.model_dump(mode="json", exclude={"every", "best", "export", "memory"})),
             "precision": self._accelerator.precision,
         }
         found = None if kept is None else kept.get("mixtures")
@@ -182,7 +180,7 @@ class Mixtures:
             raise UserError(f"{self._storage.url} has results of other models or sets. Name another folder.")
         self._storage.check_writable()
         self._results: list[dict[str, Any]] = [] if kept is None else kept["mixtures"]
-        self._evaluator = Evaluator(evaluation.model_copy(update={"threads": evaluation.threads or available_cores()}))
+        self._evaluator = Evaluator(evaluation)
 
     def metrics(self, weights: Mapping[str, float]) -> dict[str, float]:
         """The metrics, between 0 and 1, of the mean of some models with weights; sets that failed have none."""
@@ -218,7 +216,7 @@ class Mixtures:
         model = self._accelerator.place(student.clip.eval())
         encoder = OpenClipEncoder(model, student.image, self.mixer.tokenizer, self._accelerator)
         config = self._evaluator.config
-        return EvaluatedModels({"model": encoder}, self._accelerator, config.batch, config.threads or available_cores())
+        return EvaluatedModels({"model": encoder}, self._accelerator, config.batch, available_cores())
 
     def check_report(self, name: str) -> None:
         """Raise UserError if the folder has the model of a report other than ``name``."""

@@ -112,7 +112,7 @@ def make_photos() -> list[bytes]:
 
 
 def make_evaluator(**config: Any) -> Evaluator:
-    return Evaluator(settings.parse(Evaluation, {"threads": 2, "batch": 5, **config}))
+    return Evaluator(settings.parse(Evaluation, {"batch": 5, **config}), threads=2)
 
 
 def open_retrieval(config: RetrievalSet) -> ImageSet:

@@ -334,7 +334,7 @@ def sections(case: Case, place: Place, stored: bool = False) -> dict[str, Any]:
         used = {
             name: {"vit": vit, **known}[name.partition(".")[0]] for name in [*names, *(["vit"] if anchored else [])]
         }
-        loss |= {"targets": "online", "teachers": used}
+        loss |= {"teachers": used}
     return {
         "student": place.student(case),
         "data": {"datasets": place.datasets(case), "workers": 0, "window": 64, "streams": 2, **data},

@@ -57,7 +57,7 @@ def test_an_unchanged_student_is_at_its_anchors_which_are_added_to_the_loss_of_a
     for kind in texts:
         assert losses[f"anchor_similarities/{kind}"] == pytest.approx(2 * ordinary[f"distill/{kind}"], rel=1e-5)
     in_loop = {"vit": {"model": released, "logit_scale": 20.0}, "unread": {"model": "local-dir:/nowhere"}}
-    online, batch = first_batch(anchored({**BOTH, "weights": 0.5}, loss={"targets": "online", "teachers": in_loop}))
+    online, batch = first_batch(anchored({**BOTH, "weights": 0.5}, loss={"teachers": in_loop}))
     assert numbers_of(online, batch) == pytest.approx(losses, rel=1e-3, abs=1e-4)
     assert task.terms.merged(lambda term: term.recorded) == {"loss.logit_scales.vit": 20.0}
     assert task.notes[1] == (

@@ -153,7 +153,7 @@ def test_models_without_patches_are_refused(tmp_path: Path, dataset: str) -> Non
     plain = TargetModels({"vit": TeacherInfo(8, frozenset([IMAGES, TEXTS]), 70.0, "")})
     for loss, message in (
         ({"dense": 1.0}, r"loss\.dense needs layers patches/TEACHER, and the datasets have none"),
-        ({"dense": 1.0, "targets": "online", "teachers": {"blind": BLIND}}, r"none of `loss\.teachers` has patches"),
+        ({"dense": 1.0, "teachers": {"blind": BLIND}}, r"none of `loss\.teachers` has patches"),
         ({"dense": {"weight": 1.0, "teachers": ["vit"]}}, r"teacher vit has no patches; those with patches are: none"),
         ({"dense": {"weight": 1.0, "cosine": 1.1}}, r"dense\.cosine: .* less than or equal to 1"),
     ):
@@ -168,7 +168,7 @@ def test_models_without_patches_are_refused(tmp_path: Path, dataset: str) -> Non
 
 
 def online(tmp_path: Path, dataset: str, loss: dict[str, Any], teachers: Any, **sections: Any) -> StudentConfig:
-    loss = {"targets": "online", "teachers": teachers, **loss}
+    loss = {"teachers": teachers, **loss}
     return student_config(tmp_path, dataset, "mobileclip", loss=loss, **sections)
 
 

@@ -155,7 +155,7 @@ class Failing(ColorTeacher):
 def test_rows_of_which_an_online_teacher_gives_nan_or_zeros_are_in_no_loss_as_stored_ones_are(config: Any) -> None:
     def first(of: str) -> tuple[StudentTask, Batch]:
         spec = {"class": f"{of}", "codec": "float32", "logit_scale": 50.0}
-        return first_batch(config({"features": "all", "targets": "online", "teachers": {"red": spec}}))
+        return first_batch(config({"features": "all", "teachers": {"red": spec}}))
 
     _, whole = first("tests.helpers.models:ColorTeacher")
     task, batch = first("tests.student.test_features:Failing")

@@ -106,10 +106,10 @@ def test_probabilities_are_learnt_beside_distillation_and_lambda_does_not_weigh_
     torch.testing.assert_close(plain["probabilities/near"], distilled["probabilities/near"])
 
 
-@pytest.mark.parametrize("changes", [{"learn_scales": True}, {"targets": "online", "interactive": 1.0}])
+@pytest.mark.parametrize("changes", [{"learn_scales": True}, {"interactive": 1.0}])
 def test_a_classifier_may_have_the_name_of_a_teacher(tmp_path: Path, changes: dict[str, Any]) -> None:
     made = config_of_tar(tmp_path, members_of(0, 12), classifiers={"red": {**COLORS, "k": 2}})
-    online = {"teachers": {"red": made["teachers"]["red"]}} if "targets" in changes else {}
+    online = {"teachers": {"red": made["teachers"]["red"]}} if "interactive" in changes else {}
     loss = {**changes, **online, "probabilities": 1.0}
     task, batch = first_batch(student_config(tmp_path, reinforce_here(made), loss=loss))
     assert batch["targets"]["red"].keys() == {"image", "caption", "synthetic", "classes", "probabilities", "rest"}

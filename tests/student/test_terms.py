@@ -182,8 +182,6 @@ def test_datasets_are_urls_or_sections_and_captioners_names_or_weights() -> None
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"targets": "online"}, "targets `online` needs `teachers`"),
-        ({"teachers": {"a": {"model": "ViT-B-32"}}}, "`teachers` needs `targets: online`"),
         ({"logit_biases": {"a": -10.0}}, "`logit_biases` needs `form: sigmoid`"),
         ({"learn_scales": True, "form": "sigmoid"}, "learn_scales` needs `form: softmax`"),
         ({"learn_scales": True, "lambda": 0.0}, "a lambda above 0"),

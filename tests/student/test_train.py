@@ -105,7 +105,7 @@ def test_a_batch_that_is_larger_than_the_dataset_is_reported(config: Any) -> Non
 
 
 def test_lambda_0_is_plain_clip_without_teachers(config: Any, teachers: dict[str, dict[str, Any]]) -> None:
-    for online in ({}, {"targets": "online", "teachers": teachers}):
+    for online in ({}, {"teachers": teachers}):
         task, batch = first_batch(config({"lambda": 0.0, **online}))
         assert not batch.get("targets")
         encoded = task.model(batch)
@@ -156,7 +156,7 @@ def test_crops_that_loaders_left_to_the_device_become_the_images_of_the_batch(co
     assert torch.equal(found["caption"], expected["caption"])
     assert found.keys() == expected.keys()
     with pytest.raises(UserError, match="backend: device-1 makes no images for teachers in the loop"):
-        config({"targets": "online", "teachers": {"red": {"class": "a:B"}}}, data={"backend": "device-1"})
+        config({"teachers": {"red": {"class": "a:B"}}}, data={"backend": "device-1"})
     with pytest.raises(UserError, match="backend"):
         config(data={"backend": "device-2"})
 
@@ -209,7 +209,7 @@ def test_a_training_evaluates_a_suite_and_names_a_set_that_fails(
 def test_teachers_that_cannot_be_loaded_and_scales_that_leave_their_bounds_are_refused(config: Any) -> None:
     wrong = {"big": {"model": "ViT-B-33", "pretrained": "openai"}}
     with pytest.raises(UserError, match=r"teacher big: model 'ViT-B-33' is unknown .* did you mean ViT-B-32"):
-        StudentTask(config({"targets": "online", "teachers": wrong}))
+        StudentTask(config({"teachers": wrong}))
     with pytest.raises(UserError, match="keeps scales within 1 and 100"):
         StudentTask(config({"learn_scales": True, "logit_scales": {"red": 120.0}}))
 

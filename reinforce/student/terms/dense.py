@@ -3,7 +3,7 @@
     L = weight * mean over teachers, rows and patches of (c * (1 - cos(f, v)) + (1 - c) * mean_d s(f_d - v_d)),
     f = bilinear(head(map)) at the teacher's grid,   s(x) = x^2 / 2 if |x| < 1, else |x| - 1/2
 
-where v is standardised by channel: stored grids are, and with ``targets: online`` the term standardises them by the
+where v is standardised by channel: stored grids are, and with online teachers the term standardises them by the
 same statistics. 0.9 and 0.1 are the defaults, the weights of Theia (arXiv 2407.20179), which takes one cosine of the
 whole grid. The head comes first: it commutes with the interpolation, and the student's grid is mostly smaller.
 
@@ -110,14 +110,14 @@ def make(loss: Loss, models: TargetModels) -> Dense | None:
         raise UserError(
             f"loss.dense: teacher {missing[0]} has no patches; those with patches are: {', '.join(grids) or 'none'}."
         )
-    if not wanted and loss.targets == "online":
+    if not wanted and loss.online:
         raise UserError("loss.dense: none of `loss.teachers` has patches; name one that has, such as DINOv2.")
     if not wanted:
         raise UserError(
             "loss.dense needs layers patches/TEACHER, and the datasets have none. Set `patches` of a teacher in the "
-            "config of `reinforce run`, and run it; or use `loss.targets: online`."
+            "config of `reinforce run`, and run it; or name it under `loss.teachers`."
         )
-    moments = {name: models.moments(PATCHES, name)[PATCHES] for name in wanted if loss.targets == "online"}
+    moments = {name: models.moments(PATCHES, name)[PATCHES] for name in wanted if loss.online}
     grids = {name: grids[name] for name in wanted}
     uses = {
         (PATCHES, name): f"{rows} x {columns} patches of {dim} dimensions"

@@ -234,7 +234,7 @@ def make(loss: Loss, models: TargetModels) -> Features | None:
         )
     standardise = loss.features.standardise
     moments: dict[tuple[str, str], Moments] = {}
-    if standardise or (loss.targets == "stored" and not models.texts):  # refuses vectors that are all equal
+    if standardise or (not loss.online and not models.texts):  # refuses vectors that are all equal
         for name in teachers:
             moments |= {(name, what): found for what, found in models.moments("teachers", name).items()}
     kept = moments if standardise else {}

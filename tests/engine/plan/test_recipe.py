@@ -218,10 +218,10 @@ def test_online_teachers_of_a_student_stay_in_fp32_so_that_its_checkpoints_fit(t
         "output": str(tmp_path / "out"),
         "data": {"datasets": "my-data"},
         "student": {"model": "ViT-B-32"},
-        "loss": {"targets": "online", "teachers": {"vit": teacher}},
+        "loss": {"teachers": {"vit": teacher}},
         "train": {"steps": 2000},
     }
     assert student_job(StudentConfig.model_validate(data)).fixed_config["loss.teachers.vit.precision"] == "fp32"
-    data["loss"] = {"targets": "online", "teachers": {"vit": {**teacher, "precision": "auto"}}}
+    data["loss"] = {"teachers": {"vit": {**teacher, "precision": "auto"}}}
     with pytest.raises(ValueError, match=r"`precision: auto` is for `reinforce run`"):
         StudentConfig.model_validate(data)

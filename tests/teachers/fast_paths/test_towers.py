@@ -269,7 +269,7 @@ def test_fp8_is_part_of_the_identity_of_a_model_and_refused_where_nothing_compar
     with pytest.raises(ValidationError, match="`precision: fp8` is for image towers of teachers"):
         captioner_spec(model="coca_ViT-L-14", precision="fp8")
     with pytest.raises(ValidationError, match="`precision: fp8` is for `reinforce run`"):
-        Loss(targets="online", teachers={"a": teacher_spec(model="ViT-B-32", precision="fp8")})
+        Loss(teachers={"a": teacher_spec(model="ViT-B-32", precision="fp8")})
     with pytest.raises(ValueError, match="`precision` is not used with `class`"):
         describe_model("red", teacher_spec(**{"class": "tests.helpers.models:ColorTeacher", "precision": "fp8"}))
 
