@@ -85,6 +85,7 @@ class TuningResult:
     def lines(self) -> list[str]:
         """Return the summary for the terminal."""
         lines = [curve.describe() for curve in self.curves]
+        lines += [f"{curve.axis}: {curve.edge}" for curve in self.curves if curve.edge]
         lines += [check.describe(name) for name, check in self.checks.items()]
         lines.append(f"training took {format_duration(self.seconds)} in total")
         lines.append(f"table: {self.output}/{TABLE}   plot: {self.output}/{PLOT}")
@@ -99,6 +100,7 @@ class TuningResult:
                 "best": curve.best,
                 "plateau": vars(curve.plateau) if curve.plateau else None,
                 "told": curve.describe(),
+                "edge": curve.edge,
             }
             for curve in self.curves
         ]

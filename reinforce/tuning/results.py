@@ -173,6 +173,16 @@ class Curve:
         above = [row for value, row in self.rows if value > high]
         return below[-1:] + above[:1]
 
+    @property
+    def edge(self) -> str | None:
+        """Why the best value may lie outside those that were tried, and what to do; None unless it is at an end."""
+        if self.best is None or (self.axis == LAMBDA and self.best in (0, 1)):  # there is no lambda beyond
+            return None
+        for place, which, others in ((0, "lowest", "lower"), (-1, "highest", "higher")):
+            if self.best == self.rows[place][0]:
+                return f"the best value is the {which} that was tried, {self.best:g}: try {others} ones, too"
+        return None
+
     def describe(self) -> str:
         """Return the best value and the plateau as one line."""
         if self.best is None:

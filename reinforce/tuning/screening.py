@@ -34,8 +34,7 @@ MEASURES = ("entropy", "true_pair", "calibration", "agreement")
 _MAX_BATCH = 4096
 _READERS = 2
 _LOWEST, _HIGHEST = 1.0, 1000.0  # search range of the most likely scale
-
-_AT_BOUND = 1.01  # ratio to a bound at which the search ends, since it stops within 0.005 of it in log scale
+_AT_BOUND = 1.01  # ratio to a bound that counts as the bound, since the search stops within 0.005 of it in log scale
 
 #: Cosine similarities [B, B] of images with texts, by teacher and kind of text.
 Cosines = Mapping[str, Mapping[str, torch.Tensor]]
@@ -78,12 +77,12 @@ class TeacherScreening:
 
 def search_fault(calibrated: float) -> str | None:
     """Why the search has found no most likely scale, and what to do; None unless it ended at a bound."""
-    if calibrated <= _LOWEST * _AT_BOUND:
+    if calibrated <= _LOWEST:
         return (
             f"the search for the most likely scale ended at its lowest, {_LOWEST:g}: true pairs are hardly more alike "
             "than others. Check that the captions belong to their images, or leave the teacher out"
         )
-    if calibrated >= _HIGHEST / _AT_BOUND:
+    if calibrated >= _HIGHEST:
         return (
             f"the search for the most likely scale ended at its highest, {_HIGHEST:g}: nearly every true pair is the "
             "most similar one. Raise screening.batch or screening.batches"
@@ -171,7 +170,10 @@ def _calibration(logits: torch.Tensor) -> float:
 
 
 def _most_likely_scale(cosines: Sequence[torch.Tensor]) -> float:
-    """Minimize the cross-entropy with the true pairs, which is convex in the scale, by golden-section search."""
+    """Minimize the cross-entropy with the true pairs, which is convex in the scale, by golden-section search.
+
+    Returns a bound of the search, to the digit, where it ends there.
+    """
 
     def loss(log_scale: float) -> float:
         total = 0.0
@@ -193,4 +195,8 @@ def _most_likely_scale(cosines: Sequence[torch.Tensor]) -> float:
             low, left, left_loss = left, right, right_loss
             right = low + ratio * (high - low)
             right_loss = loss(right)
-    return float(f"{math.exp((low + high) / 2):.3g}")
+    found = math.exp((low + high) / 2)
+    for bound in (_LOWEST, _HIGHEST):
+        if bound / _AT_BOUND <= found <= bound * _AT_BOUND:
+            return bound
+    return float(f"{found:.3g}")

@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 
 from reinforce.student.config import StudentConfig
-from reinforce.tuning.config import Setting, Trial
+from reinforce.tuning.config import LAMBDA, Setting, Trial
 from reinforce.tuning.results import (
     TrialOutcome,
     check_screening,
@@ -47,6 +47,17 @@ def test_plateau_is_unknown_of_one_seed_and_on_the_side_where_trials_were_stoppe
     curve = scale_curve({10.0: [0.2, 0.2], 20.0: [0.9]})
     assert curve.best == 10.0
     assert [row.mean for _, row in curve.rows] == [0.2, None], "a missing seed has no mean"
+
+
+def test_a_best_value_at_an_end_of_those_tried_is_stated_with_the_side_to_try() -> None:
+    middle = scale_curve({10.0: [0.2, 0.2], 20.0: [0.3, 0.3], 40.0: [0.1, 0.1]})
+    lowest, highest = (scale_curve({10.0: [one], 20.0: [1 - one], 40.0: None}, seeds=1) for one in (0.9, 0.1))
+    assert (middle.edge, highest.edge) == (None, None), "a stopped trial above it was tried"
+    assert lowest.edge == "the best value is the lowest that was tried, 10: try lower ones, too"
+    assert "the highest that was tried, 20: try higher" in str(scale_curve({10.0: [0.1], 20.0: [0.3]}, seeds=1).edge)
+    at_one = replace(lowest, axis=LAMBDA, rows=[(0.5, lowest.rows[1][1]), (1.0, lowest.rows[0][1])], best=1.0)
+    assert at_one.edge is None, "there is no lambda above 1"
+    assert "try lower" in str(replace(at_one, best=0.5).edge)
 
 
 def test_joint_curve_takes_the_best_setting_at_each_value_and_none_with_a_failed_trial() -> None:
@@ -169,7 +180,7 @@ def test_a_search_for_the_most_likely_scale_that_ends_at_a_bound_is_no_result(
     sign: int, bound: float, fix: str
 ) -> None:
     cosines = torch.full((8, 8), 0.5) + sign * 0.001 * torch.eye(8)
-    assert _most_likely_scale([cosines]) == pytest.approx(bound, rel=0.01)
+    assert _most_likely_scale([cosines]) == bound, "the number of the line and of the table"
     screening = TeacherScreening([ScaleMeasures(50.0, 0, 0, 0, 0, 0)], _most_likely_scale([cosines]), 0.0)
     assert fix in str(screening.json()["fault"])
     (line,) = screening_lines({"red": screening, "blue": replace(screening, calibrated=30.0)})
