@@ -85,7 +85,10 @@ class DenseLoss(TeacherTerm):
     """How the student's spatial map approaches the patch vectors of teachers; see student/terms/dense.py."""
 
     teachers: list[str] | None = Field(
-        None, min_length=1, description="teachers whose patches are learnt; default: all that have some"
+        None,
+        min_length=1,
+        description="teachers whose patches are learnt; default: those with stored patches, and of online teachers "
+        "those that set `patches`, or the only one that has some",
     )
     stage: int = Field(
         -1, description="stage or block of the image tower whose output is the map, from the end if negative"

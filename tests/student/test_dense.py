@@ -206,6 +206,26 @@ def test_patches_are_learnt_beside_the_other_losses(tmp_path: Path, dataset: str
     assert note.endswith("; 4 x 4 patches of 5 dimensions")
 
 
+def test_without_names_online_patches_are_of_the_teachers_whose_patches_a_run_stores(
+    tmp_path: Path, dataset: str
+) -> None:
+    stated = {**TEACHER, "patches": {"grid": 4, "codec": "float16"}}
+    teachers: dict[str, Any] = {"cells": stated, "others": TEACHER}
+    url = small_dataset(tmp_path, (24,), teachers=teachers, captioners={}, augmentations={"count": 2, "size": 32})
+
+    def terms(loss: dict[str, Any], folder: str) -> set[str]:
+        config = student_config(tmp_path / folder, url, "mobileclip", loss={"lambda": 0.0, "dense": 1.0, **loss})
+        task, prepared = first_batch(config)
+        return {name for name in losses_of(task, prepared) if name.startswith("dense/")}
+
+    for targets in ("stored", "online"):
+        found = terms({"targets": targets, "teachers": teachers if targets == "online" else {}}, targets)
+        assert found == {"dense/cells"}, f"{targets}: `others` has a map, and its patches are not stored"
+    several = {"targets": "online", "teachers": {"cells": TEACHER, "others": TEACHER}}
+    with pytest.raises(UserError, match=r"loss\.dense: teachers cells and others have patches\. Name those"):
+        terms(several, "several")
+
+
 def test_stored_patches_are_read_with_their_crops_and_only_where_they_are_learnt(tmp_path: Path) -> None:
     teachers = {"cells": {**TEACHER, "patches": {"grid": 4, "codec": "float16"}}}
     augmentations = {"count": 2, "size": 32}

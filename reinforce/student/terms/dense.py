@@ -100,12 +100,24 @@ def distances(projected: torch.Tensor, target: torch.Tensor, cosine: float) -> t
 
 
 def make(loss: Loss, models: TargetModels) -> Dense | None:
-    """The term of a config. Raises UserError if a teacher that it names, or every teacher, has no patches."""
+    """The term of a config.
+
+    Raises UserError if a teacher that it names, or every teacher, has no patches, and if it names none of several
+    online teachers that have some.
+    """
     if loss.dense is None:
         return None
-    found = models.entries(PATCHES, loss.dense.teachers).items()
+    names = loss.dense.teachers
+    if names is None and loss.targets == "online":  # those whose patches a run with these teachers stores
+        names = [name for name, spec in loss.teachers.items() if spec.patches is not None] or None
+    found = models.entries(PATCHES, names).items()
     grids = {name: (*entry["grid"], entry["dim"]) for name, entry in found if name in models.teachers}
-    wanted = [*grids] if loss.dense.teachers is None else loss.dense.teachers
+    wanted = [*grids] if names is None else names
+    if names is None and loss.targets == "online" and len(wanted) > 1:
+        raise UserError(
+            f"loss.dense: teachers {' and '.join(wanted)} have patches. Name those that are learnt in "
+            "loss.dense.teachers, or set `patches` of these in loss.teachers, as for a run that stores them."
+        )
     if missing := [name for name in wanted if name not in grids]:
         raise UserError(
             f"loss.dense: teacher {missing[0]} has no patches; those with patches are: {', '.join(grids) or 'none'}."
