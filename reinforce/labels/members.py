@@ -315,19 +315,18 @@ class RowLabels:
         found = {**values}
         for layer, value in values.items():
             true = inputs_of(layer) == TRUE_CAPTION
-            if isinstance(value, Refusal) or (self.members is None and self.image is None):
+            broken = isinstance(value, Refusal) and value.reason is not Reason.NOT_REINFORCED
+            if broken or (self.members is None and self.image is None):
                 continue
-            if self.members is not None:
-                if true and not captions:
-                    detail = "no caption that the published vector could belong to"
-                    found[layer] = Refusal(key, Reason.NO_TEXT, detail)
+            if true and not captions:  # as a run that computes the layer has it
+                found[layer] = Refusal(key, Reason.NO_TEXT, "no caption that the published vector could belong to")
                 continue
-            if kind_of(layer).picks != "text":
+            if isinstance(value, Refusal) or self.members is not None or kind_of(layer).picks != "text":
                 continue
             own = values.get(captions_layer(inputs_of(layer)))
             if isinstance(own, Refusal):
                 found[layer] = own
-            elif true and captions and {*captions} <= {*self.captions[: len(value)]}:
+            elif true and {*captions} <= {*self.captions[: len(value)]}:
                 texts = itertools.islice(itertools.cycle(captions), self.count)  # as a run encodes them
                 found[layer] = np.stack([value[self.captions.index(text)] for text in texts])
             elif true:

@@ -36,6 +36,7 @@ from reinforce.dataset.layers import (
     TRUE_CAPTION,
     captions_layer,
     embeddings_layer,
+    mapping_at,
 )
 from reinforce.dataset.reading import Dataset
 from reinforce.dataset.sample import ImagePolicies
@@ -356,7 +357,12 @@ def export_datacompdr(
         if missing := [layer for layer in needed if layer not in data.layers]:
             raise UserError(
                 f"{data.store.url} has no {', '.join(missing)}, and the format holds vectors of all teachers for "
-                "images and all texts. Choose teachers and captioners by --teachers and --captioners."
+                "images and all texts. "
+                + (
+                    "`reinforce export labels` publishes datasets without vectors of true captions."
+                    if embeddings_layer(teacher, TRUE_CAPTION) in missing
+                    else "Choose teachers and captioners by --teachers and --captioners."
+                )
             )
     operations = _check_policies(data, approximate)
     result.config = build_config(data, operations, precision, images)
@@ -377,6 +383,8 @@ def export_datacompdr(
         limits=limits,
         layout=layout,
     )
+    if layout == "datacompdr" and mapping_at(data.manifest, "layers", SAMPLES).get("count", 1) > 1:
+        result.notes.append("of several true captions of a sample, the format has the first alone, and its vectors")
     if not data.captioners:
         result.notes.append("no captioner: the trainer of ml-mobileclip needs synthetic captions")
     if not export.reads_images and policies["image"] != PUBLISHED_POLICY:

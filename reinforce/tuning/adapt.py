@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -232,7 +233,7 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
     if summary.status:
         raise TooManyQuarantined(f"the run has failed: {summary.text(run_config.output)}")
     data = Dataset(run_config.output, {})
-    _check_captions(data, config.source)
+    _check_captions(data, config, domain)
     begun = TRAINING_FILE in storage.names()
     domain = _domain_of_training(storage, domain) if begun else domain
     division = divide(config, domain, data, begun, partial(encode_images, config, len(data)))
@@ -241,10 +242,12 @@ def adapt(config: AdaptConfig, log: Log = lambda line: None, address: str | None
         log(line)
     if newer := len(data) - len(held_out) - len(trained_on):
         log(f"warning: {plural(newer, 'image')} came after the training began and are not used. Name another folder.")
-    training = adapt_config.training_config(config, domain, len(trained_on))
-    _check_length(training, len(trained_on), log)
+    used = len(trained_on) - division.without_caption
+    training = adapt_config.training_config(config, domain, used)
+    _check_length(training, used, log)
     storage.write_bytes(_yaml(training), TRAINING_FILE)
-    log(f"training on {plural(len(trained_on), 'image')}, {len(held_out):,} are held out")
+    left = f"; {plural(division.without_caption, 'other')} without a caption cannot be used"
+    log(f"training on {plural(used, 'image')}, {len(held_out):,} are held out{left * (used < len(trained_on))}")
     train(training, address=address)
     out, sets = f"{config.output}/{MODEL}", adapt_config.sets_of(config, domain)
     trained = f"{adapt_config.training_of(config)}/student"
@@ -303,20 +306,21 @@ def _check_repeated(storage: Storage, config: AdaptConfig) -> dict[str, Any]:
     return stated
 
 
-def _check_captions(data: Dataset, source: str) -> None:
-    """Raise UserError if all captions are equal, or if there are none."""
+def _check_captions(data: Dataset, config: AdaptConfig, domain: adapt_config.Domain) -> None:
+    """Raise UserError if all captions are equal, or, without classes, if too few images have one."""
     layers = AlignedLayers(data.store, {SAMPLES: data.fingerprints[SAMPLES]}, {SAMPLES: ("key", "caption")})
-    found: set[str | None] = set()
+    found = Counter[str | None]()
     for shard in data.shards:
         with layers.open(shard) as opened:
             for number in range(opened.row_groups):
-                found |= {*opened.read(number)[SAMPLES]["caption"].to_pylist()}
-                if len(found - {None}) > 1:
-                    return
-    raise UserError(
-        f"{source}: all captions are equal, so that they tell no image from another. Write one for each, and name "
-        f"another folder than that of {data.store.url}, which has the captions as they were read."
-    )
+                found.update(opened.read(number)[SAMPLES]["caption"].to_pylist())
+    if len(found.keys() - {None}) <= 1:
+        raise UserError(
+            f"{config.source}: all captions are equal, so that they tell no image from another. Write one for each, "
+            f"and name another folder than that of {data.store.url}, which has the captions as they were read."
+        )
+    if not domain.classes:
+        adapt_config.held_out_images(config, found.total() - found[None])
 
 
 def _yaml(config: Any) -> bytes:

@@ -56,12 +56,14 @@ class Division:
         units: of each held-out image in order, a number that its copies have, too.
         classes: images of each class on both sides; empty without classes.
         lines: copies and captions, one line each.
+        without_caption: images to train on that have none, and so cannot be used.
     """
 
     views: Mapping[str, View]
     units: Sequence[int]
     classes: Mapping[str, int]
     lines: Sequence[str]
+    without_caption: int
 
     @property
     def unequal(self) -> bool:
@@ -102,12 +104,14 @@ def divide(
     )
     if domain.captions:
         seen = {text for _, _, texts in trained for text in texts}
-        both = sum(not seen.isdisjoint(texts) for _, _, texts in held)
+        with_captions = [texts for _, _, texts in held if texts]
+        both = sum(not seen.isdisjoint(texts) for texts in with_captions)
+        less = len(held) - len(with_captions)
         lines.append(
-            f"captions: {both:,} of {plural(len(held), 'held-out image')} have a caption that an image of the training "
-            "has, too"
+            f"captions: {both:,} of {plural(len(with_captions), 'held-out image')} have a caption that an image of the "
+            f"training has, too{f'; {less:,} have none and are not measured' * (less > 0)}"
         )
-    return Division(views, units, classes, lines)
+    return Division(views, units, classes, lines, sum(not texts for _, _, texts in trained))
 
 
 def _view(config: SelectConfig, shards: Collection[str], begun: bool) -> View:

@@ -28,6 +28,7 @@ from reinforce.publishing.labels import export_labels
 from tests.helpers.data import config_of, picture, write_tar
 from tests.helpers.decoding import decode_pool
 from tests.helpers.images import encode
+from tests.helpers.published import quarantine
 from tests.helpers.reinforced import reinforce_here
 
 COUNT = 40
@@ -306,6 +307,19 @@ def test_vectors_are_what_the_model_computes(tmp_path: Path, several: str, read:
         else:
             assert np.isnan(other.texts["red"]["caption"]).all()  # one of its captions is not in the labels
         assert len(other.texts["red"]["namer"]) == 2
+
+
+def test_a_sample_without_a_caption_has_no_text_with_labels_and_without_them(tmp_path: Path) -> None:
+    write_several(tmp_path / "source" / "0.tar")
+    members = [(f"{SEVERAL}.png", picture(SEVERAL)), (f"{SEVERAL}.json", json.dumps({"uid": "uid12"}).encode())]
+    write_tar(tmp_path / "source" / "1.tar", members)
+    computed = reinforce_here(config_of(f"{tmp_path}/source/*.tar", tmp_path / "own" / "out", input=READ))
+    exported = export_labels(computed, f"{tmp_path}/labels", use_ray=False)
+    shutil.copytree(tmp_path / "source", tmp_path / "copy")
+    reinforce_here(taking(tmp_path, exported.output, input=READ))
+    layer = "embeddings/red/caption"
+    own, taken = (set(quarantine(folder, layer)) for folder in (tmp_path / "own", tmp_path))
+    assert own == taken == {(str(SEVERAL), "no_text")}
 
 
 def test_a_plan_states_what_is_read_of_them(tmp_path: Path, several: str) -> None:

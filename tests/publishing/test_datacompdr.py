@@ -318,6 +318,24 @@ def test_folders_of_the_dataset_and_teachers_whose_vectors_do_not_fit_together_a
         export(tmp_path)
     assert not (tmp_path / "tars").exists()
     assert export(tmp_path, teachers=["blue"]).samples == 8
+    del document["layers"]["embeddings/blue/caption"]
+    manifest.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"`reinforce export labels` publishes datasets without vectors of true"):
+        export(tmp_path, tmp_path / "other", teachers=["blue"])
+
+
+def test_of_several_captions_the_first_is_written_and_a_note_says_so(tmp_path: Path) -> None:
+    texts = json.dumps({"captions": ["one", "two"]}).encode()
+    write_tar(tmp_path / "source" / "0.tar", [("0.png", picture(0)), ("0.json", texts)])
+    reading = {"captions": ["json:captions"], "captions_per_sample": 2}
+    reinforce_here(config_of(f"{tmp_path}/source/*.tar", tmp_path / "out", input=reading))
+    exported = export(tmp_path)
+    assert any("of several true captions of a sample, the format has the first alone" in one for one in exported.notes)
+    with tarfile.open(next((tmp_path / "tars").glob("*.tar"))) as tar:
+        [name] = [name for name in tar.getnames() if name.endswith(".txt") and "url" not in name]
+        found = tar.extractfile(name)
+        assert found is not None
+        assert found.read() == b"one"
 
 
 def test_an_operation_that_the_format_does_not_have_is_named_and_null_vectors_leave_a_sample_out(

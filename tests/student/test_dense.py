@@ -218,10 +218,10 @@ def test_without_names_online_patches_are_of_the_teachers_whose_patches_a_run_st
         task, prepared = first_batch(config)
         return {name for name in losses_of(task, prepared) if name.startswith("dense/")}
 
-    for targets in ("stored", "online"):
-        found = terms({"targets": targets, "teachers": teachers if targets == "online" else {}}, targets)
+    for targets, in_loop in (("stored", {}), ("online", teachers)):
+        found = terms({"teachers": in_loop}, targets)
         assert found == {"dense/cells"}, f"{targets}: `others` has a map, and its patches are not stored"
-    several = {"targets": "online", "teachers": {"cells": TEACHER, "others": TEACHER}}
+    several = {"teachers": {"cells": TEACHER, "others": TEACHER}}
     with pytest.raises(UserError, match=r"loss\.dense: teachers cells and others have patches\. Name those"):
         terms(several, "several")
 

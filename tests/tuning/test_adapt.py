@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,23 @@ def test_too_few_images_equal_captions_and_too_many_steps_are_said(
         _, out, error = command("adapt", few, f"{tmp_path}/few", "--model", released, *FAST)
     assert "training on 17 images, 4 are held out" in out + error, "images may be added"
     shutil.rmtree(few)
+    partly = captioned(tmp_path, 40)
+    for path in sorted(Path(partly).glob("*.txt"))[:16]:
+        path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(adapting, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        _, out, error = command("adapt", partly, f"{tmp_path}/partly", "--model", released, *FAST)
+    said = re.search(r"training on (\d+) images, 8 are held out; (\d+) others? without a caption", out + error)
+    missing = re.search(r"of (\d+) held-out images? have a caption .*; (\d) have none and are not", out + error)
+    assert said is not None
+    assert missing is not None
+    assert int(said[1]) + int(missing[1]) == 24
+    assert int(said[2]) + int(missing[2]) == 16
+    for path in sorted(Path(partly).glob("*.txt"))[:5]:
+        path.unlink()
+    status, _, error = command("adapt", partly, f"{tmp_path}/fewer", "--model", released, *FAST)
+    assert (status, "has 19 usable images, and an adaptation needs 20" in error) == (2, True), error
+    shutil.rmtree(partly)
     equal = captioned(tmp_path, 24, "a photo")
     status, _, error = command("adapt", equal, f"{tmp_path}/equal", "--model", released, *FAST)
     assert (status, "all captions are equal" in error) == (2, True), error

@@ -434,26 +434,31 @@ class DatasetReader:
 
     def _with_later_ones(self, usable: list[Example], window: Window) -> list[Example]:
         """``apart`` or more distinct usable rows: those of a window, and of the stream from its place in the next epoch
-        on. Fewer if eight windows do not have so many. Raises UserError if there seems to be none.
+        on. Fewer if eight windows do not have so many; of other streams if it has none. Raises UserError if there seems
+        to be none.
         """
         found = {(row.file.path, row.key): row for row in usable}
-        searched, unusable = 0, Counter[str]()
-        position = self._order.before(self._stream, window.epoch + 1) + window.start
-        for later in self._order.windows(self._stream, position):
-            for chunk in later.chunks:
-                examples = self._dataset.load(chunk, later.epoch, self._keep)
-                for row in filter(None, examples.rows):
-                    found.setdefault((row.file.path, row.key), row)
-                searched += chunk.rows
-                unusable.update(examples.unusable)
-                if len(found) >= self._apart or (found and searched >= 8 * len(window.order)):
-                    return list(found.values())
-            if searched >= min(_MAX_UNUSABLE_ROWS, 2 * self._order.total):
-                break
-        if found:  # fewer than a batch has
-            return list(found.values())
+        order, searched, unusable = self._order, 0, Counter[str]()
+        most = min(_MAX_UNUSABLE_ROWS, 2 * order.total)
+        for stream in (self._stream, *(other for other in range(order.streams) if other != self._stream)):
+            own, rows = stream == self._stream, 0
+            position = order.before(stream, window.epoch + own) + (window.start if own else 0)
+            for later in order.windows(stream, position):
+                if rows >= most or (not own and later.epoch > window.epoch):
+                    break
+                for chunk in later.chunks:
+                    examples = self._dataset.load(chunk, later.epoch, self._keep)
+                    for row in filter(None, examples.rows):
+                        found.setdefault((row.file.path, row.key), row)
+                    rows += chunk.rows
+                    unusable.update(examples.unusable)
+                    if len(found) >= self._apart or (found and rows >= 8 * len(window.order)):
+                        return list(found.values())
+            if found:  # fewer than a batch has
+                return list(found.values())
+            searched += rows
         raise UserError(
-            f"{self._dataset.url}: none of {searched:,} rows can be used ({', '.join(unusable)}). "
+            f"{self._dataset.url}: none of {min(searched, order.total):,} rows can be used ({', '.join(unusable)}). "
             f"{self._dataset.hint(unusable)}"
         )
 

@@ -108,12 +108,12 @@ def make(loss: Loss, models: TargetModels) -> Dense | None:
     if loss.dense is None:
         return None
     names = loss.dense.teachers
-    if names is None and loss.targets == "online":  # those whose patches a run with these teachers stores
+    if names is None and loss.online:  # those whose patches a run with these teachers stores
         names = [name for name, spec in loss.teachers.items() if spec.patches is not None] or None
     found = models.entries(PATCHES, names).items()
     grids = {name: (*entry["grid"], entry["dim"]) for name, entry in found if name in models.teachers}
     wanted = [*grids] if names is None else names
-    if names is None and loss.targets == "online" and len(wanted) > 1:
+    if names is None and loss.online and len(wanted) > 1:
         raise UserError(
             f"loss.dense: teachers {' and '.join(wanted)} have patches. Name those that are learnt in "
             "loss.dense.teachers, or set `patches` of these in loss.teachers, as for a run that stores them."

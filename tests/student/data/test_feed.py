@@ -237,9 +237,19 @@ def test_unusable_rows_are_replaced_and_logged_by_reason(tmp_path: Path, caplog:
     assert same(take(feed, 1, 4, start=7)[0], batches[7])
     write_tar(tmp_path / "1.tar", [m for m in members_of(0, 20) if not m[0].endswith((".txt", ".json"))])
     feed = feed_of(reinforce_here(config_of(f"{tmp_path}/1.tar", tmp_path / "none")))
-    with pytest.raises(UserError, match=r"none of 40 rows can be used \(no caption\)\. Set data\.captions to none "):
+    with pytest.raises(UserError, match=r"none of 20 rows can be used \(no caption\)\. Set data\.captions to none "):
         take(feed, 1, 4)
     assert take(feed_of(f"{tmp_path}/none", teachers=[], captions="mixed", synthetic=1.0), 1, 4)
+
+
+def test_a_stream_whose_rows_are_all_unusable_takes_those_of_others(tmp_path: Path) -> None:
+    usable = [f"{number:08}" for number in (2, 5, 11)]
+    members = [m for m in members_of(0, 20) if not m[0].endswith((".txt", ".json")) or m[0].partition(".")[0] in usable]
+    write_tar(tmp_path / "0.tar", members)
+    feed = feed_of(reinforce_here(config_of(f"{tmp_path}/0.tar", tmp_path / "out")), streams=4)
+    for batch in take(feed, 10, 8):
+        assert {*batch["key"]} <= {*usable}
+    assert {key for batch in take(feed, 10, 8) for key in batch["key"]} == {*usable}
 
 
 TRAINING = """
