@@ -243,13 +243,11 @@ def test_unusable_rows_are_replaced_and_logged_by_reason(tmp_path: Path, caplog:
 
 
 def test_a_stream_whose_rows_are_all_unusable_takes_those_of_others(tmp_path: Path) -> None:
-    usable = [f"{number:08}" for number in (2, 5, 11)]
+    usable = [f"{number:08}" for number in (1, 2, 3)]
     members = [m for m in members_of(0, 20) if not m[0].endswith((".txt", ".json")) or m[0].partition(".")[0] in usable]
     write_tar(tmp_path / "0.tar", members)
-    feed = feed_of(reinforce_here(config_of(f"{tmp_path}/0.tar", tmp_path / "out")), streams=4)
-    for batch in take(feed, 10, 8):
-        assert {*batch["key"]} <= {*usable}
-    assert {key for batch in take(feed, 10, 8) for key in batch["key"]} == {*usable}
+    feed = feed_of(reinforce_here(config_of(f"{tmp_path}/0.tar", tmp_path / "out")), streams=10)
+    assert {key for batch in take(feed, 10, 20) for key in batch["key"]} == {*usable}
 
 
 TRAINING = """
