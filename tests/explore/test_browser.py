@@ -133,7 +133,7 @@ def test_search_and_tabs_choose_samples(report: Path, watched: Watched) -> None:
     page.goto(f"file://{report}/gallery.html")
     assert len(shown(page)) == 6
     page.fill("#query", "قطة")
-    page.wait_for_function("document.querySelector('#status').textContent.includes('picture')")
+    page.wait_for_function("/picture(?!.*loaded)/.test(document.querySelector('#status').textContent)")
     everything = page.locator("main").inner_text()
     assert "قطة سوداء" in everything
     assert "thing 3 of shard 1" not in everything
