@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import itertools
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,7 +121,7 @@ def test_markup_in_captions_and_keys_stays_text(report: Path, watched: Watched) 
     page.goto(f"file://{report}/gallery.html#tab=key")
     page.fill("#query", "<script>")
     assert page.locator(".card:not([hidden])").first.locator("bdi", has_text=SCRIPT).count() >= 1
-    page.wait_for_function("document.querySelectorAll('#found-list li').length > 0")  # built by the script
+    page.locator("#found-list li").first.wait_for(state="attached")  # built by the script
     assert SCRIPT in page.locator("#found-list li").first.inner_text()
     own = "[...document.scripts].map((script) => script.getAttribute('src'))"
     assert all(source.startswith(("report.js", "data/rows-")) for source in page.evaluate(own))
@@ -133,12 +134,12 @@ def test_search_and_tabs_choose_samples(report: Path, watched: Watched) -> None:
     page.goto(f"file://{report}/gallery.html")
     assert len(shown(page)) == 6
     page.fill("#query", "قطة")
-    page.wait_for_function("/picture(?!.*loaded)/.test(document.querySelector('#status').textContent)")
+    page.locator("#status").filter(has_text=re.compile(r"with a picture\.$")).wait_for(state="attached")
     everything = page.locator("main").inner_text()
     assert "قطة سوداء" in everything
     assert "thing 3 of shard 1" not in everything
     page.fill("#query", "no caption has these words")
-    page.wait_for_function("!document.querySelector('#status').textContent.includes('loaded')")
+    page.locator("#status").filter(has_not_text="loaded").wait_for(state="attached")
     assert page.locator("#nothing").is_visible()
     page.fill("#query", "")
     choose(page, "key")
@@ -160,7 +161,7 @@ def test_words_are_searched_in_all_tabs_and_samples_sorted_and_filtered(report: 
     page = watched.page
     page.goto(f"file://{report}/gallery.html#tab=quarantine")
     page.fill("#query", "THING shard 1")
-    page.wait_for_function("!document.querySelector('#status').textContent.includes('loaded')")
+    page.locator("#status").filter(has_not_text="loaded").wait_for(state="attached")
     titles = [*shown(page), *page.locator("#found-list b").all_inner_texts()]
     assert sorted(titles) == [f"001{number:05d}" for number in range(30)], "of every tab, and without a picture"
     page.fill("#query", "")
