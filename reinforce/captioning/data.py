@@ -46,6 +46,7 @@ from reinforce.evaluation.reading import (
     read_captions,
 )
 from reinforce.images.backends import sample_augmentation
+from reinforce.source import parquet_file
 from reinforce.source.config import Input
 from reinforce.source.formats import dataset as samples_layer
 from reinforce.source.formats.base import Part, Shard, find_format, read_samples
@@ -228,8 +229,7 @@ def read_table(store: Store, name: str, fingerprint: str, columns: list[str]) ->
     if not store.fs.exists(path):
         return None
     with storage_errors(f"{store.url}/{name} cannot be read", "Delete it."), open_whole(store.fs, path) as file:
-        parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
-        table = parquet.read(columns, use_threads=False)  # as in LayerFile.read_row_group
+        table = parquet_file.read_table(file, columns)
     return table if (table.schema.metadata or {}).get(FINGERPRINT) == fingerprint.encode() else None
 
 

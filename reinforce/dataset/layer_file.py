@@ -179,8 +179,7 @@ class LayerFile:
     def read_row_group(self, number: int, columns: Collection[str] | None = None) -> pa.Table:
         """Read a row group, or some of its columns. Raises RefusedFile if it is above the bounds or damaged.
 
-        This thread reads and decodes alone: Arrow's threads may hold bytes after the call, and a program that ends
-        meanwhile is aborted.
+        This thread reads and decodes alone, as in ``reinforce.source.parquet_file.read_table``.
         """
         names = [name for name in self._names if columns is None or name in columns]
         with naming_refused(self._name):

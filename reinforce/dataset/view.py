@@ -29,6 +29,7 @@ from reinforce.dataset.layers import compute_fingerprint
 from reinforce.dataset.store import SHARD_NAME, Store
 from reinforce.errors import StorageError, UserError
 from reinforce.processes.attempts import prefetch
+from reinforce.source.parquet_file import read_table
 from reinforce.source.urls import FOLDER, RowDigests, digest_of, rows_path, shards_path
 from reinforce.terminal import first_names, plural
 
@@ -354,8 +355,7 @@ def _read_shards(store: Store, name: str, fingerprint: str, digest: str) -> pa.T
         content = store.read_bytes(*parts, limit=_MAX_BYTES)
         if digest != f"{digest_of(content):016x}":
             raise UserError(f"{path} does not have the digest that {DESCRIPTION} states. Make the view again.")
-        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True, pre_buffer=False)
-        table = file.read(use_threads=False)  # as in LayerFile.read_row_group
+        table = read_table(pa.BufferReader(content))
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:

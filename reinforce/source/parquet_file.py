@@ -35,6 +35,16 @@ class RefusedFile(ValueError):
     file: tuple[str, str] | None = None
 
 
+def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a small Parquet file that this project has written, or some of its columns. Raises what Arrow raises.
+
+    This thread reads and decodes alone: Arrow's threads may hold bytes after the call, and a program that ends
+    meanwhile is aborted.
+    """
+    file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
+    return file.read(columns, use_threads=False)
+
+
 def read_footer(tail: bytes, size: int) -> pq.FileMetaData | None:
     """Parse the footer of a file of ``size`` bytes from its last bytes; None if more of them are needed.
 

@@ -32,11 +32,11 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import StorageError, UserError
 from reinforce.processes.attempts import BOTOCORE_REQUESTS, READS, S3FS_REQUESTS, prefetch
+from reinforce.source.parquet_file import read_table
 from teachers.redact import CONTAINER_SCHEMES
 
 #: Packages whose exceptions are errors of a storage, beside OSError.
@@ -760,7 +760,7 @@ class RowDigests:
     @classmethod
     def parse(cls, content: bytes) -> RowDigests:
         """Read them from the file at ``shards_path``. Raises what Arrow raises."""
-        table = pq.read_table(pa.BufferReader(content), columns=["shard", "digest"])
+        table = read_table(pa.BufferReader(content), ["shard", "digest"])
         return cls(table["shard"].combine_chunks(), table["digest"].to_numpy())
 
     def check(self, shard: str, content: bytes) -> bool:

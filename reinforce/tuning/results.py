@@ -175,7 +175,7 @@ class Curve:
 
     @property
     def edge(self) -> str | None:
-        """Why the best value may lie outside those that were tried, and what to do; None unless it is at an end."""
+        """What to do where the best value is the lowest or the highest that was tried; else None."""
         if self.best is None or (self.axis == LAMBDA and self.best in (0, 1)):  # there is no lambda beyond
             return None
         for place, which, others in ((0, "lowest", "lower"), (-1, "highest", "higher")):

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -439,28 +439,44 @@ class DatasetReader:
         """
         found = {(row.file.path, row.key): row for row in usable}
         order, searched, unusable = self._order, 0, Counter[str]()
-        most = min(_MAX_UNUSABLE_ROWS, 2 * order.total)
-        for stream in (self._stream, *(other for other in range(order.streams) if other != self._stream)):
-            own, rows = stream == self._stream, 0
-            position = order.before(stream, window.epoch + own) + (window.start if own else 0)
-            for later in order.windows(stream, position):
-                if rows >= most or (not own and later.epoch > window.epoch):
-                    break
-                for chunk in later.chunks:
-                    examples = self._dataset.load(chunk, later.epoch, self._keep)
-                    for row in filter(None, examples.rows):
-                        found.setdefault((row.file.path, row.key), row)
-                    rows += chunk.rows
-                    unusable.update(examples.unusable)
-                    if len(found) >= self._apart or (found and rows >= 8 * len(window.order)):
-                        return list(found.values())
-            if found:  # fewer than a batch has
+        own = order.windows(self._stream, order.before(self._stream, window.epoch + 1) + window.start)
+        others = (
+            itertools.takewhile(
+                lambda one: one.epoch == window.epoch, order.windows(other, order.before(other, window.epoch))
+            )
+            for other in range(order.streams)
+            if other != self._stream
+        )
+        for windows in itertools.chain([own], others):
+            searched += self._search(windows, found, unusable, 8 * len(window.order))
+            if found:  # fewer than a batch has, perhaps
                 return list(found.values())
-            searched += rows
+            if searched >= _MAX_UNUSABLE_ROWS:
+                break
         raise UserError(
             f"{self._dataset.url}: none of {min(searched, order.total):,} rows can be used ({', '.join(unusable)}). "
             f"{self._dataset.hint(unusable)}"
         )
+
+    def _search(
+        self, windows: Iterable[Window], found: dict[tuple[str, str], Example], unusable: Counter[str], few: int
+    ) -> int:
+        """Add the usable rows of windows to those that are ``found``, until these are ``apart``, or some after ``few``
+        rows. Returns the number of rows that were searched.
+        """
+        rows, most = 0, min(_MAX_UNUSABLE_ROWS, 2 * self._order.total)
+        for window in windows:
+            for chunk in window.chunks:
+                examples = self._dataset.load(chunk, window.epoch, self._keep)
+                for row in filter(None, examples.rows):
+                    found.setdefault((row.file.path, row.key), row)
+                rows += chunk.rows
+                unusable.update(examples.unusable)
+                if len(found) >= self._apart or (found and rows >= few):
+                    return rows
+            if rows >= most:
+                break
+        return rows
 
 
 @dataclass(frozen=True)
