@@ -86,6 +86,10 @@ class MemberReader:
                     if crops and [*self.augmentations(members, *LARGEST_IMAGE)] != from_records(records or ()):
                         text = f"the crops of its vectors, in {PARAMETERS}, are not those of the stored sample"
                         raise Unreadable(text)
+                    if layer.texts == TRUE_CAPTION and _TEXTS not in arrays():
+                        detail = f"published without a caption: no vectors {_TEXTS!r}, only: {list_names(arrays())}"
+                        values[layer.name] = Refusal(key, Reason.NOT_REINFORCED, detail)
+                        continue
                     values[layer.name] = self._vectors(layer, arrays())
                     continue
                 name, document = str(self.config.captioners[str(layer.model)].model), _json(members, CAPTIONS)
@@ -255,9 +259,9 @@ class RowLabels:
     ``joined`` is what joined it, None if nothing did. Of a set that decides rows, ``key`` is that of the row, and
     ``refusal`` why the sample is none. Decode processes receive it without values.
 
-    Of a tar it has the ``members`` of a sample, and the augmentation ``records`` of one that is stored already. Of a
-    dataset it has the ``image`` with its augmentation records, and the true ``captions``, of which ``count`` are
-    wanted: 0 without layers of them.
+    Of a tar it has the ``members`` of a sample, the true caption if the tar states it, and the augmentation ``records``
+    of one that is stored already. Of a dataset it has the ``image`` with its augmentation records, and the true
+    ``captions``, of which ``count`` are wanted: 0 without layers of them.
     """
 
     name: str
@@ -309,8 +313,8 @@ class RowLabels:
     def values_of(self, key: str, captions: Sequence[str], values: Mapping[str, LabelValue]) -> dict[str, LabelValue]:
         """The ``values`` as a sample with these true captions takes them.
 
-        Vectors of texts are of the texts of the same labels; of true captions, those of the sample's. The vector of a
-        tar is that of the sample's caption, if it has one.
+        Vectors of texts are of the texts of the same labels; of true captions, those of the sample's. A tar that
+        states no caption is taken to have that of the sample.
         """
         found = {**values}
         for layer, value in values.items():
@@ -321,7 +325,12 @@ class RowLabels:
             if true and not captions:  # as a run that computes the layer has it
                 found[layer] = Refusal(key, Reason.NO_TEXT, "no caption that the published vector could belong to")
                 continue
-            if isinstance(value, Refusal) or self.members is not None or kind_of(layer).picks != "text":
+            if isinstance(value, Refusal) or kind_of(layer).picks != "text":
+                continue
+            if self.members is not None:
+                if true and self.captions and [*captions[:1]] != [*self.captions]:
+                    detail = "published reinforcements: the vector is of another caption than the sample's"
+                    found[layer] = Refusal(key, Reason.NOT_REINFORCED, detail)
                 continue
             own = values.get(captions_layer(inputs_of(layer)))
             if isinstance(own, Refusal):

@@ -68,12 +68,13 @@ from reinforce.labels.members import (
     parse_records,
 )
 from reinforce.source.formats.tar import read_shard
-from reinforce.source.samples import Refusal, clean_text
+from reinforce.source.samples import Refusal, caption_of, clean_text
 from reinforce.source.urls import canonical, digest_of
 from schemas import TRUE_CAPTIONS, WHOLE_SHARD, Reason
 from teachers.published import JOINS, Labels
 
 _CHECKED_SAMPLES = 8
+_CAPTION = "txt"  # the caption of which a tar has the vector; Apple's tars have none
 
 
 class TarLabels(LabelSet):
@@ -89,7 +90,7 @@ class TarLabels(LabelSet):
     def __init__(self, url: str, config: Config, layers: Iterable[Layer], limit: int | None = None) -> None:
         super().__init__(REINFORCEMENTS)
         self.member_reader = self._reader = MemberReader(config, [layer for layer in layers if layer.published])
-        self._url, self._join = url, config.join or "url"
+        self._url, self._join, self._limits = url, config.join or "url", config.input.limits
         self._rows = TarRows(self._join)
         self._members: list[dict[str, tuple[int, int]]] = []  # offset and length of each row's, by name
         self._matched: set[int] = set()
@@ -103,7 +104,7 @@ class TarLabels(LabelSet):
             members: dict[str, tuple[int, int]] = {}
             self._members.append(members)
             self._rows.add(item.key, identity_of(item.sidecars))
-            for name in (PARAMETERS, CAPTIONS, *VECTORS):
+            for name in (PARAMETERS, CAPTIONS, *VECTORS, _CAPTION):
                 if name in item.left_out:
                     self._refusals.append(item.left_out[name])
                 if (data := item.sidecars.get(name)) is not None:
@@ -132,7 +133,11 @@ class TarLabels(LabelSet):
     def _labels(self, row: int, joined: str) -> RowLabels:
         places = self._members[row].items()
         members = {name: os.pread(self._file.fileno(), size, offset) for name, (offset, size) in places}
-        return RowLabels(self.name, joined=joined, key=self._rows.identities[row][KEY], members=members)
+        own = caption_of({_CAPTION: members.pop(_CAPTION, b"")}, [_CAPTION], self._limits)
+        captions = () if own is None else (own,)
+        return RowLabels(
+            self.name, joined=joined, key=self._rows.identities[row][KEY], members=members, captions=captions
+        )
 
     def left_over(self) -> Iterator[Refusal]:
         yield from self._refusals
@@ -146,7 +151,11 @@ class TarLabels(LabelSet):
         for row in range(min(_CHECKED_SAMPLES, len(self._members))):
             labels = self._labels(row, KEY)
             values = labels.unpacked(self._reader, "")
-            errors = {name: value.detail for name, value in values.items() if isinstance(value, Refusal)}
+            errors = {
+                name: value.detail
+                for name, value in values.items()
+                if isinstance(value, Refusal) and value.reason is not Reason.NOT_REINFORCED
+            }
             try:
                 labels.crops(self._reader, *LARGEST_IMAGE)
             except Unreadable as error:

@@ -98,7 +98,7 @@ BROKEN: dict[str, tuple[str, dict[str, bytes | Callable[[], bytes] | None]]] = {
     "too few captions": ("captions/coca", {"syn.json": b'{"syn_text": ["one"]}'}),
     "no vectors": ("embeddings/one/images", {"npz": None}),
     "no vectors of images": ("embeddings/one/images", {"npz": without("image_emb")}),
-    "no vectors of texts": ("embeddings/one/caption", {"npz": without("text_emb")}),
+    "no vectors of synthetic captions": ("embeddings/one/coca", {"npz": without("text_emb")}),
     "no zip": ("embeddings/one/images", {"npz": b"PK\x03\x04 and no more"}),
     "vectors of no length": ("embeddings/one/images", {"npz": npz({"image_emb": np.zeros((COUNT, sum(DIMS)))})}),
     "vectors that are too large": ("embeddings/one/images", {"npz": npz({"image_emb": np.full((COUNT, 10), 1e200)})}),

@@ -20,6 +20,7 @@ from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.functional import resized_crop
 
 import reinforce
+from reinforce.dataset.store import Store
 from reinforce.dataset.vectors import normalized as unit
 from reinforce.errors import UserError
 from reinforce.images.records import OPS
@@ -336,6 +337,56 @@ def test_of_several_captions_the_first_is_written_and_a_note_says_so(tmp_path: P
         found = tar.extractfile(name)
         assert found is not None
         assert found.read() == b"one"
+
+
+def write_captions(path: Path, reverse: bool = False) -> str:
+    """Ten samples without a caption, which come first, and six with one to three, or with these in another order."""
+    members = []
+    for number in range(16):
+        texts = [f"{word} {number}" for word in ("one", "two", "three")[: number % 3 + 1]] if number >= 10 else []
+        texts = texts[:: -1 if reverse else 1]
+        stated = {"uid": f"uid{number}", "texts": texts, "first": texts[:1]}
+        members += [(f"{number:02d}.png", picture(number)), (f"{number:02d}.json", json.dumps(stated).encode())]
+        members += [(f"{number:02d}.txt", texts[0].encode())] if texts else []
+    return str(write_tar(path, members))
+
+
+@pytest.mark.parametrize("own", [True, False])  # whether the source is the dataset's, or the tars themselves
+@pytest.mark.parametrize("captions", [1, 2, 3])
+def test_several_captions_and_none_are_read_back_from_an_export(tmp_path: Path, captions: int, own: bool) -> None:
+    source = write_captions(tmp_path / "source" / "0.tar")
+    several = {"captions": ["json:texts"], "captions_per_sample": captions}
+    reinforce_here(config_of(source, tmp_path / "out", input=several if captions > 1 else {}))
+    export(tmp_path, images=not own)
+    back = read_back(tmp_path, source if own else f"{tmp_path}/tars/*.tar")
+    for one, other in zip(reinforce.open(str(tmp_path / "out")), back, strict=True):
+        assert (one.key, one.caption, one.captions) == (other.key, other.caption, other.captions)
+        assert (one.caption is None) == np.isnan(other.texts["red"]["caption"]).all()
+        np.testing.assert_allclose(other.images["red"], unit(one.images["red"]), atol=1e-6)
+        expected = unit(one.texts["red"]["caption"][:1])
+        np.testing.assert_allclose(other.texts["red"]["caption"], expected, atol=1e-6, equal_nan=True)
+    assert reasons(tmp_path / "back", "embeddings/red/caption") == {(f"{n:02d}", "no_text") for n in range(10)}
+
+
+def test_a_vector_of_another_caption_than_the_samples_is_not_read_back(tmp_path: Path) -> None:
+    source = write_captions(tmp_path / "source" / "0.tar")
+    several = {"captions": ["json:texts"], "captions_per_sample": 3}
+    reinforce_here(config_of(source, tmp_path / "out", input=several))
+    export(tmp_path, images=False)
+    own = {other.key: other for other in read_back(tmp_path, write_captions(tmp_path / "source" / "0.tar", True))}
+    others = {f"{number}" for number in range(10, 16) if number % 3}  # whose first caption is not the exported one
+    layer = "embeddings/red/caption"
+    assert {key for key, reason in reasons(tmp_path / "back", layer) if reason == "not_reinforced"} == others
+    for one in reinforce.open(str(tmp_path / "out")):
+        kept = one.caption is not None and one.key not in others
+        assert kept == np.isfinite(own[one.key].texts["red"]["caption"]).all()
+        assert not kept or own[one.key].caption == one.caption
+
+
+def reasons(dataset: Path, layer: str) -> set[tuple[str | None, str]]:
+    store = Store(str(dataset))
+    rows = [row for shard in store.shards(f"quarantine/{layer}") for row in store.quarantined(layer, shard)]
+    return {(row["key"], str(row["reason"])) for row in rows}
 
 
 def test_an_operation_that_the_format_does_not_have_is_named_and_null_vectors_leave_a_sample_out(
