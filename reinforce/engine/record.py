@@ -215,10 +215,11 @@ class ProgressScreen(Screen):
                 self._counted = time.monotonic(), now.samples
             at, samples = self._counted
             left = (at - self._begun) / samples * (expected - samples)
-            # Workers count in steps. What has not come when it was expected has no estimate until more has come.
+            # Workers count in steps. What has not come when it was expected has no estimate until more has come, and
+            # neither has a shard that has more samples than expected.
             eta = left - (time.monotonic() - at)
             if eta <= 0:
-                eta = None if samples < expected else 0.0
+                eta = None if now.shards_done < now.shards else 0.0
         return Rates(speed, busy, eta)
 
     def line(self, now: Snapshot) -> str:

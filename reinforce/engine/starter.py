@@ -136,10 +136,11 @@ def find_fields(shard: Shard, spec: Input) -> Fields:
         own.update((_DEFAULT, caption) for caption in sample.captions(one))
     names = (*samples[0].members, *dict.fromkeys(name for document in documents for name in document))
     found = _with_captions(Fields(names=names), texts, _known_captions(texts), "json:{}".format)
-    if not found.has_captions and (classes := class_folders(shard)):
-        return Fields(captions=(CLASS,), names=samples[0].members, classes=classes)
-    captioned = (sample for sample, own in zip(samples, texts, strict=True) if found.example in own.values())
-    return _with_example(shard, found, next(captioned)) if found.has_captions else found
+    if not found.has_captions:
+        classes = class_folders(shard)
+        return Fields(captions=(CLASS,), names=samples[0].members, classes=classes) if classes else found
+    first = next(number for number, own in enumerate(texts) if found.example in own.values())
+    return _with_example(shard, found, [samples[first], *samples[:first], *samples[first + 1 :]])
 
 
 def _known_captions(texts: Sequence[Mapping[str, str]]) -> list[str]:
@@ -234,23 +235,24 @@ def _first_samples(shard: Shard, spec: Input, most: int = _TEXTS) -> list[RawSam
     return samples
 
 
-def _with_example(shard: Shard, fields: Fields, sample: RawSample | None = None) -> Fields:
-    """The fields with the caption of the first sample and how many true captions the first samples have, or why none
-    can be read."""
+def _with_example(shard: Shard, fields: Fields, samples: Sequence[RawSample] = ()) -> Fields:
+    """The fields with the caption of the first of ``samples`` and how many true captions they have, or why none can be
+    read. Without ``samples``, those of a table are read."""
     spec = Input(**fields.as_input())
     try:
-        sample = sample or _first_samples(shard, spec, 1)[0]
+        samples = samples or _first_samples(shard, spec, 1)
     except UserError as error:
         folder = None if fields.images_from else _folder_of_images(shard, spec)
         if folder is None:
             return replace(fields, unread=str(error))
         return _with_example(shard, replace(fields, images_from=folder))
-    several, caption = find_several(shard, spec, [sample]), sample.caption(spec.caption_fields, spec.limits)
-    fields = replace(fields, several=max(1, several.most))
-    first = next(filter(None, several.texts[:1]), [])
-    if several.most and (several.rows or (first and caption is None)):
-        fields, caption = replace(fields, only_several=True), next(iter(first), None)
-    example = caption or fields.example
+    several = find_several(shard, spec, samples)
+    captions = [sample.caption(spec.caption_fields, spec.limits) for sample in samples]
+    lists = [found for one, found in zip(captions, several.texts, strict=False) if found and one is None]
+    only_several = several.most > 0 and (several.rows or bool(lists))
+    fields = replace(fields, several=max(1, several.most), only_several=only_several)
+    first = next(iter(several.texts[0]), None) if lists else None
+    example = captions[0] or first or fields.example
     if example is not None and len(example) > _EXAMPLE_CHARS:
         example = f"{example[:_EXAMPLE_CHARS]} ..."
     return replace(fields, example=example)

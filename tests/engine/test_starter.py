@@ -80,6 +80,21 @@ SOURCES: dict[str, tuple[dict[str, bytes], str, str, dict[str, Any], int]] = {
         {"a.tar": tar_bytes([("a.png", picture(1)), ("a.json", b'{"sentences": ["one", "two", "three"]}')])},
         "", "/*.tar", {"format": "tar", "captions": ["json:sentences"], "captions_per_sample": 3}, 1,
     ),
+    "lists after a list of one": (
+        {"a.png": picture(1), "b.png": picture(2), "c.png": picture(3), "metadata.jsonl":
+         b'{"file_name": "a.png", "caption": ["one"]}\n{"file_name": "b.png", "caption": "one"}\n'
+         b'{"file_name": "c.png", "caption": ["one", "two", "three"]}\n'},
+        "", "", {"format": "folder", "captions_per_sample": 3}, 1,
+    ),
+    "a list after a text": (
+        {"a.tar": tar_bytes([("a.png", picture(1)), ("a.json", b'{"caption": "one"}'),
+                             ("b.png", picture(2)), ("b.json", b'{"caption": ["one", "two"]}')])},
+        "", "/*.tar", {"format": "tar", "captions_per_sample": 2}, 1,
+    ),
+    "lines after one line": (
+        {"a.png": picture(1), "a.txt": b"one", "b.png": picture(2), "b.txt": b"one\ntwo"}, "", "",
+        {"format": "folder"}, 1,
+    ),
     "lists in a column": (
         {"rows.parquet": parquet(image=[picture(1)], caption=[["one", "two"]])}, "/rows.parquet", "/rows.parquet",
         {"format": "parquet", "captions": ["caption"]}, 1,
@@ -148,7 +163,7 @@ def test_the_config_for_each_kind_of_source_passes_plan_unchanged(
     for key in ("source", "output", "seed", "images", "input", "augmentations", "teachers", "workers"):
         before = text.partition(f"\n{key}:")[0].splitlines()[-1]
         assert before.startswith("#"), f"{key} has a comment above it"
-    check_several_captions(SEVERAL.get(kind, 1), fields, out, planned, text)
+    check_several_captions(kind, fields, out, planned, text)
     if not data:  # a run reads the files of a folder as by their pattern
         by_folder, by_pattern = (source_shards(Config(source=url, output="out")) for url in (root + "/", root + source))
         assert by_folder.names.to_pylist() == by_pattern.names.to_pylist()
@@ -225,19 +240,23 @@ def init_again(capfd: pytest.CaptureFixture[str], data: str) -> dict[str, Any]:
 
 
 #: True captions of a sample.
-SEVERAL = {"rows of one image": 2, "lists in JSON": 3, "lists in a column": 2}
+SEVERAL = {
+    "rows of one image": 2, "lists in JSON": 3, "lists after a list of one": 3, "a list after a text": 2,
+    "lines after one line": 2, "lists in a column": 2,
+}  # fmt: skip
 
 
-def check_several_captions(count: int, fields: dict[str, Any], out: str, planned: str, text: str) -> None:
+def check_several_captions(kind: str, fields: dict[str, Any], out: str, planned: str, text: str) -> None:
     """Several true captions are said, and kept where they are not read otherwise."""
-    kept = "captions_per_sample" in fields
+    count, kept, first = SEVERAL.get(kind, 1), "captions_per_sample" in fields, "after" not in kind
     ends = "keeps them" if kept else "would keep them; it is not set"
     assert (f"up to {count} true captions a sample; input.captions_per_sample {ends}" in out) == (count > 1)
     assert (("# " * (not kept) + f"captions_per_sample: {count}\n") in text) == (count > 1)
     stored = f"up to {count} a sample, each encoded by 1 teacher, which stores {count} vectors a sample"
-    assert (f"caption 'one' and {count - 1} more" in planned) == kept
+    assert (f"caption 'one' and {count - 1} more" in planned) == (kept and first)
     assert (f"true captions: {stored}" in planned) == kept
-    more = f"true captions, of which the first is used; input.captions_per_sample: {count} keeps and embeds them"
+    used = "which are read as one" if "lines" in kind else "of which the first is used"
+    more = f"true captions, {used}; input.captions_per_sample: {count} keeps and embeds them"
     assert (more in planned) == (count > 1 and not kept)
 
 

@@ -221,7 +221,8 @@ def test_before_workers_have_started_the_line_shows_their_seconds_and_then_the_t
     assert "ETA 0:00:50" in progress.line(working), "it falls until the next samples are counted"
     now[0] = 300.0
     assert "ETA" not in progress.line(working), "the rest took longer than expected, and none of it has been counted"
-    assert "ETA 0:00:00" in progress.line(replace(working, samples=500)), "more than expected"
+    assert "ETA" not in progress.line(replace(working, samples=500)), "more than expected, and not finished"
+    assert "ETA 0:00:00" in progress.line(replace(working, samples=500, samples_done=500, shards_done=1))
     assert "ETA" not in progress.line(replace(working, samples=0))
     progress.show(working)
     now[0] = 312.0

@@ -53,6 +53,7 @@ class FirstSample:
     size: tuple[int, int] | None  # width and height, or None for formats whose header is not read here
     captions: Sequence[str]
     several: SeveralCaptions | None = None
+    taken: str | None = None  # the caption that a run takes of the sample with the most of them, by default
     key_of_row: bool = False  # the key was made of the shard's name, and so of the URL
     equal: int = 0  # the number of the first samples, if they have one image
     unread_heic: bool = False  # one of the first samples is a HEIC, whose decoder is not installed
@@ -106,15 +107,15 @@ class FirstSample:
         several, kept = self.several, config.input.captions_per_sample
         if several is None or several.most <= (kept or 1):
             return None
-        first = next(iter(several.texts[0]), None)
         if kept is not None:
             used = f"of which {kept} {'is' if kept == 1 else 'are'} kept"
         elif several.rows:
             used = "in rows that are a sample each"
-        elif self.caption is None:
+        elif self.taken is None:
             used = "of which none is used"
         else:
-            used = "of which the first is used" if self.caption == first else "which are read as one"
+            first = max(several.texts, key=len)[0]
+            used = "of which the first is used" if self.taken == first else "which are read as one"
         where = f"{canonical(self.url)}: the first samples have up to {several.most} true captions, {used}"
         return f"{where}; input.captions_per_sample: {several.most} keeps and embeds them"
 
@@ -282,21 +283,26 @@ def _sample_of(shard: Shard, config: Config, budget: ReadBudget) -> FirstSample 
         except ImageRefused as refused:
             refusals.append(Refusal(item.key, refused.reason, refused.detail))
             continue
-        several = None
-        with contextlib.suppress(Exception):  # each driver has its own; reading the sample did not raise
-            several = find_several(shard, config.input, [item])
         own = find_format(shard.format).is_table and item.key.startswith(f"{shard.name}-")
         first: list[RawSample | Refusal] = []
         with contextlib.suppress(Exception):  # as above
             few = ReadBudget(_FIRST_ITEMS * limits.image_bytes)
             first = [*itertools.islice(read_samples(shard, config.input, few), _FIRST_ITEMS)]
-        images = [other.image for other in first if isinstance(other, RawSample)]
+        samples = [other for other in first if isinstance(other, RawSample)]
+        images = [one.image for one in samples]
         equal = len(images) if len(images) > 1 and len({*images}) == 1 else 0
+        several, taken = None, None
+        with contextlib.suppress(Exception):  # as above
+            few_samples = [item, *(one for one in samples if one.key != item.key)]
+            several = find_several(shard, config.input, few_samples)
+            texts = several.texts[:1] if find_format(shard.format).is_table else several.texts
+            fullest = max(range(len(texts)), key=lambda number: len(texts[number]))
+            taken = few_samples[fullest].caption(config.input.caption_fields, limits)
         heic = any(
             HEIC_HINT in one.detail if isinstance(one, Refusal) else is_heic(one.image) and not reads_heic()
             for one in [*refusals, *first]
         )
-        return FirstSample(shard.url, item, size, item.captions(config.input), several, own, equal, heic)
+        return FirstSample(shard.url, item, size, item.captions(config.input), several, taken, own, equal, heic)
     return _describe(refusals, find_format(shard.format))
 
 
