@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import reinforce
 from reinforce.dataset.layers import captions_layer
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.pulse import SERVER, LeaseWatch
+from reinforce.engine.record import ProgressScreen, Rates, Snapshot
 from reinforce.errors import UserError
 from tests.helpers.chat_server import chat_server, completion, describe, image_of, start_process
 from tests.helpers.data import config_of, free_port, members_of, write_tar
@@ -108,3 +110,38 @@ def test_a_server_that_never_answers_ends_the_run_and_quarantines_nothing(tmp_pa
     with pytest.raises(UserError, match=r"captions/vlm: no server has answered for .*run the same command again"):
         reinforce_here(config(tmp_path, "out", f"http://127.0.0.1:{free_port()}", wait=0.1))
     assert quarantine(str(tmp_path / "out")) == {}
+
+
+@pytest.mark.usefixtures("worker_in_process")
+def test_no_remaining_time_is_shown_while_a_server_rejects_every_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teachers.server.captioner.REJECTED_SECONDS", 2.0)
+    monkeypatch.setattr("reinforce.engine.driver.worker_pool.POLL_SECONDS", 0.1)
+    shown: list[tuple[Snapshot, float | None]] = []
+    rates = ProgressScreen.rates
+
+    def record(screen: ProgressScreen, now: Snapshot) -> Rates:
+        found = rates(screen, now)
+        shown.append((now, found.eta))
+        return found
+
+    monkeypatch.setattr(ProgressScreen, "rates", record)
+    for shard, size in enumerate((2, 40)):
+        write_tar(tmp_path / "source" / f"{shard:05d}.tar", members_of(shard, size))
+
+    def is_over_expected(now: Snapshot) -> bool:
+        return now.shards_done == 1 and now.samples > 2 * now.samples_done
+
+    def answer(headers: Any, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        time.sleep(0.05)
+        expired = any(is_over_expected(now) for now, _ in shown)
+        return (401, {"error": {"message": "key expired"}}) if expired else describe(headers, request)
+
+    with chat_server(answer) as url:
+        keys = config(tmp_path, "out", url, captions=1, concurrency=1) | {"workers": {"batch": 4, "max": 1}}
+        with pytest.raises(UserError, match=r"every request is rejected .*401 - key expired"):
+            reinforce.run(keys)
+    times = [eta for now, eta in shown if is_over_expected(now)]
+    assert len(times) > 1
+    assert {*times} == {None}, "the rest of the shard is not done"
