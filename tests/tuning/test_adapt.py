@@ -18,7 +18,7 @@ from reinforce.student.model import export
 from reinforce.tuning import adapt as adapting
 from reinforce.tuning import mixtures
 from reinforce.tuning.adapt import advice
-from reinforce.tuning.adapt_config import AdaptConfig, Point, Rule
+from reinforce.tuning.adapt_config import AdaptConfig, Point, Released, Rule, find_domain
 from reinforce.tuning.gain import Gain
 from reinforce.tuning.mixtures import Sweep
 from tests.helpers.commands import Command
@@ -146,6 +146,20 @@ def test_a_killed_adaptation_goes_on_with_the_step_that_was_interrupted(
     whole = json.loads(command(*words)[1])
     assert killed["points"] == whole["points"]
     assert tree(tmp_path / "killed/model")[WEIGHTS] == tree(tmp_path / "out/model")[WEIGHTS]
+
+
+def test_all_captions_of_a_photo_are_kept_where_the_first_photo_has_one(tmp_path: Path) -> None:
+    source = Path(captioned(tmp_path, 3))
+    rows = []
+    for number, path in enumerate(sorted(source.glob("*.txt"))):
+        path.unlink()
+        texts = [f"photo {number}", f"picture {number}", f"image {number}"][: number + 1]
+        rows.append(json.dumps({"file_name": f"{path.stem}.png", "caption": texts}))
+    (source / "metadata.jsonl").write_text("\n".join(rows))
+    config = AdaptConfig(source=str(source), output=str(tmp_path / "out"), released=Released(model="ViT-B-32"))
+    domain = find_domain(config)
+    assert domain.input == {"captions_per_sample": 3}
+    assert "up to 3 true captions a sample; input.captions_per_sample keeps them" in domain.notes
 
 
 def test_bad_input_is_one_line_before_anything_is_written(tmp_path: Path, released: str, command: Command) -> None:
