@@ -68,9 +68,10 @@ def fit_codebook(layer: Layer, values: Floats, target: Store, seed: int) -> str:
     assert isinstance(codec, FittedCodec)
     key = f"teachers.{layer.model}.{layer.kind.codec_key}"
     if len(values) < codec.least:
+        more = "Name a larger source" if len(values) < layer.sample else f"Increase {layer.kind.sample_key}"
         raise UserError(
             f"{key}: {layer.dtype} is fitted to {codec.least:,} vectors at least, and the sample of {layer.name} has "
-            f"{len(values):,}. Increase the sample or the source, or choose a codec that needs fewer, such as "
+            f"{len(values):,}. {more}, or choose a codec that needs fewer, such as "
             f"{'int8' if layer.kind.vectors else 'float16'}."
         )
     try:

@@ -316,8 +316,9 @@ class LayerKind(ABC):
     taken: ClassVar[bool] = False
     unusable: ClassVar[str] = ""
 
-    #: Key of a teacher that names the codec, in messages.
+    #: Keys of a teacher that name the codec and the number of vectors to which it is fitted, in messages.
     codec_key: ClassVar[str] = "codec"
+    sample_key: ClassVar[str] = "codec_sample (--sample of `reinforce convert`)"
 
     @abstractmethod
     def layers(

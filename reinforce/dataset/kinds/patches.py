@@ -98,6 +98,7 @@ class PatchFeatures(LayerKind):
     target_section = "patches"
     unusable = "NaN"
     codec_key = "patches.codec"
+    sample_key = "patches.sample"
     file_schemas = (_schema("float16", 1, 1), _schema("uint8", 1, 1))
 
     def layers(

@@ -257,7 +257,7 @@ def test_what_cannot_be_converted_is_refused(stored: Path, teacher: str, name: s
     [
         ("pq3", 280, r"teachers\.red\.codec: pq3: vectors of 8 numbers have no 3 equal parts; choose pq2"),
         ("pca9", 280, r"pca9: the vectors have 8 numbers; choose at most pca8"),
-        ("pq4", 255, r"teachers\.red\.codec: pq4 is fitted to 256 .* least, and .*red/images has 255\..* as int8\."),
+        ("pq4", 255, r"teachers\.red\.codec: pq4 .* 256 .*red/images has 255\. Increase codec_sample .* or .* int8\."),
     ],
 )
 def test_a_codec_that_does_not_fit_the_vectors_or_their_number_is_refused(
@@ -272,7 +272,7 @@ def test_a_codec_that_does_not_fit_the_vectors_or_their_number_is_refused(
 def test_a_layer_without_a_vector_has_too_few_for_a_codebook(tmp_path: Path) -> None:
     members = [member for member in members_of(0, 140, width=9, height=8) if not member[0].endswith(".txt")]
     write_tar(tmp_path / "source" / "00000.tar", members)
-    with pytest.raises(UserError, match=r"pq4 is fitted to 256 .* embeddings/red/caption has 0\."):
+    with pytest.raises(UserError, match=r"256 .* embeddings/red/caption has 0\. Name a larger source, or choose"):
         reinforce_here({**config(tmp_path, red="pq4"), "captioners": {}}, 64)
 
 
