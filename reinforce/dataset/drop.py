@@ -2,8 +2,9 @@
 
 A layer's files are deleted first, then its quarantine and its index, and last its entry. So an interrupted drop leaves
 a layer that ``dataset.json`` still lists: a run of its config computes the deleted files again, a run of another config
-is refused, and dropping it again deletes the rest. The files of a single shard are set aside instead: a damaged file
-may be the only copy.
+is refused, and dropping it again deletes the rest. With the samples, the lists of their source files are deleted, so
+that the next run reads the source as a first one does. The files of a single shard are set aside instead: a damaged
+file may be the only copy.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from reinforce.dataset.kinds.registry import (
 )
 from reinforce.dataset.layers import MODEL_SECTIONS, SAMPLES, mapping_at, matches, model_of, parts_of
 from reinforce.dataset.manifest import TUNED_KEY, find_manifest, write_manifest
-from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.store import LISTS, MANIFEST, Store
 from reinforce.dataset.view import DESCRIPTION, read_view
 from reinforce.errors import UserError
 from reinforce.source.urls import FOLDER as VIEWS
@@ -51,6 +52,7 @@ class DropPlan:
         known: all layers of the dataset, with their entries in dataset.json.
         views: for each view, the bytes of its files.
         refused: lines on the views that stay, and that are refused without the layers.
+        lists: with the samples, the bytes of the lists of their source files.
     """
 
     url: str
@@ -60,6 +62,7 @@ class DropPlan:
     known: Mapping[str, Mapping[str, Any]]
     views: Mapping[str, list[int]] = field(default_factory=dict)
     refused: Sequence[str] = ()
+    lists: Sequence[int] = ()
 
     def lines(self) -> list[str]:
         lines = [f"{view}: {_describe_files(files)}" for view, files in self.views.items()]
@@ -69,8 +72,12 @@ class DropPlan:
         for name, entry in self.entries.items():
             tuned = f" with the tuned logit scale {entry['logit_scale']:g}" if TUNED_KEY in entry else ""
             lines.append(f"{MANIFEST}: the entry {name}{tuned}")
+        lines += [f"{LISTS}, which name the files or rows of each shard: {_describe_files(self.lists)}"] * bool(
+            self.lists
+        )
         every = [size for sizes in self.sizes.values() for part in sizes for size in part]
-        lines.append(f"in total: {_describe_files(every + [size for of in self.views.values() for size in of])}")
+        every += [*self.lists, *(size for of in self.views.values() for size in of)]
+        lines.append(f"in total: {_describe_files(every)}")
         lines += self.refused
         lines += [f"depends on this: {layer}" for layer in self.dependants]
         return lines
@@ -139,7 +146,11 @@ def plan_drop(store: Store, patterns: Iterable[str]) -> DropPlan:
             if needs := [name for name in read_view(store, view.removeprefix(f"{VIEWS}/")).inputs if name in chosen]:
                 made = f"{view} was made from {', '.join(needs)}"
                 refused.append(f"{made}: it stays, and is refused until a run computes the same again")
-    return DropPlan(store.url, sizes, _orphans(manifest or {}, chosen), dependants, known, dropped, refused)
+    lists: list[int] = []
+    if SAMPLES in chosen:
+        with store.storage_errors("listed", LISTS), contextlib.suppress(FileNotFoundError):
+            lists = [int(info["size"]) for info in store.fs.find(store.path(LISTS), detail=True).values()]
+    return DropPlan(store.url, sizes, _orphans(manifest or {}, chosen), dependants, known, dropped, refused, lists)
 
 
 def layers_with_shard(store: Store, patterns: Iterable[str], shard: str) -> list[str]:
@@ -191,6 +202,11 @@ def drop(store: Store, plan: DropPlan) -> None:
             codebook = codebooks.path_of(layer)
             store.remove(*codebook)
             _delete_empty_folders(store, posixpath.dirname(posixpath.join(*codebook)))
+            if layer == SAMPLES:
+                # The newest first: those that an interruption leaves are of a source that has grown since.
+                for name in reversed(store.names(LISTS)):
+                    store.remove(LISTS, name)
+                _delete_empty_folders(store, LISTS)
             _remove_entry(store, layer)
 
 

@@ -334,6 +334,8 @@ def other_origin(samples: Mapping[str, str], footer: Mapping[str, str]) -> str |
 
 
 MANIFEST = file_types.MANIFEST
+#: Folder with the files and rows of shards of folders and tables.
+LISTS = "lists"
 QUARANTINE = "quarantine/"  # before the layer, in the paths of quarantine files
 _QUARANTINE_BYTES = 256 * 2**20
 _QUARANTINE_ROWS = 2**20  # a quarantine file has one row group

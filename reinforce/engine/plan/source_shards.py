@@ -3,7 +3,7 @@
 ``lists/<shard>.jsonl`` in the dataset has the files of a shard of a folder of images. Where ``input.rows_per_shard``
 is set, ``lists/parts-<number>.jsonl`` has a line for each table with new rows, which are divided into parts. A list
 is written before its shards are computed, and never changes. Files and rows that are added later form new shards, so
-finished shards stay valid.
+finished shards stay valid. The lists are deleted with the layer of samples.
 
 A dataset is not written where a run reads its source: its files would be taken for those of the source.
 """
@@ -27,7 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.config import Config
 from reinforce.dataset.manifest import read_manifest
-from reinforce.dataset.store import Store
+from reinforce.dataset.store import LISTS, Store
 from reinforce.dataset.view import View, open_view
 from reinforce.errors import UserError
 from reinforce.source.formats.base import ListedSample, Part, SourceFormat, expand_folders, find_format, source_format
@@ -55,7 +55,6 @@ _WRITTEN = ("parquet", "json", "jsonl")
 T = TypeVar("T")
 #: Samples of a shard of a folder.
 BLOCK = 2048
-_LISTS = "lists"
 _PARTS = "parts-"
 _LIST_BYTES = 2**28  # that are read
 _THREADS = 16
@@ -248,18 +247,18 @@ class SourceShards:
 def write_lists(store: Store, lists: Mapping[str, bytes]) -> None:
     """Write new lists. Raises UserError if another run has written one in the meantime."""
     for name, content in lists.items():
-        if not store.create(content, _LISTS, f"{name}.jsonl"):
-            raise UserError(f"{store.path(_LISTS, name)}.jsonl was written by another run. Run the same command again.")
+        if not store.create(content, LISTS, f"{name}.jsonl"):
+            raise UserError(f"{store.path(LISTS, name)}.jsonl was written by another run. Run the same command again.")
 
 
 def list_url(config: Config, shard: str) -> str:
-    return f"{config.output.rstrip('/')}/{_LISTS}/{shard}.jsonl"
+    return f"{config.output.rstrip('/')}/{LISTS}/{shard}.jsonl"
 
 
 def _folder_shards(folders: Sequence[str], config: Config, format_: SourceFormat) -> SourceShards:
     """List folders, and form shards of the files that are in no list of the dataset. Raises UserError."""
     store, result = Store(config.output), SourceShards(format_)
-    written = {name.removesuffix(".jsonl") for name in store.names(_LISTS)}
+    written = {name.removesuffix(".jsonl") for name in store.names(LISTS)}
 
     def block(url: str, number: int) -> tuple[str, str]:
         """The URL and the name of a shard of a folder."""
@@ -282,11 +281,11 @@ def _folder_shards(folders: Sequence[str], config: Config, format_: SourceFormat
 
 def _entries(store: Store, name: str, read: Callable[[Any], T]) -> Iterator[T]:
     """What ``read`` makes of the JSON of each line of a list. Raises UserError if the list is damaged."""
-    for line in store.read_bytes(_LISTS, f"{name}.jsonl", limit=_LIST_BYTES).splitlines():
+    for line in store.read_bytes(LISTS, f"{name}.jsonl", limit=_LIST_BYTES).splitlines():
         try:
             yield read(parse_json(line))
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            where = store.path(_LISTS, name)
+            where = store.path(LISTS, name)
             raise UserError(f"{where}.jsonl is damaged. Restore it from a backup or another copy.") from error
 
 
@@ -321,7 +320,7 @@ def _table_shards(
     """
     assert config.input.rows_per_shard is not None
     store, result = Store(config.output), SourceShards(format_)
-    names = sorted(name.removesuffix(".jsonl") for name in store.names(_LISTS) if name.startswith(_PARTS))
+    names = sorted(name.removesuffix(".jsonl") for name in store.names(LISTS) if name.startswith(_PARTS))
     known: dict[str, _Table] = {}
     for name in names:
         for place, table in _entries(store, name, _table_of):

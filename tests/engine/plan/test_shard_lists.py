@@ -14,7 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import reinforce
 from reinforce.config import parse_config
+from reinforce.dataset.drop import drop, plan_drop
+from reinforce.dataset.store import Store
 from reinforce.dataset.validate import validate
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
@@ -191,3 +194,44 @@ def test_a_large_table_that_is_one_shard_is_noted(tmp_path: Path) -> None:
     assert any(
         "is one shard, which one worker reads; set input.rows_per_shard" in note for note in check_source(plan)[1]
     )
+
+
+@pytest.mark.parametrize("fewer", [5, 11])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_after_samples_are_dropped_a_changed_table_is_divided_as_by_a_first_run(
+    tmp_path: Path, kind: str, fewer: int
+) -> None:
+    """The table was written again meanwhile, with other rows, and shards have another number of rows."""
+    name = WRITERS[kind](tmp_path, 9)
+    reinforce_here(config(tmp_path, name))
+    WRITERS[kind](tmp_path, 10)
+    reinforce_here(config(tmp_path, name))
+    store = Store(f"{tmp_path}/out")
+    plan = plan_drop(store, ["*"])
+    assert len(plan.lists) == 2
+    assert any(line.startswith("lists, which name the files or rows of each shard: 2 files (") for line in plan.lines())
+    drop(store, plan)
+    assert not (tmp_path / "out" / "lists").exists()
+    WRITERS[kind](tmp_path, fewer)
+    again = reinforce_here(config(tmp_path, name, 6))
+    assert [text for texts in captions(again).values() for text in texts] == rows(0, fewer)
+    first = reinforce_here(config(tmp_path, name, 6, output=f"{tmp_path}/first"))
+    assert captions(again) == captions(first)
+    assert validate(again).valid
+
+
+def test_after_samples_are_dropped_a_folder_is_divided_anew(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    values = config(tmp_path, "photos", None)
+    for first in (3, 6):  # each time, the new files form a shard
+        for number in range(first - 3, first):
+            (photos / f"{number}.png").write_bytes(picture(number, 9, 9))
+        reinforce_here(values)
+    store = Store(f"{tmp_path}/out")
+    drop(store, plan_drop(store, ["*"]))
+    (photos / "1.png").unlink()
+    assert len(make_plan(parse_config(values)).pending) == 1
+    reinforce_here(values)
+    assert [sample.key for sample in reinforce.open(f"{tmp_path}/out")] == ["0", "2", "3", "4", "5"]
+    assert not store.shards("quarantine/samples")
