@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import logging
 import math
@@ -28,18 +27,15 @@ from reinforce.dataset.sample import KeptGroups, RowPlaces, checked_number
 from reinforce.errors import UserError
 from reinforce.images.device_records import DEVICE_BACKEND
 from reinforce.student.config import Data
-from reinforce.student.data.datasets import open_datasets
+from reinforce.student.data.datasets import COUNTED_SHARDS, open_datasets
 from reinforce.student.data.examples import Example
 from reinforce.student.data.stream import PartMaker, StreamReader, make_orders
-from reinforce.terminal import plural
 from reinforce.training import gather
 from reinforce.training.order import GroupChunk, share
-from schemas.seeds import Ints
 
 _LOG = logging.getLogger(__name__)
 #: Rows that are searched for a usable one in place of another.
 _MOST_UNUSABLE = 10_000
-_COUNTED_SHARDS = 64  # of datasets whose usable rows are counted when they are opened
 _READERS = 2  # threads of a stream that read row groups
 _AT_ONCE = 8  # examples of a stream that are made together
 
@@ -122,9 +118,10 @@ class Examples(Dataset[dict[str, Any]]):
                 )
         self._maker = PartMaker(self.size, self.targets, _no_tokens, scaled=self.data.translations != "stored")
         self._columns = _checked_columns(columns, self.names)
+        self._counted = sum(len(dataset.shards) for dataset in self.datasets) <= COUNTED_SHARDS
+        if self._counted:
+            self.datasets = [dataset.leave_out_unusable() for dataset in self.datasets]
         self._connect()
-        if sum(len(dataset.shards) for dataset in self.datasets) <= _COUNTED_SHARDS:
-            len(self)
 
     @property
     def names(self) -> list[str]:
@@ -132,7 +129,11 @@ class Examples(Dataset[dict[str, Any]]):
         return ["key", "image", *self.kinds, *(f"{target.model}/{target.name}" for target in self.targets)]
 
     def __len__(self) -> int:
-        return len(self._stored)
+        if not self._counted:
+            self.datasets = [dataset.leave_out_unusable() for dataset in self.datasets]
+            self._counted = True
+            self._connect()
+        return len(self._rows)
 
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...
@@ -184,26 +185,6 @@ class Examples(Dataset[dict[str, Any]]):
                 items.append({**item, "targets": found})
         return items
 
-    @functools.cached_property
-    def _stored(self) -> Ints:
-        """The numbers of the rows that have all that an example takes. Raises UserError if there is none."""
-        masks = []
-        for dataset in self.datasets:
-            usable, unusable = dataset.find_stored()
-            reasons = ", ".join(f"{reason}: {count:,}" for reason, count in unusable.most_common())
-            if not usable.any():
-                raise UserError(
-                    f"{dataset.url}: none of {plural(len(usable), 'sample')} can be used ({reasons}). "
-                    f"{dataset.hint(unusable)}"
-                )
-            if reasons:
-                _LOG.warning(
-                    "%s: %s of %s cannot be used and are left out: %s",
-                    dataset.url, f"{(~usable).sum():,}", plural(len(usable), "sample"), reasons,
-                )  # fmt: skip
-            masks.append(usable)
-        return np.flatnonzero(np.concatenate(masks))
-
     def _usable(self, index: int, epoch: int) -> Example:
         """The example of a number. In place of one with values that cannot be trained on, another one: those of
         neighbours are apart, and as different as can be. Raises UserError if there is none.
@@ -213,7 +194,7 @@ class Examples(Dataset[dict[str, Any]]):
         step = next(one for one in itertools.count(round(0.618 * total) or 1) if math.gcd(one, total) == 1)
         searched = min(_MOST_UNUSABLE, total)
         for attempt in range(searched):
-            group, place = self._rows.find(int(self._stored[(number + attempt * step) % total]))
+            group, place = self._rows.find((number + attempt * step) % total)
             which, in_dataset, _ = self._rows.groups[group].tolist()
             found = self.datasets[which].load(GroupChunk(in_dataset, place, place + 1), epoch, keep=True)
             if (example := found.rows[0]) is not None:
@@ -254,7 +235,8 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
     def __init__(
         self, examples: Examples, window: int = 4096, rank: int | None = None, ranks: int | None = None
     ) -> None:
-        self.examples, self.window, self.epoch = examples, _checked_whole("window", window, 1), 0
+        # A copy: with many shards, `len(examples)` leaves rows out, and the order of a stream stays as it is.
+        self.examples, self.window, self.epoch = copy.copy(examples), _checked_whole("window", window, 1), 0
         rank, ranks = (None if one is None else _checked_whole("rank and ranks", one) for one in (rank, ranks))
         self._stated: int | None = None  # by set_epoch
         if (rank is None) != (ranks is None) or (rank is not None and ranks is not None and not 0 <= rank < ranks):

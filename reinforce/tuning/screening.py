@@ -127,7 +127,7 @@ def screen(
 
 def _read_batches(config: StudentConfig, teachers: Sequence[str], count: int, size: int) -> Iterator[Cosines]:
     """Yield the cosines of ``count`` batches, in the order in which one stream of the training run reads them."""
-    datasets = open_datasets(config.data, config.seed, {"teachers": teachers})
+    datasets = open_datasets(config.data, config.seed, {"teachers": teachers}, leave_out=True)
     names = [(target.model, target.name) for target in datasets[0].targets]
     orders = make_orders(datasets, config.seed, 1, config.data.window)
     pool = ThreadPoolExecutor(_READERS, "screening")

@@ -42,11 +42,17 @@ _LOG = logging.getLogger(__name__)
 Models: TypeAlias = "Mapping[str, Sequence[str] | None]"
 #: Shards that are opened in all layers before the training run; the others are checked when they are read.
 _CHECKED_SHARDS = 16
+#: Shards of datasets of which the unusable rows are found, and left out, when they are opened.
+COUNTED_SHARDS = 64
 
 
-def open_datasets(data: Data, seed: int, models: Models | None = None) -> list[StreamedDataset]:
+def open_datasets(
+    data: Data, seed: int, models: Models | None = None, leave_out: bool = False
+) -> list[StreamedDataset]:
     """Open the datasets of a training run; ``models`` are those whose targets are read, by default ``data.teachers``.
 
+    With ``leave_out``, datasets of few shards are without the rows that lack what an example takes: otherwise others
+    replace these when they are read, of which small datasets have too few to be apart.
     Raises UserError if something is missing, damaged or does not fit together.
     """
     wanted = {"teachers": data.teachers} if models is None else models
@@ -58,6 +64,8 @@ def open_datasets(data: Data, seed: int, models: Models | None = None) -> list[S
                 f"{first.url} and {other.url} give different examples: {_describe(first)}; {_describe(other)}. "
                 "Name models that they share under `data`."
             )
+    if leave_out:
+        return [one if len(one.shards) > COUNTED_SHARDS else one.leave_out_unusable() for one in datasets]
     return datasets
 
 

@@ -146,21 +146,25 @@ class ReplayedExamples(NamedTuple):
 
 
 def make_examples(
-    samples: pa.Table, read: ReadLayer, first: int, stop: int, file: SampleFile, spec: ExampleSpec, epoch: int
+    samples: pa.Table, read: ReadLayer, rows: slice | Ints, file: SampleFile, spec: ExampleSpec, epoch: int
 ) -> ReplayedExamples:
-    """Make the examples of rows ``first`` to ``stop`` of a row group in one epoch.
+    """Make the examples of some ``rows`` of a row group, which follow one another or are given by number, in one epoch.
 
     ``read`` reads the row group of another layer; one layer is in memory at a time. A row is usable if it has a text
     of every kind and all targets, each of which is usable; if one captioner has none for it, its text comes from
     another one. Images that are stored by reference are read from their tar, in the tar's order. Raises UserError
     if they cannot be read, and ChangedImages.
     """
-    samples = samples.slice(first, stop - first)
-    keys: list[str] = samples["key"].to_pylist()
-    picks = _Picks(spec, epoch, keys)
+
+    def take(table: pa.Table) -> pa.Table:
+        return table[rows] if isinstance(rows, slice) else table.take(rows)
 
     def rows_of(layer: str) -> pa.Table:
-        return read(layer).slice(first, stop - first)
+        return take(read(layer))
+
+    samples = take(samples)
+    keys: list[str] = samples["key"].to_pylist()
+    picks = _Picks(spec, epoch, keys)
 
     augmentations: Sequence[Augmentation | None] = [None] * len(keys)
     crops = np.zeros(len(keys), np.intp)

@@ -301,7 +301,7 @@ class StudentFeed(StreamFeed):
         pin: bool = False,
     ) -> None:
         # Listing 190,000 shards in eight layers takes 1,500 requests: one rank makes them for all.
-        datasets = share_from_first(lambda: open_datasets(data, seed, models))
+        datasets = share_from_first(lambda: open_datasets(data, seed, models, leave_out=True))
         spec, targets = datasets[0].spec, datasets[0].targets
         crop = max(dataset.size for dataset in datasets) if online else None
         self.rows: int = sum(dataset.rows for dataset in datasets)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,9 +43,12 @@ from reinforce.student.data.examples import (
     find_stored,
     make_examples,
 )
+from reinforce.terminal import plural
 from reinforce.training.order import GroupChunk, Mixture, Order, Window, share
 from schemas import Reason, image_columns
+from schemas.seeds import Ints
 
+_LOG = logging.getLogger(__name__)
 _ALIGNMENT = 64  # bytes
 #: Broken images in a row after which a training run fails.
 _MOST_BROKEN = 100
@@ -252,7 +257,7 @@ class StreamedDataset:
     ``policies`` decode its images and replay its augmentations, ``size`` is the side in pixels at which augmentations
     were recorded. ``groups`` int64 [row groups, 3] are the number of the shard, the place in its file and the rows.
     ``files`` is a hash of the names and sizes of the files of the samples. If ``layers`` are read through a view, row
-    groups have only the rows that it keeps.
+    groups have only the rows that it keeps, and only those in ``masks``, which map a row group to bool [rows].
     """
 
     url: str
@@ -266,6 +271,7 @@ class StreamedDataset:
     groups: npt.NDArray[np.int64]
     roots: ImageRoots = field(default_factory=ImageRoots)
     files: str = ""
+    masks: Mapping[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
     kept: KeptGroups = field(default_factory=KeptGroups, compare=False, repr=False)
 
     def hint(self, unusable: Collection[str]) -> str:
@@ -295,20 +301,41 @@ class StreamedDataset:
 
         Raises UserError if files or images are missing or damaged.
         """
-        number, place, rows = self.groups[chunk.group].tolist()
-        shard = self.shards[number]
+        shard, place = self.shards[int(self.groups[chunk.group, 0])], int(self.groups[chunk.group, 1])
 
         def read_whole() -> dict[str, pa.Table]:
             with self.layers.open(shard, whole=False) as files:
-                group = self._checked(files, place, rows)
+                group = self._checked(files, chunk.group)
                 return {layer: group.read(layer) for layer in self.layers.fingerprints}
 
-        if keep and chunk.rows < rows:
+        if keep and chunk.rows < self.groups[chunk.group, 2]:
             tables = self.kept.get((shard, place), read_whole)
             return self._make_examples(shard, tables[SAMPLES], tables.__getitem__, chunk, epoch)
         with self.layers.open(shard, whole=False) as files:
-            group = self._checked(files, place, rows)
+            group = self._checked(files, chunk.group)
             return self._make_examples(shard, group.samples, group.read, chunk, epoch)
+
+    def leave_out_unusable(self) -> StreamedDataset:
+        """The same dataset without the rows that lack what an example takes, of which a warning states the reasons.
+
+        Raises UserError as ``find_stored``, and if no row is left.
+        """
+        usable, unusable = self.find_stored()
+        if not unusable:
+            return self
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in unusable.most_common())
+        samples = plural(len(usable), "sample")
+        if not usable.any():
+            raise UserError(f"{self.url}: none of {samples} can be used ({reasons}). {self.hint(unusable)}")
+        _LOG.warning(
+            "%s: %s of %s cannot be used and are left out: %s", self.url, f"{(~usable).sum():,}", samples, reasons
+        )
+        of_groups = np.split(usable, np.cumsum(self.groups[:-1, 2]))
+        masks = {number: mask for number, mask in enumerate(of_groups) if not mask.all()}
+        groups = self.groups.copy()
+        groups[:, 2] = [mask.sum() for mask in of_groups]
+        files = hashlib.sha256(self.files.encode() + np.packbits(usable).tobytes()).hexdigest()[:16]
+        return replace(self, groups=groups, masks=masks, files=files, kept=KeptGroups())
 
     def find_stored(self) -> tuple[npt.NDArray[np.bool_], Counter[str]]:
         """The rows [rows] that have all that an example takes, and counts of the others by reason.
@@ -322,8 +349,8 @@ class StreamedDataset:
         def of_shard(number: int) -> list[tuple[npt.NDArray[np.bool_], dict[str, int]]]:
             found, shard = [], self.shards[number]
             with layers.open(shard, whole=False) as files, row_errors(f"{self.url}: shard {shard}"):
-                for _, place, rows in self.groups[ends[number] : ends[number + 1]].tolist():
-                    group = self._checked(files, place, rows)
+                for one in range(ends[number], ends[number + 1]):
+                    group = self._checked(files, one)
 
                     def stored(layer: str, group: RowGroup = group) -> npt.NDArray[np.bool_]:
                         return group.stored(layer, str(kind_of(layer).values))
@@ -339,9 +366,9 @@ class StreamedDataset:
             unusable.update(reasons)
         return np.concatenate([usable for usable, _ in found]), unusable
 
-    def _checked(self, layers: AlignedShard, place: int, rows: int) -> RowGroup:
-        group = layers.row_group(place)
-        if group.samples.num_rows != rows:
+    def _checked(self, layers: AlignedShard, number: int) -> RowGroup:
+        group = layers.row_group(int(self.groups[number, 1]))
+        if group.samples.num_rows != len(self.masks.get(number, range(self.groups[number, 2]))):
             raise UserError(
                 f"{self.url}: samples/{layers.shard}.parquet changed after the training started. Start it again."
             )
@@ -352,9 +379,12 @@ class StreamedDataset:
     ) -> ReplayedExamples:
         path, policies = self.layers.store.layer_path(SAMPLES, shard), self.policies
         file = SampleFile(path, policies.limits, policies.image, policies.augmentation, self.roots)
+        rows: slice | Ints = slice(chunk.first, chunk.stop)
+        if (mask := self.masks.get(chunk.group)) is not None:
+            rows = np.flatnonzero(mask)[rows]
         try:
             with row_errors(path):
-                found = make_examples(samples, read, chunk.first, chunk.stop, file, self.spec, epoch)
+                found = make_examples(samples, read, rows, file, self.spec, epoch)
         except ChangedImages as error:
             drop = drop_shard_command(self.layers.store.url, [SAMPLES], shard)
             raise UserError(error.describe(drop)) from error

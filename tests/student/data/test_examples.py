@@ -79,7 +79,7 @@ def tables(**nulls: set[int]) -> dict[str, pa.Table]:
 def examples(
     layers: Mapping[str, pa.Table], spec: ExampleSpec = SPEC, first: int = 0, epoch: int = 0
 ) -> ReplayedExamples:
-    return make_examples(layers["samples"], layers.__getitem__, first, ROWS, FILE, spec, epoch)
+    return make_examples(layers["samples"], layers.__getitem__, slice(first, ROWS), FILE, spec, epoch)
 
 
 def test_picks_are_uniform_and_captioners_are_picked_by_weight() -> None:
