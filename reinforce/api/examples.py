@@ -224,7 +224,8 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
 
     An epoch has each row once: row groups are shuffled, and rows among about ``window`` of them. Of several datasets,
     each comes by its weight. With several ``ranks`` all workers of all ranks give equally many examples, so that up to
-    one less than their number are left out. Rows that cannot be used are replaced by others of their window.
+    one less than their number are left out. With more than 64 shards, others of their window replace rows that cannot
+    be used.
 
     The order is that of ``seed`` and the epoch: iterating begins the next one. In the workers of a ``DataLoader``,
     which are copies, one is drawn by torch's random numbers; call ``set_epoch`` before each epoch with several ranks,

@@ -3,9 +3,11 @@
 A dataset has G row groups of n_g rows, N = sum_g n_g in total. In every epoch the row groups are shuffled and
 concatenated into one sequence of N rows, which is cut into S equal *spans*, one for each of the S *streams*. Stream s
 reads its span of epoch 0, then its span of epoch 1, and so on. Inside a span, rows are shuffled in windows of whole row
-groups, of about ``window`` rows. The number of samples of stream s before epoch e is
+groups, of about ``window`` rows. An epoch has M samples: the whole batches of all ranks that N rows give, so that no
+batch has rows of two epochs, and of each span the last rows after the shuffle are left out; M = N if batches are not
+known. The number of samples of stream s before epoch e is
 
-    before(s, e) = floor((N * e + s) / S)
+    before(s, e) = floor((M * e + s) / S)
 
 so any position of any stream is found with a few additions, without reading what comes before it. In every step each
 stream contributes the same number of samples (up to one), and a rank reads S / ranks of the streams. Where S divides
@@ -72,21 +74,25 @@ class Window:
     """Consecutive chunks of a span, after ``start`` rows of it, whose rows are shuffled together.
 
     ``order`` [rows] is a permutation of the rows of the concatenated chunks. The first ``skip`` entries come before the
-    requested position.
+    requested position, and those from ``stop`` on are left out in this epoch.
     """
 
     epoch: int
     chunks: tuple[GroupChunk, ...]
     order: Ints
     skip: int
+    stop: int
     start: int
 
 
 class Order:
-    """The order of one dataset's samples: a pure function of (seed, name, row counts, streams, window)."""
+    """The order of one dataset's samples: a pure function of (seed, name, row counts, streams, window, batch)."""
 
-    def __init__(self, rows: Sequence[int] | Ints, seed: int, name: str, streams: int, window: int) -> None:
-        """``rows`` [groups] are the row counts of the row groups, ``window`` about how many rows are shuffled together.
+    def __init__(
+        self, rows: Sequence[int] | Ints, seed: int, name: str, streams: int, window: int, batch: int = 1
+    ) -> None:
+        """``rows`` [groups] are the row counts of the row groups, ``window`` about how many rows are shuffled together,
+        ``batch`` the samples of a step, which all are of this dataset.
 
         Raises ValueError if there is no row.
         """
@@ -94,32 +100,37 @@ class Order:
         self.total = int(self.rows.sum())
         if not self.total:
             raise ValueError("an order needs at least one row")
+        self.samples = self.total // batch * batch or self.total  # of an epoch
         self.seed, self.name, self.streams, self.window = seed, name, streams, window
         self._sequence = functools.lru_cache(maxsize=2)(self._shuffled_groups)
 
     def windows(self, stream: int, position: int = 0) -> Iterator[Window]:
         """Endless windows of a stream, beginning with the one that holds its sample number ``position``."""
-        epoch = ((position + 1) * self.streams - stream - 1) // self.total
+        epoch = ((position + 1) * self.streams - stream - 1) // self.samples
         skip = position - self.before(stream, epoch)
         while True:
-            start = 0
+            start, stop = 0, self.before(stream, epoch + 1) - self.before(stream, epoch)
             # Chunks are grouped by where they begin, in intervals of `window` rows: no window depends on those before.
             for _, members in itertools.groupby(self._chunks(stream, epoch), key=lambda begin: begin[0] // self.window):
                 chunks = tuple(chunk for _, chunk in members)
                 length = sum(chunk.rows for chunk in chunks)
-                if skip < start + length:
+                if start < stop and skip < start + length:
                     order = permutation(length, self.seed, f"{self.name} window {stream} {epoch}", start)
-                    yield Window(epoch, chunks, order, max(0, skip - start), start)
+                    yield Window(epoch, chunks, order, max(0, skip - start), min(length, stop - start), start)
                 start += length
             epoch, skip = epoch + 1, 0
 
     def before(self, stream: int, epoch: int) -> int:
-        """Number of samples of a stream before an epoch: floor((N * epoch + stream) / streams)."""
-        return share(self.total * epoch, self.streams, stream)
+        """Number of samples of a stream before an epoch: floor((M * epoch + stream) / streams)."""
+        return share(self.samples * epoch, self.streams, stream)
 
     def span(self, stream: int, epoch: int) -> tuple[int, int]:
         """First row and end (exclusive) of a stream's span in the sequence of an epoch."""
-        lengths = [self.before(s, epoch + 1) - self.before(s, epoch) for s in range(stream + 1)]
+        left_out = self.total - self.samples
+        lengths = [
+            self.before(s, epoch + 1) - self.before(s, epoch) + share(left_out, self.streams, s)
+            for s in range(stream + 1)
+        ]
         return sum(lengths[:-1]), sum(lengths)
 
     def _chunks(self, stream: int, epoch: int) -> Iterator[tuple[int, GroupChunk]]:

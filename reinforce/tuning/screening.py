@@ -129,7 +129,7 @@ def _read_batches(config: StudentConfig, teachers: Sequence[str], count: int, si
     """Yield the cosines of ``count`` batches, in the order in which one stream of the training run reads them."""
     datasets = open_datasets(config.data, config.seed, {"teachers": teachers}, leave_out=True)
     names = [(target.model, target.name) for target in datasets[0].targets]
-    orders = make_orders(datasets, config.seed, 1, config.data.window)
+    orders = make_orders(datasets, config.seed, 1, config.data.window, size)
     pool = ThreadPoolExecutor(_READERS, "screening")
     try:
         reader = StreamReader(datasets, orders, config.seed, 0, 0, pool, size)

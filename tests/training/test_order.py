@@ -22,7 +22,7 @@ def rows_of(order: Order, stream: int, position: int = 0) -> Iterator[tuple[int,
     """(epoch, row group, row) of a stream's samples, beginning at a position."""
     for window in order.windows(stream, position):
         rows = [(window.epoch, c.group, row) for c in window.chunks for row in range(c.first, c.stop)]
-        yield from (rows[i] for i in window.order[window.skip :])
+        yield from (rows[i] for i in window.order[window.skip : window.stop])
 
 
 @given(groups, streams, windows)
@@ -37,10 +37,29 @@ def test_every_row_comes_once_per_epoch_and_streams_are_equal(rows: list[int], c
     assert seen == Counter((e, g, row) for e in range(epochs) for g, n in enumerate(rows) for row in range(n))
 
 
-@given(groups, streams, windows, st.integers(0, 150))
+@given(groups, streams, windows, st.integers(1, 40))
+@settings(max_examples=100)
+def test_a_batch_has_rows_of_one_epoch_and_no_row_twice(rows: list[int], count: int, window: int, batch: int) -> None:
+    order = Order(rows, 7, "d", count, window, batch)
+    readers = [rows_of(order, stream) for stream in range(count)]
+    seen = Counter[tuple[int, int, int]]()
+    for step in range(3 * max(1, sum(rows) // batch)):
+        due = [share(batch * (step + 1), count, s) - share(batch * step, count, s) for s in range(count)]
+        found = [row for reader, n in zip(readers, due, strict=True) for row in itertools.islice(reader, n)]
+        assert len(found) == batch
+        if sum(rows) >= batch:
+            assert len({*found}) == batch
+            assert {epoch for epoch, _, _ in found} == {step // (sum(rows) // batch)}
+            seen.update(found)
+    assert {*seen.values()} <= {1}
+
+
+@given(groups, streams, windows, st.integers(0, 150), st.integers(1, 40))
 @settings(max_examples=50)
-def test_a_stream_can_start_at_any_position(rows: list[int], count: int, window: int, position: int) -> None:
-    order = Order(rows, 7, "d", count, window)
+def test_a_stream_can_start_at_any_position(
+    rows: list[int], count: int, window: int, position: int, batch: int
+) -> None:
+    order = Order(rows, 7, "d", count, window, batch)
     stream = position % count
     whole = list(itertools.islice(rows_of(order, stream), position + 20))
     assert list(itertools.islice(rows_of(order, stream, position), 20)) == whole[position:]

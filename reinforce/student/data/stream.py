@@ -444,11 +444,11 @@ class DatasetReader:
                 rows += examples.rows
                 self.unusable.update(examples.unusable)
             usable = [row for place in window.order.tolist() if (row := rows[place]) is not None]
-            if len(usable) < min(len(rows), self._apart):
-                usable = self._with_later_ones(usable, window)[: len(rows)]
-            waiting = list(itertools.islice(itertools.cycle(usable), len(rows)))[window.skip :]
+            if len(usable) < min(window.stop, self._apart):
+                usable = self._with_later_ones(usable, window)[: window.stop]
+            waiting = list(itertools.islice(itertools.cycle(usable), window.stop))[window.skip :]
+            self._rows_held -= len(rows) - len(waiting)
             del rows, usable
-            self._rows_held -= window.skip
             waiting.reverse()
             while waiting:
                 self._read_ahead(self._most_rows)
@@ -547,7 +547,8 @@ class RankStream(IterableDataset[BatchPart]):
         info = get_worker_info()
         process, processes = (info.id, info.num_workers) if info else (0, 1)
         local = self.plan.streams // self.ranks
-        orders = make_orders(self.plan.datasets, self.plan.seed, self.plan.streams, self.plan.window)
+        batch = self.batch * self.ranks
+        orders = make_orders(self.plan.datasets, self.plan.seed, self.plan.streams, self.plan.window, batch)
         pool = ThreadPoolExecutor(_READERS, "reader")
         apart = -(-self.batch // local)
         try:
@@ -584,12 +585,15 @@ def _spare(drawn: Sequence[tuple[StreamReader, int]], index: int, attempt: int) 
     raise IndexError(index)
 
 
-def make_orders(datasets: Sequence[Streamed], seed: int, streams: int, window: int) -> list[Order]:
-    """The order of each dataset's samples; ``window`` is divided among the datasets by weight."""
+def make_orders(datasets: Sequence[Streamed], seed: int, streams: int, window: int, batch: int = 1) -> list[Order]:
+    """The order of each dataset's samples; ``window`` is divided among the datasets by weight.
+
+    An epoch of a lone dataset has whole batches of ``batch`` samples.
+    """
     weights = [dataset.weight for dataset in datasets]
     windows = [max(1, round(window * weight / sum(weights))) for weight in weights]
     return [
-        Order(dataset.groups[:, -1], seed, f"dataset {number}", streams, own_window)
+        Order(dataset.groups[:, -1], seed, f"dataset {number}", streams, own_window, batch if len(datasets) == 1 else 1)
         for number, (dataset, own_window) in enumerate(zip(datasets, windows, strict=True))
     ]
 

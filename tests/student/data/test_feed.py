@@ -214,7 +214,9 @@ def test_only_the_needed_layers_and_columns_are_read(labelled: str) -> None:
     assert "synthetic" not in batch
 
 
-def test_unusable_rows_are_replaced_and_logged_by_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusable_rows_are_left_out_or_replaced_and_logged_by_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     members = [m for m in members_of(0, 40) if m[0] not in ("00000003.txt", "00000017.txt")]
     members = [(n, b"thing 7 x" if n == "00000007.txt" else d) for n, d in members]
     members = [(n, b"" if n in ("00000003.json", "00000017.json") else d) for n, d in members]
@@ -222,7 +224,18 @@ def test_unusable_rows_are_replaced_and_logged_by_reason(tmp_path: Path, caplog:
     config = config_of(f"{tmp_path}/0.tar", tmp_path / "out", captioners={})
     trouble = {"class": "tests.helpers.models:FailingTeacher", "options": {"trigger": "thing 7 x", "failure": "nan"}}
     config["teachers"] = {"ill": trouble, "red": config["teachers"]["red"]}
-    feed = feed_of(reinforce_here(config))
+    url = reinforce_here(config)
+    with caplog.at_level(logging.WARNING, "reinforce"):
+        keys = [key for batch in take(feed_of(url), 9, 4) for key in batch["key"]]
+    assert not {"00000003", "00000007", "00000017"} & set(keys)
+    assert len(set(keys)) == 36
+    [line] = [record.message for record in caplog.records]
+    assert (
+        line == f"{url}: 3 of 40 samples cannot be used and are left out: no caption: 2, no vectors of the caption: 1"
+    )
+    caplog.clear()
+    monkeypatch.setattr("reinforce.student.data.datasets.COUNTED_SHARDS", 0)  # as a dataset of many shards
+    feed = feed_of(url)
     with caplog.at_level(logging.WARNING, "reinforce"):
         batches = take(feed, 20, 4)
     first, second = ([key for batch in batches[e : e + 10] for key in batch["key"]] for e in (0, 10))
@@ -242,7 +255,10 @@ def test_unusable_rows_are_replaced_and_logged_by_reason(tmp_path: Path, caplog:
     assert take(feed_of(f"{tmp_path}/none", teachers=[], captions="mixed", synthetic=1.0), 1, 4)
 
 
-def test_a_stream_whose_rows_are_all_unusable_takes_those_of_others(tmp_path: Path) -> None:
+def test_a_stream_whose_rows_are_all_unusable_takes_those_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reinforce.student.data.datasets.COUNTED_SHARDS", 0)  # as a dataset of many shards
     usable = [f"{number:08}" for number in (1, 2, 3)]
     members = [m for m in members_of(0, 20) if not m[0].endswith((".txt", ".json")) or m[0].partition(".")[0] in usable]
     write_tar(tmp_path / "0.tar", members)

@@ -98,7 +98,7 @@ def test_streams_of_a_small_dataset_do_not_each_read_the_row_groups_that_they_sh
         read.append(number)
         return row_group(shard, number)
 
-    feed = feed_of(url, streams=streams)
+    feed = feed_of(url, streams=streams, captions="none")  # two batches of 20 rows
     monkeypatch.setattr(AlignedShard, "row_group", noting)
     batches = feed.batches(0, 1, 20, 0)
     keys = [next(batches)["key"]]
@@ -107,7 +107,7 @@ def test_streams_of_a_small_dataset_do_not_each_read_the_row_groups_that_they_sh
     assert len(read) <= 25, "four epochs and what is read ahead"
     batches.close()
     monkeypatch.setattr("reinforce.dataset.sample._KEPT_BYTES", 1)
-    again = feed_of(url, streams=streams).batches(0, 1, 20, 3)
+    again = feed_of(url, streams=streams, captions="none").batches(0, 1, 20, 3)
     assert [next(again)["key"] for _ in range(5)] == keys[3:], "whatever is kept"
 
 
@@ -144,6 +144,32 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> str:
     return with_nulls(tmp_path_factory.mktemp("half"), 64, [f"{n:08d}" for n in lacking])
 
 
+@pytest.fixture
+def many_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat datasets as those of which unusable rows are not found before they are read."""
+    monkeypatch.setattr("reinforce.student.data.datasets.COUNTED_SHARDS", 0)
+
+
+@pytest.mark.parametrize(("streams", "batch"), [(1, 16), (2, 16), (4, 8), (8, 32), (4, 20), (3, 7)])
+def test_unusable_rows_are_left_out_and_no_batch_has_an_example_twice(half: str, streams: int, batch: int) -> None:
+    feed, steps = feed_of(half, streams=streams), 32 // batch
+    assert feed.samples == feed.rows == 32
+    batches = [taken["key"] for taken in itertools.islice(feed.batches(0, 1, batch, 0), 20 * steps)]
+    for epoch in range(20):
+        keys = [key for one in batches[epoch * steps : (epoch + 1) * steps] for key in one]
+        assert len(set(keys)) == len(keys) == batch * steps
+    assert len({key for one in batches for key in one}) == 32
+    again = feed_of(half, streams=streams).batches(0, 1, batch, 5)
+    assert [next(again)["key"] for _ in range(5)] == batches[5:10]
+
+
+def test_ranks_share_the_usable_rows_of_a_batch(half: str) -> None:
+    readers = [feed_of(half, streams=4).batches(rank, 2, 14, 0) for rank in range(2)]
+    for _ in range(10):
+        assert len({key for reader in readers for key in next(reader)["key"]}) == 28
+
+
+@pytest.mark.usefixtures("many_shards")
 @pytest.mark.parametrize(("streams", "batch"), [(1, 16), (2, 16), (4, 8)])
 def test_a_batch_has_no_example_twice_although_half_of_the_rows_are_null(half: str, streams: int, batch: int) -> None:
     steps = 4 * 64 // batch
@@ -176,6 +202,7 @@ def test_windows_without_a_usable_row_take_distinct_ones_of_later_epochs_from_an
     assert all(read(position, 9) == keys[position : position + 9] for position in (1, 8, 37, 100))
 
 
+@pytest.mark.usefixtures("many_shards")
 def test_unusable_rows_have_frozen_replacements(half: str) -> None:
     """These keys must stay: trainings resume after an upgrade."""
     [batch] = itertools.islice(feed_of(half, streams=2, window=8).batches(0, 1, 16, 1), 1)
