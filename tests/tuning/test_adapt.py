@@ -118,13 +118,19 @@ def test_captions_are_retrieved_and_both_kinds_of_labels_are_used_where_they_are
         path.with_suffix(".txt").write_text(f"{path.parent.name} number {path.stem}")
     keys: dict[str, Any] = {"source": both, "output": tmp_path / "both"}
     keys |= {"student": {"train": {"steps": 2}, "data": {"workers": 0}}, "general": {"retrieval": {"all": both}}}
-    adapted = reinforce.adapt(**keys, released=Path(released))
+    keys["teachers"] = {"other": {"model": f"local-dir:{released}", "codec": "int8"}}
+    export(built(student_folder(tmp_path / "mobile", "mobileclip")), str(tmp_path / "timm"))
+    adapted = reinforce.adapt(**keys, released=tmp_path / "timm")
     assert adapted.sweep.rule.domain == ("zero_shot/domain/top1", *ways)
     metrics = {"zero_shot/domain/top1", *ways, "retrieval/all/text_to_image/r1"}
     assert metrics <= adapted.before.keys() == adapted.after.keys()
     assert adapted.alpha in (0, 1)
     assert all(name in adapted._repr_html_() for name in metrics)
     assert reinforce.Student.load(adapted.model).dim > 0
+    vectors = {
+        layer: one.get("dtype") for layer, one in reinforce.open(f"{tmp_path}/both/dataset").manifest["layers"].items()
+    }
+    assert (vectors["embeddings/other/caption"], vectors["embeddings/released/images"]) == ("int8", "float16")
     sample = next(iter(reinforce.open(f"{tmp_path}/both/dataset")))
     assert (sample.caption, sample.metadata) == ("blue number 0", {"class": "blue"})
 
