@@ -160,8 +160,14 @@ class _Loop:
             f"{plural(size, 'rank')} x {describe_share(self.ranks.cpus, 0)}, {reading.text}{' each' * (size > 1)}, "
             f"device {self.accelerator.device.type}"
         ]
-        uses += [] if reading.note is None else [reading.note]
-        notes = [*uses, *describe_differences(before, self.progress), *notes, *self.task.notes, *log_notes()]
+        notes = [
+            *uses,
+            *reading.notes,
+            *describe_differences(before, self.progress),
+            *notes,
+            *self.task.notes,
+            *log_notes(),
+        ]
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.storage.space_errors())
             stack.enter_context(self.writer)

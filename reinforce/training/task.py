@@ -109,13 +109,13 @@ class Reading:
 
     ``loaders`` is the number of processes or threads of each rank that read, ``text`` describes them. ``streams`` is a
     number on which the order of samples depends, and ``files`` a hash of the names and sizes of the files with the
-    samples; checkpoints record both. ``note`` is a line for the user.
+    samples; checkpoints record both. ``notes`` are lines for the user.
     """
 
     loaders: int
     text: str
     streams: int | None = None
-    note: str | None = None
+    notes: tuple[str, ...] = ()
     files: str | None = None
 
 

@@ -54,7 +54,7 @@ class CountingFeed(PairFeed):
 
     def set_up(self, ranks: int, batch: int, loaders: int, streams: int | None = None) -> Reading:
         self.asked = loaders, streams
-        return Reading(self.loaders, f"{self.loaders} loaders", streams or 6, "read in six streams")
+        return Reading(self.loaders, f"{self.loaders} loaders", streams or 6, ("read in six streams",))
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
         self.threads = torch.get_num_threads()

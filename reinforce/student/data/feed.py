@@ -198,7 +198,12 @@ class StreamFeed:
 
     def set_up(self, ranks: int, batch: int, loaders: int, streams: int | None = None) -> Reading:
         """See ``reinforce.training.task.Feed`` and ``plan_reading``."""
-        self._reading = replace(plan_reading(self._config, ranks, batch, loaders, streams), files=self._files)
+        reading = plan_reading(self._config, ranks, batch, loaders, streams)
+        rows = sum(int(dataset.groups[:, -1].sum()) for dataset in self._datasets)
+        if rows < ranks * batch:
+            few = f"a batch of {ranks * batch:,} has samples more than once: {rows:,} can be used. Lower train.batch."
+            reading = replace(reading, notes=(*reading.notes, few))
+        self._reading = replace(reading, files=self._files)
         return self._reading
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Generator[Batch]:
@@ -382,11 +387,11 @@ def plan_reading(data: Streams, ranks: int, batch: int, loaders: int, recorded: 
         if data.streams is None and streams % ranks:
             streams = ranks * workers
     text = f"{workers} loader process{'es' * (workers > 1)}" if workers else "no loader process"
-    note = None
+    notes: tuple[str, ...] = ()
     if recorded not in (None, streams):
-        note = (
+        notes = (
             f"the order of samples changes at this step: the checkpoint's {recorded} streams cannot be shared by "
             f"{ranks} x {max(1, workers)} loader processes. To continue exactly, set train.compute.ranks x "
-            f"data.workers to a divisor of {recorded}."
+            f"data.workers to a divisor of {recorded}.",
         )
-    return Reading(workers, text, streams, note)
+    return Reading(workers, text, streams, notes)

@@ -163,6 +163,13 @@ def test_unusable_rows_are_left_out_and_no_batch_has_an_example_twice(half: str,
     assert [next(again)["key"] for _ in range(5)] == batches[5:10]
 
 
+def test_a_batch_of_more_rows_than_can_be_used_is_noted(half: str) -> None:
+    feed = feed_of(half)
+    assert feed.set_up(2, 16, 1).notes == ()
+    notes = feed.set_up(2, 17, 1).notes
+    assert notes == ("a batch of 34 has samples more than once: 32 can be used. Lower train.batch.",)
+
+
 def test_ranks_share_the_usable_rows_of_a_batch(half: str) -> None:
     readers = [feed_of(half, streams=4).batches(rank, 2, 14, 0) for rank in range(2)]
     for _ in range(10):
@@ -317,7 +324,7 @@ def plan(
 ) -> tuple[int, int | None, bool]:
     """Loader processes, streams, and whether there is a note."""
     reading = plan_reading(Streams(**data), ranks, batch, loaders, recorded)
-    return reading.loaders, reading.streams, reading.note is not None
+    return reading.loaders, reading.streams, bool(reading.notes)
 
 
 def test_a_training_has_the_processes_that_suit_the_machine_and_a_stream_for_each() -> None:
