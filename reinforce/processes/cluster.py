@@ -198,10 +198,9 @@ def has_autoscaler() -> bool:
     return bool(ask())
 
 
-def kill_with_placement_groups(actor: Any) -> None:
-    """Kill an actor, and remove the placement groups that it has created. Ray would keep them until the job ends, and
-    has no public function that names the creator of one."""
-    ray.kill(actor)
+def remove_placement_groups(actor: Any) -> None:
+    """Remove the placement groups that a dead actor has created. Ray would keep them until the job ends, and has no
+    public function that names the creator of one."""
     for text in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(text)
         if group.creator_actor_id == actor._actor_id.binary():

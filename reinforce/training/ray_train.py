@@ -32,9 +32,9 @@ from reinforce.errors import HostLost, RayEnded, UserError
 from reinforce.processes.cluster import (
     ControlWatch,
     has_autoscaler,
-    kill_with_placement_groups,
     live_resources,
     ray_cluster,
+    remove_placement_groups,
 )
 from reinforce.processes.cores import capacity, cores_per_process, default_gpus, describe_share
 from reinforce.processes.imports import no_garbage_collection
@@ -245,8 +245,9 @@ class Supervisor:
                 with contextlib.suppress(RayError):
                     controller = ray.get(self._mailbox.close.remote())
                     if running and controller is not None:
-                        kill_with_placement_groups(controller)
-                        thread.join(_END_SECONDS)
+                        ray.kill(controller)
+                        thread.join(_END_SECONDS)  # it ends after the controller, which then reserves no more places
+                        remove_placement_groups(controller)
                     ray.kill(self._mailbox)
                 self._hosts.thread.join(_END_SECONDS)
 

@@ -44,7 +44,8 @@ def covering_array(dimensions: Mapping[str, Sequence[Any]], excluded: Sequence[E
             continue
         best = max((case for case in drawn if case is not None), key=lambda case: len(pairs_of(case) & left.keys()))
         cases.append({name: best[name] for name in dimensions})
-        left = {pair: None for pair in left if pair not in pairs_of(best)}
+        met = pairs_of(best)
+        left = {pair: None for pair in left if pair not in met}
     return Array(cases, {*every} - impossible, impossible)
 
 
@@ -82,7 +83,13 @@ def cheapened(
 
 def is_allowed(case: Case, excluded: Sequence[Exclusion]) -> bool:
     """Whether no exclusion holds for a case, which may lack dimensions."""
-    return not any(all(name in case and case[name] in values for name, values in one.items()) for one in excluded)
+    for one in excluded:
+        for name, values in one.items():
+            if name not in case or case[name] not in values:
+                break
+        else:
+            return False
+    return True
 
 
 def _values(dimensions: Mapping[str, Sequence[Any]], names: Sequence[str]) -> Iterator[Sequence[tuple[str, Any]]]:

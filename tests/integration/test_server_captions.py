@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.helpers.chat_server import chat_server, completion, describe, image_o
 from tests.helpers.data import config_of, free_port, members_of, write_tar
 from tests.helpers.reinforced import reinforce_here
 
-pytest.importorskip("openai")
+pytestmark = pytest.mark.skipif(find_spec("openai") is None, reason="needs the extra server")
 
 
 def config(folder: Path, output: str, url: str, **options: Any) -> dict[str, Any]:

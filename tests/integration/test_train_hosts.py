@@ -11,8 +11,9 @@ from tests.helpers.commands import json_of_process
 #: answer, and is dead after five questions. One that is only slow still has 10 s for each answer.
 OFTEN = {"RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "500"}
 
-#: Trainings whose ranks have no place, hang, or lose a node, and that are sent SIGTERM; one that loses a node; and one
-#: that loses a node before its rank has started.
+#: Trainings whose ranks have no place, hang, or lose their node, and that are sent SIGTERM; one that loses a node of
+#: two; and one that loses its node before its rank has started. A rank takes five seconds of CPU to start, so there is
+#: one where two would show nothing more.
 SCRIPT = """
 import json, os, signal, sys, threading, time
 from functools import partial
@@ -57,7 +58,7 @@ def lose_a_node_and_stop(output):
     lose_a_node(output)
     stop(output)
 
-def train(name, during, ranks=2, seconds=0.1):
+def train(name, during, ranks=1, seconds=0.1):
     while sum(node["Alive"] for node in ray.nodes()) > 1 + len(nodes):  # what was lost before
         time.sleep(0.1)
     output, compute = folder / name, {"ranks": ranks, "gpus": 0, "cpus": 1}
@@ -65,7 +66,7 @@ def train(name, during, ranks=2, seconds=0.1):
     meanwhile = threading.Thread(target=during, args=[output])
     meanwhile.start()
     try:
-        ended[name] = launch(partial(slow, seconds=seconds), made).steps
+        ended[name] = launch(partial(slow, seconds=seconds), made, cluster.address).steps
     except (HostLost, Stopped) as error:
         ended[name] = f"{type(error).__name__}: {error}"
     meanwhile.join()
@@ -73,10 +74,9 @@ def train(name, during, ranks=2, seconds=0.1):
 ray_train._RETURN_SECONDS = 3.0
 ray_train._TERMINATION_SECONDS = 5.0
 train("waiting", stop, ranks=3)
+train("lost", lose_a_node, ranks=2)
 train("hung", hang, seconds=1_000)
 train("stopped", lose_a_node_and_stop)
-nodes.append(cluster.add_node(num_cpus=1))
-train("lost", lose_a_node)
 nodes.append(cluster.add_node(num_cpus=1))
 train("early", lose_a_node_early)
 deadline = time.monotonic() + 30  # Ray removes groups in the background
@@ -98,8 +98,8 @@ def test_a_training_that_loses_a_host_for_good_ends_with_its_name_and_a_signal_a
     assert ended["waiting"] == "Stopped: 15", "its ranks have never started"
     assert ended["hung"] == "Stopped: 15", "they do not finish their step"
     assert ended["stopped"] == "Stopped: 15", "its ranks cannot stop by themselves"
-    lost = r"HostLost: host \S+ \(\S+%s\) was lost, and the other hosts can hold 1 of 2 ranks with 1 CPU each\. "
-    assert re.match(lost % ", rank [01]", ended["lost"]), ended
-    assert re.match(lost % "", ended["early"]), ended
+    lost = r"HostLost: host \S+ \(\S+%s\) was lost, and the other hosts can hold %s ranks with 1 CPU each\. "
+    assert re.match(lost % (", rank [01]", "1 of 2"), ended["lost"]), ended
+    assert re.match(lost % ("", "0 of 1"), ended["early"]), ended
     assert ended["groups"] == [], "they would keep resources of the cluster"
     assert set(ended["actors"]) <= {"_AutoscalingCoordinatorActor"}, "nothing that would start the ranks later"

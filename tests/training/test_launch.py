@@ -127,6 +127,8 @@ def test_the_mailbox_passes_each_line_once_and_lets_no_rank_start_after_the_end(
         await closed.set_controller("controller")
         assert await closed.close() == "controller"
         assert await closed.report_start(0, "here") is None, "the training has ended"
+        with pytest.raises(RuntimeError, match="the training run has ended"):
+            await closed.set_controller("one that starts late")
 
     asyncio.run(exchange())
 

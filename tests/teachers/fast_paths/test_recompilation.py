@@ -12,7 +12,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from torch._inductor import compile_fx
 from torch._inductor import config as settings
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -192,6 +191,8 @@ def test_settings_of_the_compiler_are_those_of_the_process_in_each_thread(graphs
 
 
 def test_settings_are_also_those_of_backward_passes_in_threads(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx  # takes half a second
+
     found: list[tuple[bool, bool]] = []
 
     def run_as_it_is(graph: Any, _: Any, **options: Any) -> Callable[..., Any]:
