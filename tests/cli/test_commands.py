@@ -143,6 +143,7 @@ def test_every_help_explains_all_options_and_has_short_examples_that_the_parser_
     assert command("--version") == (0, f"reinforce {reinforce.__version__}\n", "")
     with pytest.raises(Exception, match="--sett"):
         pages_commands.check(shlex.split("reinforce run configs/demo.yaml --sett seed=1"))
+    program = get_command(app)
     for name in [[], *commands(), ["export"]]:
         status, out, _ = command(*name, "--help")
         assert status == 0
@@ -150,7 +151,7 @@ def test_every_help_explains_all_options_and_has_short_examples_that_the_parser_
             assert "YOUR-BUCKET" not in (ROOT / config).read_text(), "an example runs as it is, after `make demo`"
         if name == ["export", "onnx"]:
             assert ".[export]'" in out, "the name of an extra"
-        found = get_command(app)
+        found = program
         for part in name:
             found = found.commands[part]
         assert found.help

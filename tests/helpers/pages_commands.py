@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,12 @@ RUN = [
 _WRITTEN = {"runs/tuning/student.yaml"}
 
 
+@cache
+def _command(app: typer.Typer) -> Any:
+    """The command of a program, which takes 30 ms to make."""
+    return typer.main.get_command(app)
+
+
 def local(words: list[str]) -> list[str]:
     """A command with the buckets of the examples as folders of the workspace."""
     return [word.replace(BUCKET, "") for word in words]
@@ -88,7 +95,7 @@ def check_names(program: str, words: list[str]) -> None:
     if program == "python":
         _python(words)
         return
-    command: Any = typer.main.get_command(app)
+    command: Any = _command(app)
     if words and words[0].startswith("--"):
         _reinforce(words[:1])
         words = words[1:]
@@ -110,7 +117,7 @@ def _parse(command: Any, words: list[str]) -> None:
 
 
 def _reinforce(words: list[str]) -> None:
-    command: Any = typer.main.get_command(app)
+    command: Any = _command(app)
     options = {"--help", *(option for parameter in command.params for option in parameter.opts)}
     while words and words[0] in options:  # such as --version, which needs no command
         words = words[1:]
@@ -153,7 +160,7 @@ def _python(words: list[str]) -> None:
     if words[0] == "-m":
         assert importlib.util.find_spec(words[1]) is not None, f"there is no module {words[1]}"
         if words[1] == "examples.demo" and len(words) > 2:
-            _parse(typer.main.get_command(demo), words[2:])
+            _parse(_command(demo), words[2:])
         if words[1] == "benchmarks.pipeline":
             benchmark_options().parse_args(words[2:])
         if words[1] == "benchmarks.gpu":

@@ -32,7 +32,7 @@ from tests.helpers.waiting import is_alive, processes_below, wait_for
 
 ROOT = Path(__file__).parents[2]
 LAST = "embeddings/red/caption"  # the layer that is committed last
-SHARDS = 8
+SHARDS = 12
 
 
 def simple_config(source: str, output: Path, **changes: Any) -> dict[str, Any]:
@@ -93,35 +93,33 @@ def check_stopped(process: subprocess.Popen[str], out: Path, sent: signal.Signal
 
 
 def check_resumes(config: dict[str, Any], out: Path, undisturbed: Path) -> None:
-    there, whole = tree(out), tree(undisturbed)
-    assert 2 <= finished(out) < SHARDS
-    assert there.items() <= whole.items(), "every committed file is correct"
+    check_correct(out, undisturbed)
     assert reinforce.run(config).status == 0
-    assert tree(out) == whole
+    assert tree(out) == tree(undisturbed)
     assert not list((out / ".tmp").glob("reinforce-*")), "no temporary file is left"
 
 
+def check_correct(out: Path, undisturbed: Path) -> None:
+    assert 1 <= finished(out) < SHARDS
+    assert tree(out).items() <= tree(undisturbed).items(), "every committed file is correct"
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("sent", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_run_whose_driver_was_killed_or_interrupted_resumes(
-    source: str, undisturbed: Path, tmp_path: Path, sent: signal.Signals
-) -> None:
+def test_an_interrupted_run_resumes(source: str, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with slow_run(simple_config(source, out), tmp_path) as process:
         wait_for(lambda: finished(out) >= 2)
-        process.send_signal(sent)
-        if sent == signal.SIGKILL:
-            process.communicate()
-            time.sleep(1.0)  # until the workers notice that their driver is gone
-        else:
-            check_stopped(process, out, sent)
+        process.send_signal(signal.SIGINT)
+        check_stopped(process, out, signal.SIGINT)
     check_resumes(simple_config(source, out), out, undisturbed)
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_second_run_is_refused_a_killed_worker_is_replaced_and_a_terminated_run_resumes(
+def test_a_run_resumes_after_its_worker_its_driver_and_its_ray_were_killed_and_it_was_terminated(
     source: str, undisturbed: Path, tmp_path: Path
 ) -> None:
+    """Three processes, each of which resumes what the one before has left, and the run that ends it."""
     out, config = tmp_path / "out", simple_config(source, tmp_path / "out")
     with slow_run(config, tmp_path, delay=0.7) as process:
         wait_for(lambda: finished(out) >= 1 and events_of(out, "worker_started"))
@@ -142,6 +140,32 @@ def test_a_second_run_is_refused_a_killed_worker_is_replaced_and_a_terminated_ru
     assert running_job(out) is None
     assert "a worker died" in output
     assert [event["node_lost"] for event in events_of(out, "worker_died")] == [False]
+    check_correct(out, undisturbed)
+
+    with slow_run(config, tmp_path, delay=0.7) as process:
+        before = finished(out)
+        wait_for(lambda: finished(out) > before)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        time.sleep(1.0)  # until the workers notice that their driver is gone
+    check_correct(out, undisturbed)
+
+    runs = {*out.glob("runs/*")}
+    with slow_run(config, tmp_path, delay=0.7) as process:
+        before = finished(out)
+        wait_for(lambda: finished(out) > before)
+        [raylet] = processes_below(process.pid, "raylet")
+        os.kill(raylet, signal.SIGKILL)
+        output = process.communicate(timeout=600)[0]
+    assert process.returncode == 1, output
+    assert output.count("Ray ended on this machine before the run did") == 1
+    assert "are kept" in output
+    assert "Run the same command again to resume" in output
+    assert "Traceback" not in output
+    [run] = {*out.glob("runs/*")} - runs
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == 1
+    assert "Ray ended" in summary["message"]
     check_resumes(config, out, undisturbed)
 
 
@@ -248,23 +272,6 @@ def test_workers_that_hang_while_they_load_models_are_replaced_and_three_in_a_ro
     summary = reinforce.run(config)
     assert (summary.status, summary.samples, summary.quarantined_shards) == (0, 20, 0)
     assert len(events_of(out, "worker_failed_to_start")) == 3 + 1
-
-
-def test_a_run_whose_raylet_is_killed_ends_with_one_message_and_a_summary(source: str, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with slow_run(simple_config(source, out), tmp_path) as process:
-        wait_for(lambda: finished(out) >= 1)
-        [raylet] = processes_below(process.pid, "raylet")
-        os.kill(raylet, signal.SIGKILL)
-        output = process.communicate(timeout=600)[0]
-    assert process.returncode == 1, output
-    assert output.count("Ray ended on this machine before the run did") == 1
-    assert "are kept" in output
-    assert "Run the same command again to resume" in output
-    assert "Traceback" not in output
-    [summary] = [json.loads(path.read_text()) for path in out.glob("runs/*/summary.json")]
-    assert summary["status"] == 1
-    assert "Ray ended" in summary["message"]
 
 
 DISK_BYTES = 300_000  # room for the first few shards

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,7 @@ from reinforce.dataset.validate import validate
 from reinforce.engine.driver.driver import Driver
 from tests.helpers.commands import exit_status, printed_by
 from tests.helpers.data import config_of, events_of, members_of, tree, write_tar
-from tests.helpers.reinforced import fresh_dataset
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_an_added_teacher_and_captioner_compute_only_their_layers_and_end_as_a_fresh_run(
-    shards: Callable[..., str], tmp_path: Path
-) -> None:
-    whole = config_of(shards(40, 9), tmp_path / "fresh")
-    other = {"class": "tests.helpers.models:SeedCaptioner", "captions": 2}
-    grown = {**whole, "output": str(tmp_path / "grown"), "captioners": {**whole["captioners"], "other": other}}
-    fresh_dataset({**grown, "output": whole["output"]})
-    fresh_dataset({**whole, "output": grown["output"], "teachers": {"red": whole["teachers"]["red"]}})
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "grown").rglob("*.parquet") if p.parent.name != "index"}
-    reinforce.run(grown)
-    assert {layer for event in events_of(tmp_path / "grown", "shard") for layer in event["layers"]} == {
-        "captions/other", "embeddings/red/other",
-        *(f"embeddings/blue/{layer}" for layer in ("images", "caption", "namer", "other")),
-    }  # fmt: skip
-    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
-    grown_files, fresh_files = tree(tmp_path / "grown"), tree(tmp_path / "fresh")
-    manifests = [json.loads(files.pop("dataset.json")) for files in (grown_files, fresh_files)]
-    assert grown_files == fresh_files
-    assert manifests[0] == manifests[1]
+from tests.helpers.worker_in_process import worker_in_process
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -53,11 +30,9 @@ def test_a_run_reports_damaged_files_replaced_sources_and_repeated_keys_and_the_
     source, out = tmp_path / "source", tmp_path / "out"
     write_tar(source / "0.tar", members_of(0, 5))
     whole = config_of(f"{source}/*.tar", out)
-    first = reinforce.run({**whole, "teachers": {"red": whole["teachers"]["red"]}})
+    with worker_in_process():
+        first = reinforce.run({**whole, "teachers": {"red": whole["teachers"]["red"]}})
     assert (first.status, first.samples, first.shards, first.repeated_keys) == (0, 5, 1, 0)
-    store = Store(whole["output"])
-    for name, entry in read_manifest(store)["layers"].items():
-        assert dict(read_index(store, name, entry["fingerprint"]).listing().items()) == store.shards(name), name
     before = tree(out)
     time.sleep(1.1)  # the name of a run has its second
     [cut] = (out / "embeddings/red/images").iterdir()
@@ -86,6 +61,9 @@ def test_a_run_reports_damaged_files_replaced_sources_and_repeated_keys_and_the_
     assert repeated in text
     assert repeated in printed_by(capsys, "status", str(out))
     assert not any("record" in event for event in events_of(out, "shard"))
+    store = Store(whole["output"])
+    for name, entry in read_manifest(store)["layers"].items():
+        assert dict(read_index(store, name, entry["fingerprint"]).listing().items()) == store.shards(name), name
     after = tree(out, layers_only=False)
     again = reinforce.run(whole)
     assert again.run is None

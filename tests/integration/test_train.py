@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from tests.helpers.students import student_folder
 from tests.helpers.trainings import curve, rows
 from tests.helpers.waiting import wait_for
 
+ROOT = Path(__file__).parents[2]
 Start = Callable[..., "Started"]
 STEPS, BATCH = 40, 8  # 44 samples: an epoch ends in the middle of a step
 
@@ -73,26 +72,20 @@ def written(config: dict[str, Any], output: Path, changes: dict[str, Any] | None
     return str(path)
 
 
-class Started(multiprocessing.context.ForkServerProcess):
-    """``python -m ARGUMENTS``, forked from a process that has imported torch, in a session of its own."""
+class Started(subprocess.Popen[str]):
+    """``python -m ARGUMENTS``, in a session of its own."""
 
     def __init__(self, printed: Path, arguments: tuple[str, ...]) -> None:
-        super().__init__()
-        self._printed, self._arguments = printed, arguments
-
-    def run(self) -> None:
-        os.setsid()
-        for number in (1, 2):
-            os.dup2(os.open(self._printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        forkserver._forkserver.__init__()  # type: ignore[misc]  # loader processes fork from one of their own
-        os.environ["OMP_NUM_THREADS"] = "1"
-        torch.set_num_threads(1)
-        sys.argv[:] = self._arguments
-        runpy.run_module(sys.argv[0], run_name="__main__")
+        self._printed = printed
+        with printed.open("w") as file:
+            super().__init__(
+                [sys.executable, "-m", *arguments],
+                cwd=ROOT, stdout=file, stderr=file, start_new_session=True, text=True,
+            )  # fmt: skip
 
     def ended(self) -> str:
         """Wait for the end -> what was printed."""
-        self.join(600)
+        self.wait(600)
         return self._printed.read_text()
 
 
@@ -100,25 +93,23 @@ class Started(multiprocessing.context.ForkServerProcess):
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts modules with the given arguments; at the end, those that still run are killed with their children."""
     processes: list[Started] = []
-    multiprocessing.set_forkserver_preload(["reinforce.student.train", "torch._dynamo", "torch.utils.tensorboard"])
 
     def start(*arguments: str) -> Started:
         processes.append(Started(tmp_path / f"printed-{len(processes)}", arguments))
-        processes[-1].start()
         return processes[-1]
 
     yield start
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.join()
+        process.wait()
 
 
 def wait_for_step(process: Started, output: Path, step: int) -> None:
     """Wait until a step is logged and a checkpoint is there, which a thread writes while steps go on."""
 
     def reached() -> bool:
-        assert process.is_alive(), process.ended()
+        assert process.poll() is None, process.ended()
         return any(output.glob("checkpoints/step-*")) and f'"step": {step},' in (output / "log.jsonl").read_text()
 
     wait_for(reached)
@@ -149,7 +140,7 @@ def test_a_killed_and_interrupted_training_has_the_curve_of_an_uninterrupted_one
     status, _, err = run_command(capfd, "train", config)
     assert (status, "another run is writing to" in err) == (2, True)
     killed.kill()
-    killed.join()
+    killed.wait()
     reached = rows(output)[-1]["step"]
     saved = max(int(path.stem.removeprefix("step-")) for path in (output / "checkpoints").glob("step-*"))
     assert 12 <= reached < STEPS
@@ -158,7 +149,7 @@ def test_a_killed_and_interrupted_training_has_the_curve_of_an_uninterrupted_one
     wait_for_step(interrupted, output, max(22, reached + 2))
     os.killpg(interrupted.pid, signal.SIGINT)  # like a terminal: loader processes get it, too
     printed = interrupted.ended()
-    assert interrupted.exitcode == 130, printed
+    assert interrupted.returncode == 130, printed
     assert "run the same command again to resume from the last checkpoint" in printed
     assert f"resuming after step {saved} of" in printed
     assert "Traceback" not in printed
@@ -197,13 +188,13 @@ def test_sigterm_under_torchrun_ends_both_ranks_with_a_checkpoint_and_they_resum
     wait_for_step(stopped, output, 10)
     stopped.terminate()
     printed = stopped.ended()
-    assert stopped.exitcode not in (0, None)
+    assert stopped.returncode != 0
     stopped_at = rows(output)[-1]["step"]
     assert (output / f"checkpoints/step-{stopped_at:09d}.safetensors").exists(), printed
 
     done = start(*command, config)
     printed = done.ended()
-    assert done.exitcode == 0, printed
+    assert done.returncode == 0, printed
     assert f"resuming after step {stopped_at}" in printed
     assert printed.count(f"for {STEPS} steps on") == 1, "only rank 0 prints"
     share = describe_share(max(1, available_cores() // 2), 0)
