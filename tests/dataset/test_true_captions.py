@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,26 @@ def test_an_export_takes_the_caption_and_the_vector_of_one_number(made: Path, tm
     vectors = np.load(tmp_path / "vectors" / "text_emb" / "text_emb_0.npy")
     stored = by_key(made)["two"].texts["red"]["caption"][1]
     assert np.allclose(vectors[table["image_path"].index("two")], stored, atol=2e-3)
+
+
+def test_a_codebook_that_was_fitted_to_more_captions_is_not_used_for_fewer(tmp_path: Path) -> None:
+    """A run ended after its codebooks were fitted; the next one keeps fewer captions of each sample."""
+    texts = {f"{n:02d}": [f"{word} {n}" for word in ("one", "two", "three")][: n % 4] for n in range(24)}
+    members = [(f"{key}.png", picture(int(key))) for key in texts]
+    members += [(f"{key}.txt", "\n".join(lines).encode()) for key, lines in texts.items() if lines]
+    source = str(write_tar(tmp_path / "source.tar", sorted(members)))
+    red = {**config_of("", "")["teachers"]["red"], "codec": "pca4", "codec_sample": 16}
+
+    def config(captions: int, output: str = "out") -> dict[str, Any]:
+        return config_of(source, tmp_path / output, input={"captions_per_sample": captions}, teachers={"red": red})
+
+    reinforce_here(config(3))
+    fitted = tree(tmp_path / "out" / "codebooks")
+    with pytest.raises(UserError, match=r"input\.captions_per_sample: 3 in the dataset, 2 in this config"):
+        reinforce_here(config(2))
+    shutil.copytree(tmp_path / "out" / "codebooks", tmp_path / "again" / "codebooks")
+    reinforce_here(config(2, "again"))
+    assert tree(tmp_path / "again") == tree(Path(reinforce_here(config(2, "first"))))
+    again = tree(tmp_path / "again" / "codebooks")
+    assert again.keys() == fitted.keys()
+    assert all(again[name] != fitted[name] for name in fitted)

@@ -123,3 +123,30 @@ def test_what_is_not_there_is_named(dataset: str, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             export(dataset, tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("text", [0, 2, "average"])
+@pytest.mark.parametrize("codec", ["float16-int8", "first4", "first4-int8", "pca4"])
+def test_of_several_captions_and_none_each_codec_is_exported_as_it_is_decoded(
+    tmp_path: Path, codec: str, text: Any
+) -> None:
+    members: list[tuple[str, bytes]] = []
+    for number in range(18):
+        texts = [f"{word} {number}" for word in ("one", "two", "three")][: number % 4]
+        members += [(f"{number:02d}.png", picture(number))]
+        members += [(f"{number:02d}.txt", "\n".join(texts).encode())] if texts else []
+    source = str(write_tar(tmp_path / "source.tar", members))
+    red = {**config_of("", "")["teachers"]["red"], "codec": codec, "codec_sample": 16}
+    reading = {"captions_per_sample": 3}
+    dataset = reinforce_here(config_of(source, tmp_path / "out", input=reading, teachers={"red": red}))
+    found = export(dataset, tmp_path / "vectors", text=text, image=1, dtype="float32")
+    samples = [sample for sample in reinforce.open(dataset) if sample.caption is not None]
+    assert (found.rows, found.left_out) == (len(samples), 18 - len(samples)) == (13, 5)
+    images, texts_of = (read(tmp_path / "vectors", name) for name in ("img_emb", "text_emb"))
+    captions = pandas.read_parquet(tmp_path / "vectors" / "metadata")["caption"]
+    for sample, image, vector, caption in zip(samples, images, texts_of, captions, strict=True):
+        own = sample.texts["red"]["caption"][: len(sample.true_captions)]  # the others are these again
+        at = 0 if text == "average" else text % len(own)
+        assert caption == sample.true_captions[at]
+        np.testing.assert_allclose(image, unit(sample.images["red"][1]), atol=1e-6)
+        np.testing.assert_allclose(vector, unit(own.mean(axis=0) if text == "average" else own[at]), atol=1e-6)
