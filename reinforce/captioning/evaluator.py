@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-import open_clip
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
@@ -29,6 +28,7 @@ from reinforce.terminal import first_names
 from teachers.coca.captioner import CocaCaptioner
 from teachers.fast_paths.usage import in_force, loading
 from teachers.open_clip.building import write_open_clip
+from teachers.open_clip.text import tokenizer_of
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator, widest_float
@@ -207,7 +207,7 @@ class CaptionerEvaluator:
         None for an image whose logits are not finite.
         """
         with tempfile.TemporaryDirectory(prefix="reinforce-captioner-") as folder:
-            write_open_clip(model.coca, model.config, open_clip.get_tokenizer(model.name), folder)
+            write_open_clip(model.coca, model.config, tokenizer_of(model.name), folder)
             spec = in_force(self._config.generate.captioner(f"local-dir:{folder}"))
             with loading(_CAPTIONER):
                 captioner = CocaCaptioner(spec, accelerator)

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import open_clip
 import torch
 
 from reinforce import settings
@@ -35,7 +34,7 @@ from reinforce.training.ranks import share_from_first
 from reinforce.training.results import Results
 from reinforce.training.task import Batch, Encoded, Task
 from teachers.open_clip.building import write_open_clip
-from teachers.open_clip.text import Tokenizer
+from teachers.open_clip.text import Tokenizer, tokenizer_of
 from teachers.runtime.accelerator import Accelerator
 
 #: CLIP's loss without distillation.
@@ -76,7 +75,7 @@ class CaptioningTask(Task):
     def export(self, model: torch.nn.Module, folder: str) -> None:
         """Write a folder that open_clip and a run's ``captioners:`` load as ``local-dir:FOLDER``."""
         assert isinstance(model, CaptionerModel)
-        write_open_clip(model.coca, model.config, open_clip.get_tokenizer(model.name), folder)
+        write_open_clip(model.coca, model.config, tokenizer_of(model.name), folder)
 
 
 #: Keys that may change when a fine-tuning resumes: how fast it reads.
@@ -148,11 +147,10 @@ def count_truncated(captions: Sequence[str], model: str, context: int | None = N
 
     ``context`` replaces that of the model.
     """
-    import open_clip
 
-    from teachers.open_clip.text import disable_special_tokens
+    from teachers.open_clip.text import disable_special_tokens, tokenizer_of
 
-    tokenizer = disable_special_tokens(open_clip.get_tokenizer(model, context))
+    tokenizer = disable_special_tokens(tokenizer_of(model, context))
     [empty] = tokenizer([""])
     length, end = len(empty), int(empty[1])
     longer = [caption for caption in captions if len(caption.encode()) > length - 2]  # a token has at least one byte

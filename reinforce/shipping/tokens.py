@@ -21,6 +21,7 @@ from open_clip.tokenizer import HFTokenizer, get_clean_fn
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from teachers.open_clip.text import Tokenizer as Reference
+from teachers.open_clip.text import tokenizer_of
 
 #: Texts whose tokens are compared with open_clip's before a tokenizer is exported.
 PROBES = (
@@ -100,7 +101,7 @@ def convert_tokenizer(model: str) -> Tokenizer:
     Special tokens in texts are plain text, as for students. Raises ValueError if the package ``tokenizers`` cannot
     reproduce its tokens.
     """
-    original = open_clip.get_tokenizer(model)
+    original = tokenizer_of(model)
     if isinstance(original, open_clip.SimpleTokenizer):
         tokenizer = _convert_clip(original)
     elif isinstance(original, HFTokenizer):

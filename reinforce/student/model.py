@@ -48,6 +48,7 @@ from teachers.open_clip.building import write_open_clip
 from teachers.open_clip.family import OpenClipOptions, stated_preprocess
 from teachers.open_clip.released import MIXER
 from teachers.open_clip.teacher import FUSED, image_spec, load_model, model_name, random_model
+from teachers.open_clip.text import tokenizer_of
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.runtime.determinism import seeded
@@ -334,7 +335,7 @@ def load_tokenizer(student: StudentModel) -> Any:
     if student.backbone is not None:
         return None
     try:
-        tokenizer = open_clip.get_tokenizer(student.text_name)
+        tokenizer = tokenizer_of(student.text_name)
         length = tokenizer(["a photo"]).shape[1]
     except (ValueError, OSError, ImportError) as error:
         raise UserError(f"student: the tokenizer of {student.text_name} cannot be loaded: {error}") from error

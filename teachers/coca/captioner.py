@@ -22,6 +22,7 @@ from teachers.fast_paths.towers import check_equal, compile_images, least_cosine
 from teachers.fast_paths.usage import fast_path
 from teachers.open_clip import catalog
 from teachers.open_clip.teacher import image_spec, load_model, model_name
+from teachers.open_clip.text import tokenizer_of
 from teachers.runtime.accelerator import GIB, Accelerator, cache_bytes
 from teachers.runtime.determinism import unique_indices
 from teachers.spec import CaptionerSpec
@@ -128,7 +129,7 @@ class CocaCaptioner(DecodingCaptioner):
         check_model(spec, model)
         check_max_length(spec, model)
         self.image = image_spec(open_clip.get_model_preprocess_cfg(model))
-        self._tokens = Vocabulary(open_clip.get_tokenizer(model_name(spec)))
+        self._tokens = Vocabulary(tokenizer_of(model_name(spec)))
         accelerator.prepare(model)
         # The rest of the model is released: both parts copy its weights to layouts of their own.
         wanted = None if spec.compile == "auto" else spec.compile

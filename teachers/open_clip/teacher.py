@@ -20,7 +20,7 @@ from teachers.image_encoder import ImageEncoder, unit
 from teachers.open_clip import catalog
 from teachers.open_clip.building import AUTHORS, FUSED, build, from_authors
 from teachers.open_clip.family import stated_preprocess
-from teachers.open_clip.text import TextEncoder, keep_residual_in_float32
+from teachers.open_clip.text import TextEncoder, keep_residual_in_float32, tokenizer_of
 from teachers.pixels import channels
 from teachers.protocols import ImageSpec
 from teachers.runtime.accelerator import Accelerator
@@ -57,7 +57,7 @@ class OpenClipTeacher(OpenClipEncoder):
     def __init__(self, spec: TeacherSpec, accelerator: Accelerator) -> None:
         model = accelerator.prepare(load_model(spec))
         image = image_spec(open_clip.get_model_preprocess_cfg(model))
-        super().__init__(model, image, open_clip.get_tokenizer(model_name(spec)), accelerator)
+        super().__init__(model, image, tokenizer_of(model_name(spec)), accelerator)
         self.logit_scale: float | None = spec.logit_scale or float(model.logit_scale.exp())
         self.dim = int(open_clip.get_model_config(model_name(spec))["embed_dim"])
         if accelerator.device.type == "cuda" or spec.held_weights:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import html
+import json
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import open_clip
 import torch
 
 from teachers.open_clip import building  # noqa: F401  (whoever tokenizes for a model finds it by name)
+from teachers.open_clip.catalog import model_config
 from teachers.runtime.accelerator import Accelerator
 from teachers.tokens import PROBE_TEXTS, special_token_escaper, trimming_is_exact
 
@@ -25,6 +27,7 @@ _SPECIAL = ("<start_of_text>", "<end_of_text>", "<|startoftext|>", "<|endoftext|
 
 #: Limit of the token cache in words, since workers and loader processes run for days.
 _MAX_CACHED_WORDS = 200_000
+_own_tokenizers: dict[str, Any] = {}  # open_clip's own, as it makes them, by what its constructor takes
 
 
 class TextEncoder:
@@ -99,6 +102,27 @@ def _tokenizer_key(tokenizer: Any) -> Hashable | None:
         return vocabulary, tuple(tokenizer.all_special_ids), tokenizer.context_length, tokenizer.clean_fn
     except AttributeError:
         return None
+
+
+def tokenizer_of(model: str, context: int | None = None) -> Any:
+    """open_clip's tokenizer of a model by its name; ``context`` replaces the context of the model.
+
+    open_clip's own vocabulary, which takes a tenth of a second, is read once in each process: tokenizers share it.
+    Raises ValueError, OSError or ImportError if the tokenizer cannot be loaded.
+    """
+    try:
+        config = model_config(model)
+    except (ValueError, OSError):  # open_clip says what is wrong
+        config = None
+    text = (config or {}).get("text_cfg") or {}
+    if not text or text.get("hf_tokenizer_name") or "siglip" in model.lower():  # with files of their own
+        return open_clip.get_tokenizer(model, context)
+    key = json.dumps([context or text.get("context_length"), text.get("tokenizer_kwargs")], sort_keys=True)
+    if key not in _own_tokenizers:
+        _own_tokenizers[key] = open_clip.get_tokenizer(model, context)
+    tokenizer = copy.copy(_own_tokenizers[key])
+    tokenizer.cache = {**tokenizer.cache}
+    return tokenizer
 
 
 def disable_special_tokens(tokenizer: Any) -> Any:
@@ -222,7 +246,7 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """B texts -> int64 [B, context length]."""
         if self._tokenizer is None:
-            self._tokenizer = disable_special_tokens(open_clip.get_tokenizer(self.model, self.context))
+            self._tokenizer = disable_special_tokens(tokenizer_of(self.model, self.context))
         tokens: torch.Tensor = self._tokenizer(list(texts))
         return tokens
 

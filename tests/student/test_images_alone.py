@@ -134,8 +134,9 @@ def test_weights_of_a_class_are_read_with_the_module_that_is_left_out_and_withou
 def test_a_training_reads_no_caption_and_no_tokenizer_and_its_export_has_the_metrics_of_the_training(
     tmp_path: Path, dataset: str, student: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("get_tokenizer", "create_model"):
-        monkeypatch.setattr(f"open_clip.{name}", _refuse)
+    for name in ("open_clip.create_model", "open_clip.get_tokenizer", "teachers.open_clip.text.tokenizer_of"):
+        monkeypatch.setattr(name, _refuse)
+    monkeypatch.setattr("reinforce.student.model.tokenizer_of", _refuse)
     faces = {part: {"images": write_colour_folder(tmp_path / part, each)} for part, each in (("train", 5), ("test", 2))}
     sets = {"probes": {"colours": {**faces, "k": [1, 3]}}}
     made = config_of(tmp_path, dataset, student, evaluate=sets)

@@ -22,7 +22,7 @@ from open_clip.tokenizer import get_clean_fn
 from teachers.open_clip import catalog
 from teachers.open_clip.building import write_open_clip
 from teachers.open_clip.teacher import OpenClipTeacher, image_spec
-from teachers.open_clip.text import TextEncoder, Tokenizer, clean_text, disable_special_tokens
+from teachers.open_clip.text import TextEncoder, Tokenizer, clean_text, disable_special_tokens, tokenizer_of
 from teachers.protocols import ImageSpec
 from teachers.registry import teacher_spec
 from teachers.runtime.accelerator import Accelerator
@@ -134,6 +134,19 @@ def test_special_tokens_in_texts_are_read_as_plain_text(models: dict[str, str], 
 @given(st.text(st.characters(max_codepoint=0x17F)) | st.text("ab <&;>\t\n\x1b[0m'\"", max_size=20))
 def test_clean_text_matches_open_clip(text: str) -> None:
     assert clean_text(text) == get_clean_fn("lower")(text)
+
+
+def test_tokenizers_share_their_vocabulary_and_nothing_that_changes(tmp_path: Path) -> None:
+    texts = ["a photo of a cat", "<end_of_text> &amp; unheard words"]
+    short = open_clip_model(tmp_path / "short", context_length=9)
+    for name, context in (("ViT-B-32", None), ("ViT-B-32", 12), (short, None), ("MobileCLIP-S1", None)):
+        one = disable_special_tokens(tokenizer_of(name, context))
+        one(["unheard words"])
+        other, theirs = tokenizer_of(name, context), open_clip.get_tokenizer(name, context)
+        assert other.encoder is one.encoder
+        assert (other.clean_fn, other.cache) == (theirs.clean_fn, theirs.cache)
+        assert torch.equal(other(texts), theirs(texts))
+        assert not torch.equal(one(texts), theirs(texts)), "special tokens in texts are special for open_clip"
 
 
 def test_the_token_cache_is_bounded(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
