@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -618,7 +619,7 @@ class Driver:
                 "reinforce_workers": 0 if last else snapshot.workers,
                 "reinforce_waiting_shards": len(self.queue),
                 "reinforce_leased_shards": len(self.pool.leases),
-                **({} if eta is None else {"reinforce_eta_seconds": eta}),
+                "reinforce_eta_seconds": math.nan if eta is None else eta,  # Ray exports no NaN
             }
         )
         if last or now >= self.progress_due:
