@@ -80,7 +80,7 @@ class Mailbox:
         return self._status
 
     async def set_controller(self, controller: Any) -> None:
-        """Keep the actor that restarts the ranks. Raises RuntimeError, which ends it, if the training run has ended."""
+        """Keep the actor that restarts the ranks. Raises RuntimeError if the training run has ended."""
         if self._closed:
             raise RuntimeError("the training run has ended")
         self._controller = controller

@@ -394,7 +394,10 @@ class ReportController(ControllerCallback):
         self._mailbox = mailbox
 
     def after_controller_start(self, *_: Any) -> None:
-        ray.get(self._mailbox.set_controller.remote(ray.get_runtime_context().current_actor))
+        try:
+            ray.get(self._mailbox.set_controller.remote(ray.get_runtime_context().current_actor))
+        except RayError:  # the training run has ended; after an error here, Ray Train would reserve places all the same
+            os._exit(1)
 
 
 class _RemoteScreen(Screen):
