@@ -67,6 +67,12 @@ def running_job(out: Path) -> RunProgress | None:
     return running(store, list_runs(store))
 
 
+def is_computing(out: Path, driver: int) -> bool:
+    """Whether workers of a driver have shards."""
+    now = running_job(out)
+    return now is not None and now.pid == driver and any(worker.shards for worker in now.workers)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("source")
@@ -142,18 +148,16 @@ def test_a_run_resumes_after_its_worker_its_driver_and_its_ray_were_killed_and_i
     assert [event["node_lost"] for event in events_of(out, "worker_died")] == [False]
     check_correct(out, undisturbed)
 
-    with slow_run(config, tmp_path, delay=0.7) as process:
-        before = finished(out)
-        wait_for(lambda: finished(out) > before)
+    with slow_run(config, tmp_path, delay=2.0) as process:  # no more shards end, so that enough are left
+        wait_for(lambda: is_computing(out, process.pid))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         time.sleep(1.0)  # until the workers notice that their driver is gone
     check_correct(out, undisturbed)
 
     runs = {*out.glob("runs/*")}
-    with slow_run(config, tmp_path, delay=0.7) as process:
-        before = finished(out)
-        wait_for(lambda: finished(out) > before)
+    with slow_run(config, tmp_path, delay=2.0) as process:
+        wait_for(lambda: is_computing(out, process.pid))
         [raylet] = processes_below(process.pid, "raylet")
         os.kill(raylet, signal.SIGKILL)
         output = process.communicate(timeout=600)[0]
