@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -33,7 +34,7 @@ from reinforce.terminal import escape, first_names, print_table
 from teachers.redact import redact
 
 if TYPE_CHECKING:
-    pass
+    from reinforce.tuning.screening import SubsetScreening, TeacherScreening
 
 T = TypeVar("T")
 
@@ -103,7 +104,10 @@ def tune(
     set_: Overrides = None,
     address: Address = None,
     screen_only: Annotated[
-        bool, typer.Option("--screen-only", help="Only screen the logit scales with stored embeddings; train nothing.")
+        bool,
+        typer.Option(
+            "--screen-only", help="Only screen scales and subsets of teachers with stored embeddings; train nothing."
+        ),
     ] = False,
     record: Annotated[
         bool, typer.Option("--record", help="Write the scales found into dataset.json of the datasets.")
@@ -118,7 +122,8 @@ def tune(
         from reinforce.tuning import command
     from reinforce import settings
     from reinforce.tuning.config import TuneConfig
-    from reinforce.tuning.results import results_table, screening_lines, screening_table
+    from reinforce.tuning.results import results_table
+    from reinforce.tuning.screening import screening_json
 
     with only_json(as_json) as print_json:
         checked = settings.load(TuneConfig, config, set_)
@@ -128,12 +133,11 @@ def tune(
                 "To use a screened scale, set logit_scale of its teacher in the run's config."
             )
         if screen_only:
-            screenings = run_training(lambda: command.screen_only(checked))
+            screenings, subsets = run_training(lambda: command.screen_only(checked))
             if as_json:
-                print_json({name: screening.json() for name, screening in screenings.items()})
+                print_json(screening_json(screenings, subsets))
                 return
-            print_table(screening_table(screenings))
-            print_lines(screening_lines(screenings))
+            _print_screening(screenings, subsets)
             typer.echo(f"plot: {redact(checked.output)}/{command.PLOT}")
             return
         result = run_training(lambda: command.tune(checked, address=address))
@@ -141,12 +145,21 @@ def tune(
         if as_json:
             print_json({"output": result.output, **result.json(), "errors": result.errors, "recorded": recorded})
         else:
-            print_table(screening_table(result.screenings))
-            print_lines(screening_lines(result.screenings))
+            _print_screening(result.screenings, result.subsets)
             print_table(results_table(result.rows, result.metric))
             print_lines([*result.lines(), *recorded])
     if result.errors:
         raise UserError("trials failed; the same command retries them:\n  " + "\n  ".join(result.errors))
+
+
+def _print_screening(screenings: Mapping[str, TeacherScreening], subsets: SubsetScreening) -> None:
+    from reinforce.tuning.results import screening_lines, screening_table, subsets_lines, subsets_table
+
+    print_table(screening_table(screenings))
+    print_lines(screening_lines(screenings))
+    if subsets.subsets:
+        print_table(subsets_table(subsets))
+    print_lines(subsets_lines(subsets))
 
 
 def evaluate(

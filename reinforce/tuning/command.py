@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray
@@ -41,7 +41,7 @@ from reinforce.tuning.results import (
     make_curves,
     make_rows,
 )
-from reinforce.tuning.screening import TeacherScreening, screen
+from reinforce.tuning.screening import SubsetScreening, TeacherScreening, screen, screening_json
 from reinforce.tuning.search import Search, first_rung
 from teachers.redact import redact
 from teachers.runtime.accelerator import Accelerator
@@ -53,8 +53,8 @@ TABLE, PLOT, STUDENT, SCREENING = "table.json", "scales.png", "student.yaml", "s
 class CheckedConfig:
     """What the checks before a tuning return.
 
-    ``steps`` is the length of a trial, ``current_scales`` are the scales of the teachers with images and texts, and
-    ``origins`` states where each of them comes from.
+    ``steps`` is the length of a trial, ``current_scales`` are the scales of the teachers with images and texts,
+    ``origins`` states where each of them comes from, and ``left_out`` why the other teachers have none.
     """
 
     base: BaseStudent
@@ -62,6 +62,7 @@ class CheckedConfig:
     metric: str
     current_scales: Mapping[str, float]
     origins: Mapping[str, str]
+    left_out: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class TuningResult:
     rows: list[SettingResult]
     curves: list[Curve]
     screenings: Mapping[str, TeacherScreening]
+    subsets: SubsetScreening
     checks: Mapping[str, ScreeningCheck]
     best: Mapping[str, float]
     seconds: float
@@ -110,6 +112,7 @@ class TuningResult:
             "curves": curves,
             "rows": [row.json() for row in self.rows],
             "screening": {name: vars(check) for name, check in self.checks.items()},
+            "subsets": asdict(self.subsets),
             "seconds": self.seconds,
         }
 
@@ -139,7 +142,7 @@ def check_config(config: TuneConfig) -> CheckedConfig:
     ):
         if wrong:
             raise UserError(f"config {base.origin}: {fix}.")
-    current_scales, origins = _current_scales(base)
+    current_scales, origins, left_out = _current_scales(base)
     Store(config.output).check_writable()
     first = next(iter(scale_settings(config) or lambda_settings(config, current_scales)))
     _, feed = build(base.trial_config(Trial(first, config.seeds[0])), Accelerator("cpu"))
@@ -150,11 +153,14 @@ def check_config(config: TuneConfig) -> CheckedConfig:
             f"config {base.origin}: a trial of {steps:,} steps is only evaluated at its end, so it cannot be stopped "
             f"early. Set evaluate.every to {first_rung(steps)} in `trial`, or `early_stopping: false`."
         )
-    return CheckedConfig(base, steps, metric, current_scales, origins)
+    return CheckedConfig(base, steps, metric, current_scales, origins, left_out)
 
 
-def _current_scales(base: BaseStudent) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the current scale of each teacher with images and texts, and where it comes from. Raises UserError."""
+def _current_scales(base: BaseStudent) -> tuple[dict[str, float], dict[str, str], dict[str, str]]:
+    """Return the current scale of each teacher with images and texts, and where it comes from.
+
+    The third mapping has the reason for each teacher without a scale. Raises UserError.
+    """
     config, loss = base.config, base.short.loss
     manifests = {source.url: read_manifest(Store(source.url)) for source in base.short.data.datasets}
     teachers = stored_teachers(base.short, manifests)
@@ -172,20 +178,25 @@ def _current_scales(base: BaseStudent) -> tuple[dict[str, float], dict[str, str]
         name: f"{scale:g}, {'loss.logit_scales' if name in loss.logit_scales else teachers[name].scale_source}"
         for name, scale in scales.items()
     }
-    return scales, origins
+    left_out = {
+        name: f"has embeddings of {next(iter(teacher.sides))} only" if teacher.sides else "has no embeddings to read"
+        for name, teacher in teachers.items()
+        if name not in scales
+    }
+    return scales, origins, left_out
 
 
-def screen_only(config: TuneConfig) -> dict[str, TeacherScreening]:
+def screen_only(config: TuneConfig) -> tuple[dict[str, TeacherScreening], SubsetScreening]:
     """Run the screening and write it to the output; trains nothing, so trials need not be configured."""
     if not config.scales:
         raise UserError("scales: --screen-only has no scales to screen. Give two or more by teacher.")
     base = BaseStudent(config)
-    current_scales, _ = _current_scales(base)
+    current_scales, _, left_out = _current_scales(base)
     Store(config.output).check_writable()
     with Store(config.output).lock():
-        screenings = _run_screening(base, current_scales)
+        screenings, subsets = _run_screening(base, current_scales, left_out)
         results.draw([], screenings, {}, "", f"{config.output.rstrip('/')}/{PLOT}")
-    return screenings
+    return screenings, subsets
 
 
 def tune(config: TuneConfig, address: str | None = None) -> TuningResult:
@@ -196,7 +207,7 @@ def tune(config: TuneConfig, address: str | None = None) -> TuningResult:
     checked = check_config(config)
     store = Store(config.output)
     with store.lock():
-        screenings = _run_screening(checked.base, checked.current_scales)
+        screenings, subsets = _run_screening(checked.base, checked.current_scales, checked.left_out)
         with contextlib.ExitStack() as stack:
 
             def start_cluster() -> None:  # once, and only if trials are left to run
@@ -218,7 +229,7 @@ def tune(config: TuneConfig, address: str | None = None) -> TuningResult:
         best_lambda = best_row(rows, LAMBDA)
         if best_lambda is not None:
             best = {**best, LAMBDA: best_lambda.setting.lambda_ or 0.0}
-        result = _summarise(checked, outcomes, rows, screenings, best)
+        result = _summarise(checked, outcomes, rows, screenings, subsets, best)
         store.write_json(result.json(), TABLE)
         if best:
             store.write_bytes(_student_yaml(checked, result).encode(), STUDENT)
@@ -252,14 +263,17 @@ def record_scales_in_datasets(config: TuneConfig, result: TuningResult) -> list[
     return lines
 
 
-def _run_screening(base: BaseStudent, current_scales: Mapping[str, float]) -> dict[str, TeacherScreening]:
+def _run_screening(
+    base: BaseStudent, current_scales: Mapping[str, float], left_out: Mapping[str, str]
+) -> tuple[dict[str, TeacherScreening], SubsetScreening]:
     config, how = base.config, base.config.screening
     if not config.scales:
-        return {}
+        return {}, SubsetScreening((), {}, {})
     scales = {name: sorted(values) for name, values in config.scales.items()}
-    screenings = screen(base.short, scales, current_scales, how.batches, how.batch)
-    Store(config.output).write_json({name: screening.json() for name, screening in screenings.items()}, SCREENING)
-    return screenings
+    screenings, subsets = screen(base.short, scales, current_scales, how.batches, how.batch)
+    subsets = replace(subsets, left_out=left_out)
+    Store(config.output).write_json(screening_json(screenings, subsets), SCREENING)
+    return screenings, subsets
 
 
 def _run_stage(base: BaseStudent, search: Search, settings: list[Setting]) -> dict[Trial, TrialOutcome]:
@@ -300,6 +314,7 @@ def _summarise(
     outcomes: Mapping[Trial, TrialOutcome],
     rows: list[SettingResult],
     screenings: Mapping[str, TeacherScreening],
+    subsets: SubsetScreening,
     best: Mapping[str, float],
 ) -> TuningResult:
     curves, first = make_curves(rows), checked.base.config.seeds[0]
@@ -311,7 +326,7 @@ def _summarise(
     }
     seconds = sum(outcome.seconds for outcome in outcomes.values())
     output = redact(checked.base.config.output)
-    return TuningResult(output, checked.metric, rows, curves, screenings, checks, best, seconds)
+    return TuningResult(output, checked.metric, rows, curves, screenings, subsets, checks, best, seconds)
 
 
 def _student_yaml(checked: CheckedConfig, result: TuningResult) -> str:

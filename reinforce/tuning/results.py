@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
+import yaml
 from rich.table import Table
 
 from reinforce import reports
@@ -26,7 +27,7 @@ from reinforce.training.config import describe_changes, make_job
 from reinforce.training.log import read_rows
 from reinforce.training.results import read_results
 from reinforce.tuning.config import LAMBDA, Setting, Trial
-from reinforce.tuning.screening import MEASURES, TeacherScreening, search_fault
+from reinforce.tuning.screening import MEASURES, SubsetScreening, TeacherScreening, search_fault
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -309,6 +310,32 @@ def screening_table(screenings: Mapping[str, TeacherScreening]) -> Table:
 def screening_lines(screenings: Mapping[str, TeacherScreening]) -> list[str]:
     """A line for each teacher whose most likely scale was not found."""
     return [f"screening of {name}: {one.fault}" for name, one in screenings.items() if one.fault]
+
+
+def subsets_table(subsets: SubsetScreening) -> Table:
+    """Return a table with one line for each subset of the teachers, that of the highest likelihood first."""
+    table = Table(
+        "teachers", "log-likelihood", "entropy", "agreement", "accuracy", "alone right",
+        title="Subsets of the teachers, without training", title_justify="left",
+    )  # fmt: skip
+    for subset in subsets.subsets:
+        agreement = "-" if subset.agreement is None else f"{subset.agreement:.1%}"
+        alone = "" if subset.alone is None else f"{subset.alone:.1%}"
+        numbers = (f"{subset.likelihood:.3f}", f"{subset.entropy:.3f}", agreement, f"{subset.accuracy:.1%}", alone)
+        table.add_row(", ".join(subset.teachers), *numbers)
+    return table
+
+
+def subsets_lines(subsets: SubsetScreening) -> list[str]:
+    """What to set for the subset of the highest likelihood, and a line for each teacher that is left out."""
+    lines = [f"subsets of the teachers: {name} is left out, it {why}" for name, why in subsets.left_out.items()]
+    if subsets.subsets:
+        best = subsets.subsets[0]
+        scales = {name: subsets.scales[name] for name in best.teachers}
+        keys = {"data.teachers": [*best.teachers], "loss.logit_scales": scales}
+        text = yaml.safe_dump(keys, default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
+        lines.append(f"best subset of the teachers, expected log-likelihood {best.likelihood:.3f}: set {text}")
+    return lines
 
 
 @dataclass(frozen=True)

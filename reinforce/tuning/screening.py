@@ -1,4 +1,4 @@
-"""Measures of logit scales from stored embeddings of a few seeded batches, without training and without images.
+"""Measures of logit scales and of subsets of teachers, from stored embeddings of a few seeded batches alone.
 
 For a batch of B pairs, teacher t at scale s gives P = softmax(s I_t X_t^T) for images, and the transpose for texts.
 Each measure is the mean over rows, both directions, kinds of text and batches:
@@ -11,10 +11,14 @@ Each measure is the mean over rows, both directions, kinds of text and batches:
   current scales; None for a single teacher.
 
 ``top1`` is how often the true pair has the highest probability; it does not depend on the scale.
+
+A subset of the teachers predicts the mean of their P, which is the target of a student of them. Each teacher is at its
+most likely scale, or at its current one where the search has found none. Likelihood and entropy are in nats.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +35,10 @@ from reinforce.student.data.stream import StreamReader, make_orders
 from reinforce.student.teachers import IMAGE
 
 MEASURES = ("entropy", "true_pair", "calibration", "agreement")
+#: Key of the subsets in screening.json, whose other keys are names of teachers; these do not begin with "_".
+SUBSETS = "_subsets"
+#: Of more teachers, only each alone, all but one and all together are measured: 2 N + 1 subsets instead of 2^N - 1.
+MOST_TEACHERS = 5
 _MAX_BATCH = 4096
 _READERS = 2
 _LOWEST, _HIGHEST = 1.0, 1000.0  # search range of the most likely scale
@@ -90,22 +98,55 @@ def search_fault(calibrated: float) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class SubsetMeasures:
+    """What a subset of the teachers predicts: means over the rows of the batches in both directions.
+
+    The field names are keys of screening.json. ``likelihood`` is the log-likelihood of the true pair, ``accuracy`` the
+    share of rows where it is the most likely one, and ``agreement`` the share where each teacher has the same most
+    likely one; None for a single teacher. ``alone`` is the share that a single teacher gets right and no other of all
+    teachers does; None for several.
+    """
+
+    teachers: Sequence[str]
+    likelihood: float
+    entropy: float
+    agreement: float | None
+    accuracy: float
+    alone: float | None
+
+
+@dataclass(frozen=True)
+class SubsetScreening:
+    """Subsets in the order of their likelihood, none of fewer than two teachers, at ``scales`` by teacher.
+
+    The field names are keys of screening.json and of table.json. ``left_out`` has the reason for each teacher without
+    similarities.
+    """
+
+    subsets: Sequence[SubsetMeasures]
+    scales: Mapping[str, float]
+    left_out: Mapping[str, str]
+
+
 def screen(
     config: StudentConfig,
     scales: Mapping[str, Sequence[float]],
     current_scales: Mapping[str, float],
     batches: int,
     size: int | None,
-) -> dict[str, TeacherScreening]:
-    """Measure ``scales`` (by teacher) on the first batches of a student's training.
+) -> tuple[dict[str, TeacherScreening], SubsetScreening]:
+    """Measure ``scales`` (by teacher), and subsets of all teachers, on the first batches of a student's training.
 
     ``current_scales`` are those of the whole ensemble: of each teacher with embeddings of images and texts. ``size`` is
     the batch size. Raises UserError if the data cannot be read.
     """
     cosines = [*_read_batches(config, [*current_scales], batches, size or min(config.train.batch, _MAX_BATCH))]
+    by_teacher = {name: [of for batch in cosines for of in batch[name].values()] for name in current_scales}
+    calibrated = {name: _most_likely_scale(own) for name, own in by_teacher.items()}
     found = {}
     for teacher, values in scales.items():
-        own = [of_pairs for batch in cosines for of_pairs in batch[teacher].values()]
+        own = by_teacher[teacher]
         others = [
             [batch[name][kind] * current_scales[name] for name in batch if name != teacher]
             for batch in cosines
@@ -121,8 +162,58 @@ def screen(
             for of_pairs in own
             for way in (of_pairs, of_pairs.T)
         ]
-        found[teacher] = TeacherScreening(measured, _most_likely_scale(own), float(np.mean(hits)))
-    return found
+        found[teacher] = TeacherScreening(measured, calibrated[teacher], float(np.mean(hits)))
+    used = {name: current_scales[name] if search_fault(scale) else scale for name, scale in calibrated.items()}
+    return found, SubsetScreening(measure_subsets(cosines, used), used, {})
+
+
+def measure_subsets(cosines: Sequence[Cosines], scales: Mapping[str, float]) -> list[SubsetMeasures]:
+    """Measure subsets of the teachers in ``scales``, those of the highest likelihood first.
+
+    Among equal ones, to six digits, those of fewer teachers are first: a copy of a teacher is not worth its cost.
+    Beside the cosines it holds the probabilities of one batch, [T, B, B]. Returns nothing for fewer than two teachers.
+    """
+    count = len(scales)
+    if count < 2:
+        return []
+    sizes = range(1, count + 1) if count <= MOST_TEACHERS else (1, count - 1, count)
+    subsets = [[*subset] for size in sizes for subset in itertools.combinations(range(count), size)]
+    sums, alone, rows = np.zeros((len(subsets), 4)), np.zeros(count), 0
+    ways = [
+        [of_kind.T if turned else of_kind for of_kind in (batch[name][kind] for name in scales)]
+        for batch in cosines
+        for kind in next(iter(batch.values()))
+        for turned in (False, True)
+    ]
+    for way in ways:
+        logits = [scale * of_teacher for scale, of_teacher in zip(scales.values(), way, strict=True)]
+        probabilities = torch.stack(logits).log_softmax(dim=2)  # their logarithms until exp_
+        true = probabilities.diagonal(dim1=1, dim2=2).clone()  # [T, B]
+        likely = probabilities.argmax(dim=2)  # [T, B]
+        probabilities.exp_()
+        targets = torch.arange(true.shape[1])
+        right = likely == targets
+        alone += (right & (right.sum(dim=0) == 1)).sum(dim=1).numpy()
+        rows += len(targets)
+        for number, members in enumerate(subsets):
+            mean = sum((probabilities[i] for i in members[1:]), probabilities[members[0]]) / len(members)
+            sums[number] += (
+                (true[members].logsumexp(dim=0) - math.log(len(members))).sum().item(),
+                torch.special.entr(mean).sum().item(),
+                (likely[members] == likely[members[0]]).all(dim=0).sum().item(),
+                (mean.argmax(dim=1) == targets).sum().item(),
+            )
+    names, found = [*scales], []
+    for members, (likelihood, entropy, agreement, accuracy) in zip(subsets, (sums / rows).tolist(), strict=True):
+        one = len(members) == 1
+        shares = (None, accuracy, float(alone[members[0]] / rows)) if one else (agreement, accuracy, None)
+        found.append(SubsetMeasures([names[i] for i in members], likelihood, entropy, *shares))
+    return sorted(found, key=lambda subset: (-round(subset.likelihood, 6), len(subset.teachers)))
+
+
+def screening_json(screenings: Mapping[str, TeacherScreening], subsets: SubsetScreening) -> dict[str, Any]:
+    """The content of screening.json."""
+    return {**{name: screening.json() for name, screening in screenings.items()}, SUBSETS: asdict(subsets)}
 
 
 def _read_batches(config: StudentConfig, teachers: Sequence[str], count: int, size: int) -> Iterator[Cosines]:

@@ -23,6 +23,7 @@ from reinforce.training.log import LOG
 from reinforce.tuning.command import _run_stage
 from reinforce.tuning.config import BaseStudent, Trial, TuneConfig, scale_settings
 from reinforce.tuning.results import TrialOutcome
+from reinforce.tuning.screening import SUBSETS
 from reinforce.tuning.search import Search
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.reinforced import small_dataset
@@ -89,7 +90,10 @@ def test_tuning_writes_results_resumes_and_records_scales(
             results = json.loads((output / "trials" / f"red-{row['red']:g}_seed-{seed}" / "results.json").read_text())
             assert (results["steps"], results["metrics"][METRIC]) == (STEPS, value)
     assert (output / "scales.png").read_bytes().startswith(b"\x89PNG")
-    assert set(json.loads((output / "screening.json").read_text())) == {"red"}
+    screened = json.loads((output / "screening.json").read_text())
+    assert set(screened) == {"red", SUBSETS}
+    assert table["subsets"] == screened[SUBSETS]
+    assert [len(one["teachers"]) for one in table["subsets"]["subsets"]].count(1) == 2
     assert not (output / ".ray").exists()
     written = settings.load(StudentConfig, output / "student.yaml")
     assert written.loss.logit_scales == {"blue": 30.0, **table["found"]}
@@ -156,20 +160,44 @@ def test_screen_only_trains_nothing_and_asks_for_no_trials(
 ) -> None:
     output = tmp_path / "both"
     assert tune({**config, "scales": {"red": [5.0, 50.0], "blue": [5.0, 9.0]}}, output, "--screen-only") == 0
-    assert "likely" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "likely" in out
+    assert "Subsets of the teachers" in out
+    assert "best subset of the teachers, expected log-likelihood -" in out
     assert {path.name for path in output.iterdir()} == {".tmp", "screening.json", "scales.png"}
     without = with_student(lambda student: student.pop("evaluate"))(config)
     without = {**without, "trial": {}, "metric": None}
     assert tune(without, tmp_path / "trials") == 2
     assert "no evaluation set" in capfd.readouterr().err
     assert tune(without, tmp_path / "out", "--screen-only") == 0
-    assert set(json.loads((tmp_path / "out/screening.json").read_text())) == {"red"}
+    assert set(json.loads((tmp_path / "out/screening.json").read_text())) == {"red", SUBSETS}
     assert tune({**without, "scales": {}, "lambda": [0.5, 1.0]}, tmp_path / "none", "--screen-only") == 2
     assert "has no scales to screen" in capfd.readouterr().err
     before = Path(config["student"]).read_bytes()
     assert tune(without, tmp_path / "recorded", "--screen-only", "--record") == 2
     assert "--record writes the scales that trials found, and --screen-only trains none" in capfd.readouterr().err
     assert (Path(config["student"]).read_bytes(), (tmp_path / "recorded").exists()) == (before, False)
+
+
+def test_teachers_of_one_side_are_named_as_left_out_and_one_teacher_has_no_table_of_subsets(
+    config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    teachers = {
+        "red": {"class": "tests.helpers.models:ColorTeacher"},
+        "eye": {"class": "tests.helpers.models:ImageOnly"},
+        "ear": {"class": "tests.helpers.models:TextOnly"},
+    }
+    url = small_dataset(tmp_path, (13,), teachers=teachers)
+    changed = with_student(lambda student: (student["data"].update(datasets=url), student.pop("loss")))(config)
+    assert tune(changed, tmp_path / "one", "--screen-only") == 0
+    out = capfd.readouterr().out
+    assert "subsets of the teachers: eye is left out, it has embeddings of images only" in out
+    assert "subsets of the teachers: ear is left out, it has embeddings of texts only" in out
+    assert "Subsets" not in out
+    assert "best subset" not in out
+    assert tune(changed, tmp_path / "one", "--screen-only", "--json") == 0
+    found = json.loads(capfd.readouterr().out)[SUBSETS]
+    assert (found["subsets"], list(found["left_out"])) == ([], ["eye", "ear"])
 
 
 def with_student(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:

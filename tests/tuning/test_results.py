@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.table import Table
 
+from reinforce.dataset import vectors
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import LAMBDA, Setting, Trial
 from reinforce.tuning.results import (
@@ -20,8 +25,21 @@ from reinforce.tuning.results import (
     screening_lines,
     screening_table,
     spearman,
+    subsets_lines,
+    subsets_table,
 )
-from reinforce.tuning.screening import ScaleMeasures, TeacherScreening, _most_likely_scale, _read_batches, screen
+from reinforce.tuning.screening import (
+    Cosines,
+    ScaleMeasures,
+    SubsetMeasures,
+    SubsetScreening,
+    TeacherScreening,
+    _most_likely_scale,
+    _read_batches,
+    measure_subsets,
+    screen,
+)
+from tests.helpers.reinforced import small_dataset
 from tests.helpers.tuning import scale_curve, scale_outcomes, toy_screening, trial_student
 
 
@@ -136,7 +154,7 @@ def config(labelled: str) -> StudentConfig:
 
 @pytest.fixture(scope="module")
 def screenings(config: StudentConfig) -> dict[str, TeacherScreening]:
-    return screen(config, SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None)
+    return screen(config, SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None)[0]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -168,7 +186,7 @@ def test_measures_match_their_definitions(config: StudentConfig, screenings: dic
 
 def test_most_likely_scale_has_the_lowest_loss_on_a_grid(config: StudentConfig) -> None:
     grid = [float(scale) for scale in np.geomspace(1, 30, 60)]
-    screening = screen(config, {"blue": grid}, {"blue": 30.0}, COUNT, None)["blue"]
+    screening = screen(config, {"blue": grid}, {"blue": 30.0}, COUNT, None)[0]["blue"]
     losses = screening.curve("calibration")
     best = grid[int(np.argmin(losses))]  # type: ignore[arg-type]
     assert screening.calibrated == pytest.approx(best, rel=0.06)
@@ -194,5 +212,132 @@ def test_screening_is_deterministic_and_depends_on_the_seed(
 ) -> None:
     for seed in (config.seed, config.seed + 1):
         seeded = config.model_copy(update={"seed": seed})
-        again = screen(seeded, SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None)
+        again, _ = screen(seeded, SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None)
         assert (again == screenings) == (seed == config.seed)
+
+
+def brute_force(
+    cosines: Sequence[Mapping[str, Mapping[str, np.ndarray]]], scales: Mapping[str, float]
+) -> dict[tuple[str, ...], list[float]]:
+    """Likelihood, entropy, agreement, accuracy and what is known alone by subset, row by row in float64."""
+    found = {}
+    for size in range(1, len(scales) + 1):
+        for subset in itertools.combinations(scales, size):
+            rows = []
+            for batch, kind in itertools.product(cosines, next(iter(cosines[0].values()))):
+                for turned in (False, True):
+                    logits = {name: scale * batch[name][kind].astype(np.float64) for name, scale in scales.items()}
+                    each = {name: softmax(values.T if turned else values) for name, values in logits.items()}
+                    mean = np.mean([each[name] for name in subset], axis=0)
+                    for row, predicted in enumerate(mean):
+                        likely = {name: int(np.argmax(of_teacher[row])) for name, of_teacher in each.items()}
+                        right = [name for name, one in likely.items() if one == row]
+                        rows.append([
+                            np.log(predicted[row]),
+                            -sum(p * np.log(p) for p in predicted),
+                            len({likely[name] for name in subset}) == 1,
+                            np.argmax(predicted) == row,
+                            right == [*subset],
+                        ])  # fmt: skip
+            found[subset] = np.mean(rows, axis=0).tolist()
+    return found
+
+
+def check_subsets(measured: Sequence[SubsetMeasures], expected: dict[tuple[str, ...], list[float]]) -> None:
+    assert [*measured] == sorted(measured, key=lambda one: -one.likelihood)
+    assert {tuple(one.teachers) for one in measured} == expected.keys()
+    for one in measured:
+        likelihood, entropy, agreement, accuracy, alone = expected[tuple(one.teachers)]
+        single = len(one.teachers) == 1
+        assert (one.agreement is None, one.alone is None) == (single, not single)
+        numbers = [one.likelihood, one.entropy, one.accuracy, one.alone if single else one.agreement]
+        assert numbers == pytest.approx([likelihood, entropy, accuracy, alone if single else agreement], rel=1e-4)
+
+
+def toy_cosines(noises: Mapping[str, float], kinds: Sequence[str] = ("caption",), size: int = 7) -> list[Cosines]:
+    """Two batches of cosines of which true pairs have more, by teacher with the noise of each."""
+    generator = torch.Generator().manual_seed(3)
+    return [
+        {
+            name: {kind: 0.2 * torch.eye(size) + noise * torch.randn(size, size, generator=generator) for kind in kinds}
+            for name, noise in noises.items()
+        }
+        for _ in range(2)
+    ]
+
+
+def test_subsets_of_three_teachers_match_their_definitions() -> None:
+    cosines = toy_cosines({"good": 0.1, "other": 0.12, "poor": 0.3}, ("caption", "synthetic"))
+    scales = {"good": 12.0, "other": 9.0, "poor": 3.0}
+    plain = [{name: {k: v.numpy() for k, v in of.items()} for name, of in batch.items()} for batch in cosines]
+    expected = brute_force(plain, scales)
+    assert all(0 < expected[name,][4] < expected[name,][3] < 1 for name in scales), "each knows something alone"
+    measured = measure_subsets(cosines, scales)
+    check_subsets(measured, expected)
+    assert len({one.likelihood for one in measured}) == 7
+
+
+def test_a_true_pair_that_sharp_teachers_rule_out_has_a_finite_likelihood() -> None:
+    cosines = [{name: {"caption": torch.tensor([[-1.0, 1.0], [1.0, -1.0]])} for name in ("red", "blue")}]
+    measured = measure_subsets(cosines, {"red": 500.0, "blue": 400.0})
+    assert [one.teachers for one in measured] == [["blue"], ["red", "blue"], ["red"]]
+    assert [one.likelihood for one in measured] == pytest.approx([-800, -800 - np.log(2), -1000])
+
+
+def test_a_copy_of_a_teacher_is_not_named_beside_it_and_one_teacher_has_no_subsets() -> None:
+    for size in range(4, 24):  # the likelihood of both together differs by rounding, to either side
+        toys = toy_cosines({"red": 0.1, "blue": 0.9}, size=size)
+        cosines: list[Cosines] = [{**batch, "copy": batch["red"]} for batch in toys]
+        measured = measure_subsets(cosines, {"red": 11.0, "copy": 11.0, "blue": 1.0})
+        assert [one.teachers for one in measured[:3]] == [["red"], ["copy"], ["red", "copy"]]
+        assert [measured[0].alone, measured[2].agreement] == [0, 1]
+    assert measure_subsets(cosines, {"red": 11.0}) == []
+
+
+def test_of_many_teachers_each_alone_all_but_one_and_all_are_measured() -> None:
+    names = "abcdef"
+    measured = measure_subsets(toy_cosines(dict.fromkeys(names, 0.2)), dict.fromkeys(names, 5.0))
+    assert sorted(len(one.teachers) for one in measured) == [1] * 6 + [5] * 6 + [6]
+    five = measure_subsets(toy_cosines(dict.fromkeys(names[:5], 0.2)), dict.fromkeys(names[:5], 5.0))
+    assert len({tuple(one.teachers) for one in five}) == 31
+
+
+def test_rows_that_a_teacher_has_no_vectors_of_count_for_no_subset(tmp_path: Path) -> None:
+    teacher = {"class": "tests.helpers.models.partial:Partial"}
+    url = small_dataset(
+        tmp_path, (21, 9), captioners={}, augmentations={"count": 1, "size": 24},
+        teachers={
+            "whole": {"class": "tests.helpers.models:ColorTeacher"},
+            "some": {**teacher, "options": {"nulls": "nan", "seed": 1}},
+            "more": {**teacher, "options": {"seed": 2}},
+        },
+    )  # fmt: skip
+    stored = {}
+    for name, side in itertools.product(("whole", "some", "more"), ("images", "caption")):
+        files = sorted(Path(url, "embeddings", name, side).glob("*.parquet"))
+        stored[name, side] = np.concatenate([vectors.decode(pq.read_table(file))[:, 0] for file in files])
+    usable = np.isfinite(np.stack([of.sum(axis=1) for of in stored.values()])).all(axis=0)
+    assert 5 < usable.sum() < len(usable) - 5
+    config = trial_student("student", 1, {"datasets": url}, batch=int(usable.sum()))
+    _, subsets = screen(config, {}, dict.fromkeys(("whole", "some", "more"), 30.0), 1, None)
+    unit = {key: vectors.normalized(of[usable]) for key, of in stored.items()}
+    cosines = {name: {"caption": unit[name, "images"] @ unit[name, "caption"].T} for name in subsets.scales}
+    check_subsets(subsets.subsets, brute_force([cosines], subsets.scales))
+
+
+def test_table_and_lines_of_subsets_name_the_best_with_its_keys_and_who_is_left_out() -> None:
+    rows = [
+        SubsetMeasures(["red", "no"], -1.25, 2.0, 0.5, 0.75, None),
+        SubsetMeasures(["red"], -1.5, 1.0, None, 0.5, 0.125),
+    ]
+    subsets = SubsetScreening(rows, {"red": 8.5, "no": 4.0}, {"eye": "has embeddings of images only"})
+    assert cells(subsets_table(subsets)) == [
+        ("red, no", "-1.250", "2.000", "50.0%", "75.0%", ""),
+        ("red", "-1.500", "1.000", "-", "50.0%", "12.5%"),
+    ]
+    assert subsets_lines(subsets) == [
+        "subsets of the teachers: eye is left out, it has embeddings of images only",
+        "best subset of the teachers, expected log-likelihood -1.250: set data.teachers: [red, 'no'], "
+        "loss.logit_scales: {red: 8.5, 'no': 4.0}",
+    ]
+    assert subsets_lines(SubsetScreening((), {"red": 8.5}, {})) == []
