@@ -225,6 +225,17 @@ def test_a_process_that_hangs_ends_some_time_after_sigterm_with_one_line_and_sta
     assert errors.startswith(f"ended 1 s after SIGTERM, because a call did not return: it is in {place} (")
 
 
+def test_a_process_that_hangs_ends_after_sigterm_also_where_nobody_reads_its_errors() -> None:
+    code = _COMMAND.format(handled="stop_requests()", wait="time.sleep(60)", call="hang()")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.stderr.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(50) == 143
+
+
 def test_a_block_that_ends_after_sigterm_or_whose_child_gets_it_voids_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

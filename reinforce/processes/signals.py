@@ -75,7 +75,8 @@ def _watch(reader: int, before: int, ended: threading.Event) -> None:
         place = f": it is in {frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
         break
     line = f"ended {_TERMINATION_SECONDS:.0f} s after SIGTERM, because a call did not return{place}"
-    os.write(2, f"{line}. What is stored is kept: run the same command again to resume.\n".encode())
+    with contextlib.suppress(OSError):  # nobody reads standard error any more
+        os.write(2, f"{line}. What is stored is kept: run the same command again to resume.\n".encode())
     os._exit(_TERMINATED)
 
 

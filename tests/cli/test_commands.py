@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,7 @@ def test_a_command_that_handles_no_signal_ends_after_sigterm_with_one_line_and_s
     command = [sys.executable, "-m", "reinforce", name, str(pipe)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         writer = os.open(pipe, os.O_WRONLY)  # waits for the command to open it
+        time.sleep(0.5)  # until it reads: Python handles a signal that comes just before when the read returns
         process.send_signal(signal.SIGTERM)
         printed = process.communicate(timeout=50)
         os.close(writer)
