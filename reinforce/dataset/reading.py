@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -88,7 +88,8 @@ def open(
 class Dataset:
     """The samples of the shards that are complete in every selected layer; ``reinforce.open`` makes one.
 
-    ``models`` are names or patterns by section of the config; None: all of a section, or of all sections.
+    ``models`` are names or patterns by section of the config; None: all of a section, or of all sections. Of their
+    layers, only those in ``layers`` are read; None: all.
 
     Iterating yields ``Sample`` in the order of the shards. ``len(data)`` is the number of samples; the first call
     reads the footer of each shard's samples file. ``data.samples[3]`` is a sample by its number. ``data[name]`` with a
@@ -113,6 +114,7 @@ class Dataset:
         strict: bool = False,
         images_from: str | Sequence[str] = (),
         images_key: str = 'images_from=["{}"]',
+        layers: Collection[str] | None = None,
     ) -> None:
         self.store = Store(url)
         self.roots = ImageRoots.named(images_from, images_key, LIMITS["wide"].image_bytes)
@@ -125,7 +127,8 @@ class Dataset:
         stored = [stored_layer(name, entry) for name, entry in self.manifest["layers"].items()]
         others = [layer for layer in stored if not layer.kind.taken and layer.name != SAMPLES]
         wanted += [one.name for one in others if one.model is None or one.model in self.models[str(one.kind.section)]]
-        self.layers = [SAMPLES, *(name for name in wanted if name in self.manifest["layers"])]
+        known = self.manifest["layers"].keys() if layers is None else self.manifest["layers"].keys() & {*layers}
+        self.layers = [SAMPLES, *(name for name in wanted if name in known)]
         listings = self.store.listings(self.layers)
         self.shards = self._complete_shards(listings, strict)
         self.view: View | None = None

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from reinforce.errors import UserError
+from reinforce.evaluation.kinds.agreement import AgreementSet
 from reinforce.evaluation.kinds.base import OwnSet, SetKind, ZeroShotSet
 from reinforce.evaluation.kinds.index import IndexSet
 from reinforce.evaluation.kinds.probes import ProbeSet
@@ -58,6 +59,9 @@ class Evaluation(Section):
     )
     segmentation: Annotated[dict[SetName, SegmentationSet], _SET_NAMES] = Field(
         default_factory=dict, description="segmentation sets by name, which need no texts"
+    )
+    agreement: Annotated[dict[SetName, AgreementSet], _SET_NAMES] = Field(
+        default_factory=dict, description="reinforced datasets by name, with whose teachers models are compared"
     )
     suite: Suite | None = Field(
         None, description="a suite of published sets, evaluated as by `reinforce evaluate --suite`"
@@ -165,7 +169,7 @@ class Evaluation(Section):
             raise ValueError(f"best: no set gives {self.best!r}; the metrics are: {known}")
         if self.export == "best" and not self.metrics:
             raise ValueError("export: best needs a set to evaluate on; add one, or remove `export`")
-        metric = self.best_metric or ""
-        if self.export == "best" and self.best is None and (part := self.parts({}).get(metric)):
+        metric = (self.best_metric or "") if self.export == "best" and self.best is None else ""
+        if part := metric and self.parts({}).get(metric):
             raise ValueError(f"export: best would choose by {metric} of {part}; set `best` to the metric that chooses")
         return self

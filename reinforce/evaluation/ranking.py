@@ -198,6 +198,25 @@ def find_nearest(
     return _flip(bits).view(torch.float32).cpu(), (_INDEX - (best & _INDEX)).cpu()
 
 
+def find_others(queries: torch.Tensor, index: torch.Tensor, count: int, accelerator: Accelerator) -> torch.Tensor:
+    """The ``count`` nearest of the rows of ``index`` [N, D] for ``queries`` [N, D], without the row of the same number.
+
+    Returns their numbers, int64 [N, count] on the CPU, nearest first. ``count`` is below N.
+    """
+    parts = []
+    for start in range(0, len(queries), BLOCK):
+        nearest = find_nearest(queries[start : start + BLOCK], index, count + 1, accelerator)[1]
+        others = nearest != torch.arange(start, start + len(nearest))[:, None]
+        others[others.all(dim=1), -1] = False  # its own row is not among them
+        parts.append(nearest[others].view(len(nearest), count))
+    return torch.cat(parts)
+
+
+def shared_neighbours(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The share of ``wanted`` neighbours int64 [N, k] that are among those ``found``, mean over the rows."""
+    return float((found[:, :, None] == wanted[:, None, :]).any(dim=1).double().mean())
+
+
 def _flip(bits: torch.Tensor) -> torch.Tensor:
     """Bits of float32 as int32 in the order of the floats, and back."""
     return torch.where(bits < 0, bits ^ _SIGN, bits)

@@ -44,6 +44,8 @@ from schemas import TRUE_CAPTIONS, Reason
 from teachers.fit import fit
 from teachers.protocols import ImageSpec
 
+#: How a user allows images that a dataset stores by reference, for ``Dataset``.
+IMAGES_KEY = 'evaluate.images_from: ["{0}"], or --set images_from="{0}" on the command line'
 LINES = "lines:"
 _JSON = "json:"
 _JMESPATH = "jmespath:"
@@ -149,11 +151,15 @@ class Table(Section):
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """One image of a set. ``target`` is its label, or its captions."""
+    """One image of a set. ``target`` is its label, or its captions.
+
+    ``fit`` makes uint8 [height, width, 3] of the decoded image for the input of a model.
+    """
 
     key: str
     load: Callable[[], bytes]  # the encoded image
     target: Any
+    fit: Callable[[Image.Image, ImageSpec], np.ndarray] = fit
 
 
 #: Reads a set: yields its images in order, each time the same.
@@ -283,8 +289,7 @@ def check_no_view(urls: str | Sequence[str], view: str | None, where: str) -> No
 
 
 def _read_dataset(url: str, spec: Input) -> Iterator[RawSample]:
-    key = 'evaluate.images_from: ["{0}"], or --set images_from="{0}" on the command line'
-    data = Dataset(url, {}, view=spec.view, images_from=spec.images_from or (), images_key=key)
+    data = Dataset(url, {}, view=spec.view, images_from=spec.images_from or (), images_key=IMAGES_KEY)
     for sample in data:
         sidecars = {}
         if sample.caption is not None:
@@ -360,7 +365,7 @@ class ImageBatches:
     def decode(self, specs: Sequence[ImageSpec], size: int, threads: int) -> Iterator[_Decoded]:
         """Yield batches of ``size`` in the set's order: uint8 [B, height, width, 3] by each spec, and targets.
 
-        The last batch may be smaller. Each image is decoded once, in threads, and resized by each spec; without specs
+        The last batch may be smaller. Each image is decoded once, in threads, and fitted to each spec; without specs
         it is only loaded. After one complete pass, batches come from the cache if the images fit into the budget, and
         size and geometry are the same.
         """
@@ -381,7 +386,7 @@ class ImageBatches:
                 self._check_size(data)
                 return [], item.target
             image = self.open(data)
-            return [fit(image, spec) for spec in specs], item.target
+            return [item.fit(image, spec) for spec in specs], item.target
 
         with closing(self._converted(convert, 2 * size, threads)) as items:
             while found := list(itertools.islice(items, size)):

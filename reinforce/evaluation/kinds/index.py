@@ -100,26 +100,11 @@ def _score(config: IndexSet, index: _Index, models: EvaluatedModels, images: Ima
 
 def _recalls(queries: torch.Tensor, index: torch.Tensor, counts: Sequence[int], accelerator: Accelerator) -> Metrics:
     """Recall of the nearest in ``index`` [N, D] by its own rows when they are searched by ``queries`` [N, D]."""
-    import torch
-
-    from reinforce.evaluation.ranking import BLOCK, find_nearest
+    from reinforce.evaluation.ranking import find_others, shared_neighbours
 
     accelerator, most = accelerator.of_float64("nearest neighbours"), max(counts)
-    neighbours = []  # the nearest rows of ``index``, int64 [N, most], without the row of the query
-    for rows in (queries, index):
-        parts = []
-        for start in range(0, len(rows), BLOCK):
-            nearest = find_nearest(rows[start : start + BLOCK], index, most + 1, accelerator)[1]
-            others = nearest != torch.arange(start, start + len(nearest))[:, None]
-            others[others.all(dim=1), -1] = False  # the image itself is not among them
-            parts.append(nearest[others].view(len(nearest), most))
-        neighbours.append(torch.cat(parts))
-    found, wanted = neighbours
-    recalls: Metrics = {}
-    for count in counts:
-        same = found[:, :count, None] == wanted[:, None, :count]
-        recalls[f"k{count}/recall"] = float(same.any(dim=2).double().mean())
-    return recalls
+    found, wanted = (find_others(rows, index, most, accelerator) for rows in (queries, index))
+    return {f"k{count}/recall": shared_neighbours(found[:, :count], wanted[:, :count]) for count in counts}
 
 
 def _too_few(images: int, config: IndexSet) -> str:

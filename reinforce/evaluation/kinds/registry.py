@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from reinforce.evaluation.kinds import association, classification, index, probes, retrieval, segmentation
+from reinforce.evaluation.kinds import agreement, association, classification, index, probes, retrieval, segmentation
 
 _KINDS = (
     classification.KIND, retrieval.RETRIEVAL, probes.KIND, index.KIND, association.KIND, retrieval.CHOICE,
-    segmentation.KIND,
+    segmentation.KIND, agreement.KIND,
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in _KINDS}
