@@ -289,12 +289,16 @@ def test_the_page_advises_by_what_the_points_show() -> None:
 
 @pytest.mark.usefixtures("worker_in_process")
 def test_unequal_classes_with_copies_are_chosen_by_class_and_the_folder_loads_as_a_student(
-    tmp_path: Path, released: str, command: Command
+    tmp_path: Path, command: Command
 ) -> None:
+    released = tmp_path / "released"  # with a text tower and a tokenizer of Hugging Face, by their paths
+    name = student_folder(released, "hf", text_cfg={"hf_tokenizer_name": str(released)})
+    export(built(name), str(tmp_path / "made"))
+    shutil.copy(tmp_path / "made" / WEIGHTS, released)
     source = Path(photos(tmp_path))
     for number in range(6):
         shutil.copy(source / "red/0.png", source / f"red/copy-{number}.png")
-    words = ["adapt", str(source), f"{tmp_path}/out", "--model", released, *FAST, "--json", "-"]
+    words = ["adapt", str(source), f"{tmp_path}/out", "--model", str(released), *FAST, "--json", "-"]
     status, text, error = command(*words)
     assert status == 0, error
     report = json.loads(text)
@@ -315,6 +319,11 @@ def test_unequal_classes_with_copies_are_chosen_by_class_and_the_folder_loads_as
     student = reinforce.Student.load(f"{tmp_path}/out")
     assert student.encode_texts("red").equal(reinforce.Student.load(f"{tmp_path}/out/model").encode_texts("red"))
     assert json.loads(command(*words)[1]) == report, "a second run keeps the division and what was counted"
+    shutil.move(tmp_path / "out/model", tmp_path / "moved")
+    shutil.rmtree(released)
+    assert str(tmp_path) not in (tmp_path / "moved/open_clip_config.json").read_text()
+    moved = reinforce.Student.load(tmp_path / "moved")
+    assert moved.encode_texts("red").equal(student.encode_texts("red")), "nothing names the released model's folder"
 
 
 def test_a_folder_with_other_files_is_refused_before_anything_is_written(
