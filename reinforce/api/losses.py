@@ -62,10 +62,12 @@ def distillation(
     teachers: Sequence[TeacherVectors],
     logit_bias: torch.Tensor | float | None = None,
     form: Literal["softmax", "sigmoid"] = "softmax",
+    weights: Sequence[float] | Literal["confidence"] | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of the student's similarities with the mean of the teachers' probabilities (MobileCLIP).
 
-    Each of ``teachers`` is its vectors of the images [B, D], of the texts [B, D], and its logit scale.
+    Each of ``teachers`` is its vectors of the images [B, D], of the texts [B, D], and its logit scale. ``weights`` are
+    of the teachers, or ``confidence``: of each row by the probability that a teacher gives to the true pair.
     """
     if not teachers:
         raise UserError("distillation: teachers is empty. Give the vectors of a teacher, or use `contrastive`.")
@@ -78,7 +80,13 @@ def distillation(
     scales = {name: of[2] for name, of in zip(names, teachers, strict=True)}
     for name, scale in scales.items():
         as_scalar(f"distillation: logit scale of teacher {name}", scale, image.device)
-    objective = Objective(1.0, _checked_form(form, logit_bias), scales)
+    by_name: Any = weights or {}
+    if weights is not None and not isinstance(weights, str):
+        if len(weights) != len(names):
+            raise UserError(f"distillation: want a weight for each of {len(names)} teachers, got {len(weights)}")
+        by_name = dict(zip(names, weights, strict=True))
+    own = settings.parse(Loss, {"weights": by_name}).weights
+    objective = Objective(1.0, _checked_form(form, logit_bias), scales, {}, own)
     return _pairs(objective, image, text, logit_scale, logit_bias, targets)
 
 

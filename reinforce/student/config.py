@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
@@ -112,18 +114,16 @@ class FeatureLoss(Section):
         description="`linear`: a projection for each teacher, which is not exported; `none`: the features themselves "
         "approach the vectors, so that the student is exported into the teacher's space; see `student.text`",
     )
-    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict, description="weights by teacher of their mean; default: 1"
-    )
     distance: Literal["cosine", "l2", "similarities"] = Field(
         "cosine",
         description="`cosine`: 1 - cosine; `l2`: squared distance; `similarities`: cross-entropy of the similarities "
         "with the teacher's vectors of the batch and of `queue`",
     )
-    standardise: bool = Field(
-        False,
-        description="subtract the mean of each dimension from the stored vectors and divide by its standard deviation, "
-        "both over the first 4,096 examples; images, true and synthetic captions have their own",
+    balance: Literal["none", "standardise", "phi-s", "dispersion"] = Field(
+        "none",
+        description="what makes teachers comparable, by statistics of the first 4,096 examples: `standardise`: mean 0 "
+        "and deviation 1 in each dimension; `phi-s`: the same variance in all dimensions, by a rotation and one scale; "
+        "`dispersion`: the loss of each teacher is divided by that of its best constant vector",
     )
     temperature: float = Field(0.07, gt=0, description="for `similarities`: by which cosines are divided")
     queue: int = Field(
@@ -136,11 +136,27 @@ class FeatureLoss(Section):
         given = [key for key in ("temperature", "queue") if getattr(self, key) != others[key].default]
         if given and self.distance != "similarities":
             raise ValueError(f"`{given[0]}` needs `distance: similarities`; remove it")
-        if self.standardise and self.head == "none":
+        if self.moves and self.head == "none":
             raise ValueError(
-                "standardised vectors are no longer of the teacher's space: remove `standardise` or `head`"
+                f"vectors balanced by `{self.balance}` are no longer of the teacher's space: remove `balance` or `head`"
             )
+        if self.balance == "dispersion" and self.distance == "similarities":
+            raise ValueError("`balance: dispersion` is for the distances cosine and l2; remove it")
         return self
+
+    @property
+    def moves(self) -> bool:
+        """Whether vectors are changed, not only the weights of teachers."""
+        return self.balance in ("standardise", "phi-s")
+
+
+def _check_teacher_weights(value: Any) -> Any:
+    numbers = [*value.values()] if isinstance(value, Mapping) else [None]
+    if value != "confidence" and not all(
+        isinstance(one, (int, float)) and not isinstance(one, bool) and 0 < one < math.inf for one in numbers
+    ):
+        raise ValueError(f"must be confidence, or weights above 0 by teacher, such as {{dino: 2.0}}, got {value!r}")
+    return value
 
 
 class Loss(Section):
@@ -154,6 +170,20 @@ class Loss(Section):
     form: Literal["softmax", "sigmoid"] = Field("softmax", description="form of the CLIP and distillation losses")
     logit_scales: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="logit scales by teacher; default: those of the dataset or the model"
+    )
+    weights: Annotated[
+        dict[str, float] | Literal["confidence"],
+        BeforeValidator(_check_teacher_weights),
+        InSchema(
+            lambda _: either(
+                {"additionalProperties": {"exclusiveMinimum": 0, "type": "number"}, "type": "object"},
+                {"const": "confidence"},
+            )
+        ),
+    ] = Field(
+        default_factory=dict,
+        description="weights by teacher in each mean over teachers, default: 1; or `confidence`: of similarities, "
+        "those of each row by the probability that a teacher gives to the true pair",
     )
     learn_scales: bool = Field(
         False,
@@ -196,6 +226,11 @@ class Loss(Section):
     def online(self) -> bool:
         """Whether teachers run during training instead of their stored embeddings being read."""
         return bool(self.teachers)
+
+    @property
+    def named_weights(self) -> Mapping[str, float]:
+        """The weights that are given by teacher."""
+        return self.weights if isinstance(self.weights, dict) else {}
 
     @property
     def anchors(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 They get the augmentations and texts that the stored teachers got, so the targets are equal.
 
-The statistics of standardised targets are fitted to the first ones of a training run: those of the first examples of
+The statistics of balanced targets are fitted to the first ones of a training run: those of the first examples of
 the datasets, in the order of their files, as a training run takes them: one augmentation of each image, the texts that
 are read, and of each teacher its vectors of the images, of the true captions and of the synthetic ones, or its patches.
 Stored targets are read and online ones computed, of the same examples.
@@ -31,8 +31,8 @@ from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.examples import Example
 from reinforce.student.data.stream import PartMaker, StreamedDataset
 from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo, same_model
+from reinforce.student.terms.balance import Fit, Moments
 from reinforce.student.terms.base import Tensors
-from reinforce.student.terms.moments import Fit, Moments
 from reinforce.training.order import GroupChunk
 from reinforce.training.step import map_batch
 from reinforce.training.task import Batch
@@ -148,7 +148,7 @@ _AT_ONCE = 64
 _TargetsOf: TypeAlias = Callable[[StreamedDataset, Sequence[Example]], Tensors]
 
 
-def stored_moments(data: Data, seed: int, teacher: str) -> dict[str, Moments]:
+def stored_moments(data: Data, seed: int, teacher: str, covariance: bool) -> dict[str, Moments]:
     """The moments of a teacher's stored vectors by what they are of. Raises UserError."""
 
     def read(dataset: StreamedDataset, examples: Sequence[Example]) -> Tensors:
@@ -159,13 +159,15 @@ def stored_moments(data: Data, seed: int, teacher: str) -> dict[str, Moments]:
         }
 
     datasets = [one.without_images() for one in open_datasets(data, seed, {"teachers": [teacher]})]
-    return _fit(datasets, teacher, read, _VECTORS)
+    return _fit(datasets, teacher, read, _VECTORS, covariance)
 
 
-def online_moments(data: Data, seed: int, name: str, teacher: Teacher, device: str) -> dict[str, Moments]:
+def online_moments(
+    data: Data, seed: int, name: str, teacher: Teacher, device: str, covariance: bool
+) -> dict[str, Moments]:
     """The moments of the vectors that a loaded teacher gives, by what they are of. Raises UserError."""
     datasets = open_datasets(data, seed, {"teachers": []})
-    return _fit(datasets, name, _Online(datasets, name, device, {name: teacher}), _VECTORS)
+    return _fit(datasets, name, _Online(datasets, name, device, {name: teacher}), _VECTORS, covariance)
 
 
 def patch_moments(
@@ -227,13 +229,15 @@ class _Online:
         return found
 
 
-def _fit(datasets: Sequence[StreamedDataset], teacher: str, targets_of: _TargetsOf, count: int) -> dict[str, Moments]:
+def _fit(
+    datasets: Sequence[StreamedDataset], teacher: str, targets_of: _TargetsOf, count: int, covariance: bool = False
+) -> dict[str, Moments]:
     """The moments of a teacher's targets of the first examples, by what they are of. Raises UserError."""
-    _LOG.info("teacher %s: fitting means and deviations to its targets of the first %d examples", teacher, count)
+    _LOG.info("teacher %s: fitting statistics to its targets of the first %d examples", teacher, count)
     fits: dict[str, Fit] = {}
     for dataset, examples in _first_examples(datasets, count):
         for what, values in targets_of(dataset, examples).items():
-            fits.setdefault(what, Fit()).add(values)
+            fits.setdefault(what, Fit(covariance)).add(values)
     urls = " and ".join(dataset.url for dataset in datasets)
     if not fits:
         raise UserError(f"{urls}: none of the first samples can be used. {datasets[0].hint(())}")

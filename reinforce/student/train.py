@@ -36,8 +36,8 @@ from reinforce.student.teachers import (
     stored_teachers,
     text_kinds,
 )
+from reinforce.student.terms.balance import Moments
 from reinforce.student.terms.base import Rows, TargetModels
-from reinforce.student.terms.moments import Moments
 from reinforce.student.terms.registry import Terms, make_terms
 from reinforce.student.towers import Tower, has_weights
 from reinforce.terminal import plural
@@ -47,11 +47,15 @@ from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.log import check_trackers
 from reinforce.training.ranks import share_from_first
 from reinforce.training.results import Results
+from reinforce.training.step import slice_batch
 from reinforce.training.task import Batch, Encoded, Metrics, Task
 from teachers.open_clip.text import Tokenizer
 from teachers.protocols import Teacher
 from teachers.runtime.accelerator import Accelerator
 from teachers.spec import ModelSpec
+
+#: Rows of a rank's batch from which the shares of teachers are measured.
+_ROWS_OF_SHARES = 1024
 
 
 def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str | None = None) -> Results:
@@ -154,10 +158,10 @@ class StudentTask(Task):
                 others.update({(section, name): target for name, target in found.items()})
                 return {name: target.entry for name, target in found.items()}
 
-            def moments(section: str, name: str) -> Mapping[str, Moments]:
+            def moments(section: str, name: str, covariance: bool) -> Mapping[str, Moments]:
                 data, seed = config.data, config.seed
                 if section == "teachers":
-                    return online_moments(data, seed, name, teachers[name], device)
+                    return online_moments(data, seed, name, teachers[name], device, covariance)
                 return patch_moments(data, seed, name, others[section, name], loss.teachers[name], manifests, device)
 
             models = replace(models, teachers=known, entries=entries, moments=moments)
@@ -222,6 +226,35 @@ class StudentTask(Task):
         rows = Rows(encoded.features, encoded.scalars, targets, reduced, self.model.heads)
         return self.terms.merged(lambda term: term.losses(rows))
 
+    def shares(self, encoded: Encoded, batch: Batch) -> dict[str, dict[str, torch.Tensor]]:
+        """Of each of several teachers its share of the losses that are means over teachers, ``loss``, and of the norms
+        of their gradients with respect to the features, ``gradient``, over the first rows of the batch; and the pairs
+        of which it is surest, ``rows``, if weights follow confidence.
+        """
+        features = {
+            name: encoded.features[name][:_ROWS_OF_SHARES].detach().requires_grad_()
+            for name in (IMAGE, CAPTION, SYNTHETIC)
+            if name in encoded.features
+        }
+        targets = slice_batch(batch.get("targets", {}), 0, _ROWS_OF_SHARES)
+        scalars = {name: value.detach() for name, value in encoded.scalars.items()}
+        rows = Rows(features, scalars, targets, self._precision != "fp32", self.model.heads)
+        found: dict[str, dict[str, torch.Tensor]] = {"loss": {}, "rows": {}}
+        for term in self.terms.terms:
+            for what, name, value in term.parts(rows):
+                found[what][name] = found[what].get(name, 0) + value
+        if len(found["loss"]) < 2:
+            return {}
+        found["gradient"] = {}
+        for name, loss in found["loss"].items():
+            gradients = torch.autograd.grad(loss, [*features.values()], retain_graph=True, allow_unused=True)
+            squares = [one.double().square().sum() for one in gradients if one is not None]
+            found["gradient"][name] = torch.stack(squares).sum().sqrt()
+        for what in ("loss", "gradient"):
+            total = torch.stack([value.detach().double() for value in found[what].values()]).sum()
+            found[what] = {name: value.detach() / total for name, value in found[what].items()}
+        return {what: values for what, values in found.items() if values}
+
     def evaluate(self, model: torch.nn.Module) -> Metrics:
         """Metrics of this rank's share of the sets under ``evaluate``, by the names in ``reinforce.evaluation``.
 
@@ -263,7 +296,7 @@ def read_stored(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]
         kinds,
         images,
         partial(stored_models, data, manifests),
-        moments=lambda section, name: stored_moments(data, config.seed, name),
+        moments=lambda section, name, covariance: stored_moments(data, config.seed, name, covariance),
     )
 
 

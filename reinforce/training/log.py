@@ -43,6 +43,8 @@ _PANELS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Mapping[str, Any]]]
     ("Loss", "loss", lambda row: {"all": row["loss"], **row["losses"]} if "losses" in row else {}),
     ("Learning rate", "learning rate", lambda row: {"": row["lr"]} if "lr" in row else {}),
     ("Learnt scalars", "value", lambda row: row.get("scalars", {})),
+    ("Teachers: share of the loss", "share", lambda row: row.get("shares", {}).get("loss", {})),
+    ("Teachers: share of the gradient", "share", lambda row: row.get("shares", {}).get("gradient", {})),
     ("Evaluation: losses", "loss", lambda row: _metrics(row, "loss")),
     ("Evaluation: retrieval", "metric", lambda row: _metrics(row, "retrieval")),
     ("Evaluation", "metric", lambda row: _metrics(row, "")),

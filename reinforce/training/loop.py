@@ -336,7 +336,10 @@ class _Loop:
         numbers = range(first, first + self.microbatches)
         seeds = [seed_for(self.job.seed, f"step {step}", "training", number) for number in numbers]
         self.ranks.at(f"the gradients of step {step + 1:,}")
-        output = backpropagate(self.task, model, prefetcher.take(), rank_batch, seeds, self.accelerator, self.kept)
+        logged = (step + 1) % self.training.log_every == 0 or step + 1 == self.steps
+        batch = prefetcher.take()
+        output = backpropagate(self.task, model, batch, rank_batch, seeds, self.accelerator, self.kept, logged)
+        del batch
         computed = self.accelerator.mark()
         if step + 1 < self.steps:
             self.ranks.at(f"reading the batch of step {step + 2:,}")
@@ -356,7 +359,7 @@ class _Loop:
             skipped_last=before.skipped_last + 1 if skipped else 0,
         )
         check_skipped(self.progress, self.steps)
-        if self.progress.step % self.training.log_every == 0 or self.progress.step == self.steps:
+        if logged:
             self._log_step(output, lr, norm)
         elif self.ranks.is_first:
             self.screen.advance(self.progress.step)
@@ -375,6 +378,7 @@ class _Loop:
             "losses": dict(zip(output.losses, losses, strict=True)),
             "lr": lr,
             "scalars": {name: float(value) for name, value in output.scalars.items()},
+            "shares": {what: {name: float(v) for name, v in of.items()} for what, of in output.shares.items()},
             "grad_norm": norm,
             **self.throughput.measure(self.training.batch),
             "memory": self.accelerator.peak_memory(),

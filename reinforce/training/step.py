@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ from teachers.runtime.accelerator import Accelerator, is_out_of_memory
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Weighted losses by name and learnt scalars of one rank's batch, without gradients."""
+    """Weighted losses by name, learnt scalars and ``Task.shares`` of one rank's batch, without gradients."""
 
     losses: dict[str, torch.Tensor]
     scalars: dict[str, torch.Tensor]
+    shares: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
 
 class Prefetcher:
@@ -77,14 +78,22 @@ def _tensors(batch: Batch) -> Iterator[torch.Tensor]:
 
 
 def backpropagate(
-    task: Task, model: Any, batch: Batch, size: int, seeds: Sequence[int], accelerator: Accelerator, kept: int = 0
+    task: Task,
+    model: Any,
+    batch: Batch,
+    size: int,
+    seeds: Sequence[int],
+    accelerator: Accelerator,
+    kept: int = 0,
+    logged: bool = False,
 ) -> StepOutput:
     """Add the gradient of the summed losses of a rank's batch of ``size`` samples to the parameters.
 
     ``model`` is the task's, possibly wrapped in DistributedDataParallel. The batch is split into as many equal
     microbatches as there are ``seeds``; each seed initialises torch's random generators for one. Of several, the first
     ``kept`` pass the model once, since their activations stay in memory, and the others twice, with the same result.
-    In DistributedDataParallel the last one is not kept: its forward pass begins the reduction of gradients.
+    In DistributedDataParallel the last one is not kept: its forward pass begins the reduction of gradients. A step that
+    is ``logged`` has ``shares``.
     """
     with torch.no_grad():
         batch = task.prepare(batch)
@@ -92,10 +101,12 @@ def backpropagate(
         encoded = _encode(model, batch, seeds[0], accelerator)
         losses = {**task.losses(encoded, batch), **encoded.losses}
         torch.stack([loss.float() for loss in losses.values()]).sum().backward()
-        return StepOutput(_detached(losses), _detached(encoded.scalars))
+        encoded = Encoded(_detached(encoded.features), scalars=_detached(encoded.scalars)) if logged else encoded
+        shares = task.shares(encoded, batch) if logged else {}
+        return StepOutput(_detached(losses), _detached(encoded.scalars), shares)
     length = size // len(seeds)
     microbatches = [slice_batch(batch, start, start + length) for start in range(0, size, length)]
-    return _backpropagate_microbatches(task, model, batch, microbatches, seeds, accelerator, kept)
+    return _backpropagate_microbatches(task, model, batch, microbatches, seeds, accelerator, kept, logged)
 
 
 def describe_failure(error: BaseException, compute: Compute, accelerator: Accelerator) -> str | None:
@@ -130,6 +141,7 @@ def _backpropagate_microbatches(
     seeds: Sequence[int],
     accelerator: Accelerator,
     kept: int,
+    logged: bool,
 ) -> StepOutput:
     """Contrast the whole batch with the activations of few microbatches in memory (Gao et al., arXiv 2101.06983).
 
@@ -180,7 +192,8 @@ def _backpropagate_microbatches(
             outputs = [(value, gradient) for value, gradient in outputs if value.requires_grad]
             torch.autograd.backward([value for value, _ in outputs], [gradient for _, gradient in outputs])
     local = {name: torch.stack([encoded.losses[name] for encoded in encodings]).mean() for name in encodings[0].losses}
-    return StepOutput(_detached({**losses, **local}), _detached(scalars))
+    shares = task.shares(Encoded(_detached(features), scalars=_detached(scalars)), batch) if logged else {}
+    return StepOutput(_detached({**losses, **local}), _detached(scalars), shares)
 
 
 def _encode(model: Any, microbatch: Batch, seed: int, accelerator: Accelerator) -> Encoded:

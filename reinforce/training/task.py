@@ -89,6 +89,13 @@ class Task(Protocol):
         """
         ...
 
+    def shares(self, encoded: Encoded, batch: Batch) -> dict[str, dict[str, torch.Tensor]]:
+        """Numbers by kind and name for the log, about what the losses of a step consist of, where a row is added.
+
+        ``encoded`` has no gradients. Called on every rank; those of rank 0 are logged.
+        """
+        return {}
+
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
         """Metrics by name, higher is better. Called with the (averaged) weights of rank 0 in eval mode.
 

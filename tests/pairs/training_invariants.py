@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,8 @@ from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.store import Store
 from reinforce.evaluation.encoding import load_encoders
 from reinforce.evaluation.model_names import resolve_models
-from reinforce.student.terms.base import MAP, scale_name
+from reinforce.student.terms.base import MAP, Rows, scale_name
+from reinforce.student.terms.features import Features
 from reinforce.student.train import StudentTask, build
 from reinforce.training.config import HIGHEST_LOGIT_SCALE
 from reinforce.training.task import Batch, Encoded
@@ -31,7 +32,19 @@ from teachers.open_clip.text import Tokenizer
 from teachers.pixels import to_pixels
 from teachers.runtime.accelerator import Accelerator
 from tests.helpers.trainings import before_batches
-from tests.pairs.trainings import BATCH, SIDES, STEPS, Case, Place, config, ensemble, last_state, rows_of, train
+from tests.pairs.trainings import (
+    BATCH,
+    SIDES,
+    STEPS,
+    Case,
+    Place,
+    config,
+    ensemble,
+    last_state,
+    rows_of,
+    train,
+    weights_of,
+)
 
 Losses = Mapping[str, torch.Tensor]
 
@@ -107,8 +120,11 @@ def resumes_bit_for_bit(run: Trained) -> None:
 
 
 def ranks_and_parts_are_as_one(run: Trained) -> None:
-    """But for batch normalisations, of which each part has statistics of its own."""
+    """But for batch normalisations, of which each part has statistics of its own, and for rows of which an online
+    teacher gives nothing, for which each rank takes others of its own."""
     case = run.case
+    if run.online and case["nulls"] == "some" and case["ranks"] == "2":
+        return
     norms = case["start"] == "random" and case["tower"] in ("timm", "alone")
     if run.divided == run.output or (norms and case["accumulate"] == "2"):
         return
@@ -147,18 +163,50 @@ def batches_have_usable_rows_once(run: Trained) -> None:
         assert sorted(one["key"] for one in _examples(run)) == sorted(usable)
 
 
-def standardised_vectors_have_mean_0_and_deviation_1(run: Trained) -> None:
-    """Over the examples of the first epoch, those of images, true and synthetic captions each by their own."""
+def balanced_vectors_have_mean_0_and_deviation_1(run: Trained) -> None:
+    """Over the examples of the first epoch, those of images, true and synthetic captions each by their own.
+
+    By PHI-S, vectors of texts have it only over all dimensions, where there are two kinds of them.
+    """
     if run.online and (run.case["codec"] not in _TOLERANCES or run.case["nulls"] == "some"):
-        return  # what is stored is not what is standardised
+        return  # what is stored is not what is balanced
     tolerance = 5e-2 if run.online else 2e-3
     for name, head in run.task.model.heads.items():
-        teacher, _, what = name.replace(",", ".").partition("/standardise-")
+        teacher, _, what = name.replace(",", ".").partition("/balance-")
         if what in ("image", "caption", "synthetic"):
             rows = torch.stack([one["targets"][teacher][what] for one in _examples(run, [teacher])])
             deviation, mean = torch.std_mean(head(rows), dim=0, correction=0)
             torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=tolerance)
-            torch.testing.assert_close(deviation, torch.ones_like(mean), rtol=tolerance, atol=0)
+            if run.case["balance"] == "phi-s" and what != "image":
+                deviation = deviation.square().mean().sqrt()
+            torch.testing.assert_close(deviation, torch.ones_like(deviation), rtol=tolerance, atol=0)
+
+
+def shares_of_teachers_are_parts_of_the_losses(run: Trained) -> None:
+    """Of the losses that are means over teachers; a teacher that is surest of a pair has its row."""
+    model, batch = run.task.model, run.batch
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        encoded = model.train()(batch)
+        found = run.task.losses(encoded, batch) | encoded.losses
+    shares = run.task.shares(encoded, batch)
+    rows = Rows(encoded.features, encoded.scalars, batch.get("targets", {}), heads=model.heads)
+    rows = replace(rows, features={name: of for name, of in rows.features.items() if "/" not in name})
+    parts = [part for term in run.task.terms.terms for part in term.parts(rows)]
+    model.load_state_dict(before)
+    of_teachers = [name for name in found if name.partition("/")[0] in ("distill", "features", "interactive")]
+    if run.case["distance"] != "similarities" and of_teachers:  # without earlier vectors
+        total = sum(value for what, _, value in parts if what == "loss")
+        torch.testing.assert_close(total, sum(found[name] for name in of_teachers), rtol=1e-4, atol=1e-5)
+    for what in shares.keys() - {"rows"}:
+        own = [*shares[what].values()]
+        assert len(own) > 1
+        assert torch.stack(own).sum().item() == pytest.approx(1)
+        assert all(value > 0 for value in own)
+    won = shares.get("rows", {}).values()
+    directions = 2 if run.case["form"] == "softmax" else 1
+    kinds = len([kind for kind in ("caption", "synthetic") if kind in batch])
+    assert sum(won) == (directions * kinds * len(batch["image"]) if run.case["weights"] == "confidence" else 0)
 
 
 def targets_are_those_of_their_rows(run: Trained) -> None:
@@ -250,7 +298,8 @@ INVARIANTS: tuple[Callable[[Trained], None], ...] = (
     ranks_and_parts_are_as_one,
     losses_are_those_of_functions_for_users,
     batches_have_usable_rows_once,
-    standardised_vectors_have_mean_0_and_deviation_1,
+    balanced_vectors_have_mean_0_and_deviation_1,
+    shares_of_teachers_are_parts_of_the_losses,
     targets_are_those_of_their_rows,
     online_targets_give_the_losses_of_stored_ones,
     exports_encode_as_the_student,
@@ -325,7 +374,9 @@ def _pairs(run: _Computed) -> _Found:
             teachers = [
                 (run.vectors(name, "image"), run.vectors(name, kind), run.scale(name)) for name in run.of_both_sides
             ]
-            yield f"distill/{kind}", weight * losses.distillation(*fixed, teachers, bias, form=form)
+            named = [weights_of(run.case).get(name, 1.0) for name in run.of_both_sides]
+            weights = "confidence" if run.case["weights"] == "confidence" else named
+            yield f"distill/{kind}", weight * losses.distillation(*fixed, teachers, bias, form=form, weights=weights)
 
 
 def _scales(run: _Computed) -> _Found:
@@ -344,21 +395,21 @@ def _features(run: _Computed) -> _Found:
         found, total = [], 0.0
         for name in [name for name in names if name != ("ears" if what == "image" else "eyes")]:
             target = run.vectors(name, what)
-            if case["standardise"] == "yes":
-                target = run.head(name, what, "standardise-")(target)
+            balanced = case["balance"] in ("standardise", "phi-s")
+            if balanced:
+                target = run.head(name, what, "balance-")(target)
             projected = run.head(name, "images" if what == "image" else "texts")(run.encoded.features[what])
             options = (
                 {"temperature": 0.2, "earlier": run.queues[f"{name}/queue-{what}".replace(".", ",")]}
                 if case["distance"] == "similarities"
                 else {}
             )
-            weight = 3.0 if name == "eyes" else 1.0
-            found.append(
-                weight
-                * losses.features(
-                    projected, target, case["distance"], standardised=case["standardise"] == "yes", **options
-                )
-            )
+            weight = weights_of(case).get(name, 1.0)
+            if case["balance"] == "dispersion":
+                [term] = [one for one in run.task.terms.terms if isinstance(one, Features)]
+                length = term.moments[name, what].mean.double().norm().item()
+                weight /= 1 - length ** (2 if case["distance"] == "l2" else 1)
+            found.append(weight * losses.features(projected, target, case["distance"], balanced=balanced, **options))
             total += weight
         if found:
             yield f"features/{what}", float(case["lambda"]) * 0.5 * torch.stack(found).sum() / total
@@ -366,15 +417,17 @@ def _features(run: _Computed) -> _Found:
 
 def _interactive(run: _Computed) -> _Found:
     for kind in run.kinds if run.case["interactive"] == "yes" else []:
+        weights = {name: weights_of(run.case).get(name, 1.0) for name in run.of_both_sides}
         found = [
-            losses.interactive(
+            weight * losses.interactive(
                 run.head(name, "images", "interactive-")(run.encoded.features["image"]),
                 run.head(name, "texts", "interactive-")(run.encoded.features[kind]),
                 run.vectors(name, "image"), run.vectors(name, kind), run.encoded.scalars["logit_scale"],
             )
-            for name in run.of_both_sides
+            for name, weight in weights.items()
         ]  # fmt: skip
-        yield f"interactive/{kind}", float(run.case["lambda"]) * 0.5 * torch.stack(found).mean()
+        total = sum(weights.values())
+        yield f"interactive/{kind}", float(run.case["lambda"]) * 0.5 * torch.stack(found).sum() / total
 
 
 def _probabilities(run: _Computed) -> _Found:

@@ -56,7 +56,8 @@ DIMENSIONS: dict[str, list[str]] = {
     "scales": ["given", "least", "learnt"],
     "features": ["none", "one-sided", "all"],
     "distance": ["cosine", "l2", "similarities"],
-    "standardise": ["no", "yes"],
+    "balance": ["none", "standardise", "phi-s", "dispersion"],
+    "weights": ["equal", "named", "confidence"],
     "interactive": ["no", "yes"],
     "probabilities": ["no", "yes"],
     "dense": ["no", "0", "-1"],
@@ -90,6 +91,13 @@ REFUSED: list[tuple[Exclusion, str]] = [
     (
         {"interactive": ["yes"], "captions": ["none"]},
         r"loss\.interactive.* (data\.captions that are read|no text tower)",
+    ),
+    ({"balance": ["dispersion"], "distance": ["similarities"]}, "`balance: dispersion` is for the distances"),
+    ({"weights": ["confidence"], "lambda": ["0"]}, "and there is none. Remove it"),
+    ({"weights": ["confidence"], "captions": ["none"]}, "and there is none. Remove it"),
+    (
+        {"weights": ["confidence"], "anchor": ["similarities", "features"], "dense": ["no"]},
+        "and there is only red",
     ),
     ({"tower": ["alone"], "captions": _OTHERS}, "has no text tower; set it to none"),
     ({"anchor": ["weights"], "start": ["random"]}, "starts from random weights; set student.pretrained"),
@@ -295,14 +303,21 @@ def ensemble(case: Case) -> list[str]:
     return [f"red.{case['codec']}", *([] if anchored else ["vit"]), *dino, "eyes", "ears"]
 
 
+def weights_of(case: Case) -> dict[str, float]:
+    """The weights of teachers that are named: some that the case learns from."""
+    if case["weights"] != "named" or case["lambda"] == "0":
+        return {}
+    eyes = {"eyes": 3.0} if case["features"] != "none" else {}
+    return eyes | ({f"red.{case['codec']}": 2.0} if case["captions"] != "none" else {})
+
+
 def sections(case: Case, place: Place, stored: bool = False) -> dict[str, Any]:
     """The config of a case on one rank, in one part and from its start; with its targets, or the ``stored`` ones."""
     names = ensemble(case)
     anchored = case["anchor"] in ("similarities", "features")
     loss: dict[str, Any] = {"lambda": float(case["lambda"]), "form": case["form"], "features_weight": 0.5}
-    features = {"teachers": case["features"], "distance": case["distance"], "standardise": case["standardise"] == "yes"}
-    if case["features"] != "none":
-        features["weights"] = {"eyes": 3.0}
+    features = {"teachers": case["features"], "distance": case["distance"], "balance": case["balance"]}
+    loss["weights"] = "confidence" if case["weights"] == "confidence" else weights_of(case)
     if case["distance"] == "similarities":
         features |= {"queue": 20, "temperature": 0.2}
     loss["features"] = features

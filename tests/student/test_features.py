@@ -1,4 +1,4 @@
-"""The features term: its distances, standardised vectors, weights of teachers, and the queue of similarities."""
+"""The features term: its distances, balanced vectors, weights of teachers, and the queue of similarities."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
 from reinforce.student.teachers import IMAGES, TEXTS, TeacherInfo
+from reinforce.student.terms.balance import Fit, Moments
 from reinforce.student.terms.base import TargetModels
-from reinforce.student.terms.moments import Fit, Moments
 from reinforce.student.terms.registry import make_terms
 from reinforce.student.train import StudentTask
 from reinforce.training.task import Batch
@@ -61,8 +61,8 @@ def projected(task: StudentTask, batch: Batch, teacher: str) -> torch.Tensor:
 def test_the_distance_is_its_equation_and_teachers_count_by_their_weights(
     features_config: Any, dataset: str, distance: str, standardise: bool
 ) -> None:
-    features = {"teachers": "all", "distance": distance, "standardise": standardise, "weights": {"eyes": 3.0}}
-    task, batch = first_batch(features_config(features, loss={"features_weight": 0.5}))
+    features = {"teachers": "all", "distance": distance, "balance": "standardise" if standardise else "none"}
+    task, batch = first_batch(features_config(features, loss={"features_weight": 0.5, "weights": {"eyes": 3.0}}))
     found = {}
     for name in ("red", "eyes"):
         own, z = projected(task, batch, name), batch["targets"][name]["image"]
@@ -80,7 +80,8 @@ def test_the_distance_is_its_equation_and_teachers_count_by_their_weights(
     expected = 0.5 * (found["red"] + 3 * found["eyes"]) / 4
     torch.testing.assert_close(loss_of(task, batch), expected, rtol=1e-4, atol=1e-5)
     if standardise:
-        assert "standardised" in next(note for note in task.notes if note.startswith("teacher eyes"))
+        note = next(note for note in task.notes if note.startswith("teacher eyes"))
+        assert note.endswith("balanced by standardise; weight 3")
 
 
 def test_similarities_are_with_the_batch_and_the_newest_vectors_of_earlier_ones(features_config: Any) -> None:
@@ -125,13 +126,20 @@ def test_settings_that_do_not_fit_are_refused_before_a_model_is_built() -> None:
     eyes = {"eyes": TeacherInfo(5, frozenset([IMAGES]), None, "")}
     both = {"both": TeacherInfo(5, frozenset([IMAGES, TEXTS]), 10.0, "")}
     alone = TargetModels(eyes, kinds=())
+    pair = TargetModels({**eyes, **both})
     refused: list[tuple[Any, TargetModels, str]] = [
-        ({"weights": {"ears": 2.0}}, alone, "the term uses no teacher 'ears'; it uses: eyes"),
-        ({"weights": {"both": 2.0}}, TargetModels({**eyes, **both}), "the term uses no teacher 'both'; it uses: eyes"),
+        (
+            {"weights": {"ears": 2.0}},
+            alone,
+            "no loss is a mean over teachers with 'ears'; those .* are: eyes",
+        ),
+        ({"weights": {"eyes": 2.0}, "features": "none"}, pair, "with 'eyes'; those with a weight are: both"),
+        ({"weights": "confidence"}, pair, "there is only both. Remove it, or name more under data.teachers"),
+        ({"weights": "confidence", "lambda": 0.0}, pair, "and there is none"),
     ]
-    for features, models, message in refused:
+    for keys, models, message in refused:
         with pytest.raises(UserError, match=message):
-            make_terms(settings.parse(Loss, {"features": features}), models)
+            make_terms(settings.parse(Loss, keys), models)
     for features, message in (
         ({"queue": 5}, "`queue` needs `distance: similarities`"),
         ({"temperature": 0.2, "distance": "l2"}, "`temperature` needs"),

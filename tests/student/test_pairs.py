@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from tests.helpers.ranks import results_of_ranks
 KINDS = {"both": ("caption", "synthetic"), "mixed": ("caption",)}
 SCALES = {"one": 70.0, "two": 60.0, "three": 33.0}
 DIMS = {"student": 12, "one": 8, "two": 5, "three": 9}
+SCALES_OF_TWO = {"one": 7.0, "two": 6.0}
 PAIRS = 7
 
 
@@ -33,7 +36,7 @@ def vectors(name: str, captions: str = "both", pairs: int = PAIRS) -> dict[str, 
     return {what: unit(pairs, DIMS[name], next(seeds)) for what in ("image", *KINDS[captions])}
 
 
-def reference(features, scale, bias, teachers, scales, biases, share, form):  # type: ignore[no-untyped-def]
+def reference(features, scale, bias, teachers, scales, biases, share, form, weights=None):  # type: ignore[no-untyped-def]
     """L of reinforce/student/terms/pairs.py, in numpy and float64."""
 
     def softmax(logits):  # type: ignore[no-untyped-def]
@@ -60,7 +63,13 @@ def reference(features, scale, bias, teachers, scales, biases, share, form):  # 
         answers = probabilities(features, kind, scale, bias)
         identity = [np.eye(len(answers[0]))] * len(answers)
         each = [probabilities(v, kind, scales[t], biases.get(t)) for t, v in teachers.items()]
-        ensemble = [np.mean(ps, axis=0) for ps in zip(*each, strict=True)]
+        of_teachers = [(weights or {}).get(name, 1.0) for name in teachers] if weights != "confidence" else None
+        ensemble = [
+            np.average(ps, axis=0, weights=of_teachers)
+            if of_teachers is not None
+            else np.stack([sum(p[i, i] * p[i] for p in ps) / sum(p[i, i] for p in ps) for i in range(len(ps[0]))])
+            for ps in zip(*each, strict=True)
+        ]
         total += (1 - share) * loss(identity, answers) + (share * loss(ensemble, answers) if share else 0.0)
     return total
 
@@ -88,6 +97,46 @@ def test_the_loss_equals_its_equation_in_chunks_of_rows_too(
         losses = contrastive_losses(objective, features, scale, bias, targets)
         assert sum(losses.values()).item() == pytest.approx(expected, rel=1e-12)
         assert set(losses) == {f"{term}/{kind}" for term in terms for kind in KINDS[captions]}
+
+
+@pytest.mark.parametrize("weights", [{"one": 2.0, "three": 0.5}, "confidence"])
+@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+def test_teachers_count_by_their_weights_or_in_each_row_by_their_confidence(
+    form: str, weights: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, targets = vectors("student"), {name: vectors(name) for name in SCALES}
+    scales = {name: scale / 10 for name, scale in SCALES.items()}
+    arrays = {name: {what: value.numpy() for what, value in of.items()} for name, of in targets.items()}
+    expected = reference(
+        {what: value.numpy() for what, value in features.items()}, 20.0, -3.0, arrays, scales, {}, 0.7, form, weights
+    )
+    scale, bias = torch.tensor(20.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
+    for rows in (PAIRS, 2):
+        monkeypatch.setattr(chunks, "CHUNK", rows * PAIRS)
+        objective = Objective(0.7, form, scales, {}, weights)  # type: ignore[arg-type]
+        losses = contrastive_losses(objective, features, scale, bias, targets)
+        assert sum(losses.values()).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+def test_equal_weights_and_pairs_of_which_no_teacher_is_sure_are_the_plain_mean(form: Any) -> None:
+    features, targets = vectors("student"), {name: vectors(name) for name in ("one", "two")}
+    scale, bias = torch.tensor(20.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
+
+    def losses(of: Mapping[str, Mapping[str, torch.Tensor]], weights: Any, scales: Mapping[str, float]) -> Any:
+        return contrastive_losses(Objective(0.7, form, scales, {}, weights), features, scale, bias, of)
+
+    plain = losses(targets, {}, SCALES_OF_TWO)
+    for weights in ({"one": 3.0, "two": 3.0}, {"one": 1.0}):
+        assert losses(targets, weights, SCALES_OF_TWO) == plain, "to the bit"
+    # each text lies opposite its image: the true pair has a probability below 1e-12
+    opposite = {
+        name: {what: v if what == "image" else -of["image"] for what, v in of.items()} for name, of in targets.items()
+    }
+    plain = losses(opposite, {}, {"one": 99.0, "two": 99.0})
+    found = losses(opposite, "confidence", {"one": 99.0, "two": 99.0})
+    for name, loss in found.items():
+        torch.testing.assert_close(loss, plain[name])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])

@@ -185,7 +185,15 @@ def test_datasets_are_urls_or_sections_and_captioners_names_or_weights() -> None
         ({"logit_biases": {"a": -10.0}}, "`logit_biases` needs `form: sigmoid`"),
         ({"learn_scales": True, "form": "sigmoid"}, "learn_scales` needs `form: softmax`"),
         ({"learn_scales": True, "lambda": 0.0}, "a lambda above 0"),
-        ({"features": {"standardise": True, "head": "none"}}, "no longer of the teacher's space: remove `standardise`"),
+        (
+            {"features": {"balance": "phi-s", "head": "none"}},
+            "balanced by `phi-s` are no longer of the teacher's space",
+        ),
+        ({"features": {"balance": "dispersion", "distance": "similarities"}}, "is for the distances cosine and l2"),
+        *(
+            ({"weights": weights}, r"weights: must be confidence, or weights above 0 by teacher, such as {dino: 2.0}")
+            for weights in ({"a": 0}, {"a": 1.0, "b": -1}, {"a": float("nan")}, {"a": True}, "certainty", [1.0], 2)
+        ),
         ({"lambda": 1.5}, "less than or equal to 1"),
         ({"lamda": 0.5}, "unknown key"),
     ],

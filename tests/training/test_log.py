@@ -82,19 +82,21 @@ def test_in_an_object_store_rows_appear_with_publish_and_are_continued() -> None
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "loss": 2.0, "losses": {"clip": 2.0}, "lr": 0.1, "scalars": {"logit_scale": 14.0}},
     {"step": 2, "loss": None, "losses": {"clip": None}, "lr": 0.2, "scalars": {"logit_scale": 15.0}},
+    {"step": 2, "shares": {"loss": {"one": 0.4, "two": 0.6}, "gradient": {"one": 0.9}, "rows": {"one": 7}}},
     {"step": 2, "metrics": {"retrieval/own/r1": 0.5, "zero_shot/top1": 0.4, "caption_loss": 3.0}},
 ]
 
 
 def test_the_picture_has_three_panels_a_line_and_a_series_for_each_number(tmp_path: Path) -> None:
     titles = {"Loss": ["all", "clip"], "Learning rate": [""], "Learnt scalars": ["logit_scale"]}
+    titles |= {"Teachers: share of the loss": ["one", "two"], "Teachers: share of the gradient": ["one"]}
     titles |= {"Evaluation: losses": ["caption_loss"], "Evaluation: retrieval": ["own/r1"]}
     titles |= {"Evaluation": ["zero_shot/top1"]}
     assert {title: [*curves._series(ROWS, values)] for title, _, values in curves._PANELS} == titles
     assert curves._series(ROWS, lambda row: {"": row.get("loss")}) == {"": [(1, 2.0)]}, "nulls are skipped"
     draw_curves([{"step": 0, "metrics": {}}], f"{tmp_path}/curves.png")
     assert not (tmp_path / "curves.png").exists(), "none without values"
-    for drawn, lines in ((ROWS, 2), (ROWS[:1], 1)):
+    for drawn, lines in ((ROWS, 3), (ROWS[:1], 1)):
         draw_curves(drawn, f"{tmp_path}/curves.png")
         with Image.open(tmp_path / "curves.png") as picture:
             assert picture.width / picture.height == pytest.approx(3 * 4.6 / (lines * 3.6), rel=0.1)

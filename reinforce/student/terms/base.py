@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -11,14 +11,15 @@ from torch.nn.functional import normalize
 
 from reinforce.errors import UserError
 from reinforce.student.teachers import CAPTION, SYNTHETIC, TeacherInfo
-from reinforce.student.terms.moments import Moments
+from reinforce.student.terms.balance import Moments
 
 #: Features or targets: tensors [B, ...] by what they are of, ``image`` or a kind of text.
 Tensors = Mapping[str, torch.Tensor]
 #: Name of the map of an image tower among the features of ``losses_of_rows``.
 MAP = "map"
-#: Finds the moments of the targets of a section of a teacher, by what they are of; raises UserError.
-FindMoments: TypeAlias = Callable[[str, str], Mapping[str, Moments]]
+#: Finds the moments of the targets of a section of a teacher, by what they are of, and if the third argument is true
+#: their covariance; raises UserError.
+FindMoments: TypeAlias = Callable[[str, str, bool], Mapping[str, Moments]]
 #: Finds the entries of layers in dataset.json by the name of their model.
 ReadEntries: TypeAlias = "Callable[[str, Sequence[str] | None], Mapping[str, Any]]"
 
@@ -39,7 +40,7 @@ class TargetModels:
     images: bool = True
     entries: ReadEntries = lambda section, names: {}
     anchor: TeacherInfo | None = None
-    moments: FindMoments = lambda section, name: {}
+    moments: FindMoments = lambda section, name, covariance: {}
 
     @property
     def texts(self) -> bool:
@@ -135,6 +136,37 @@ class Term:
     def losses(self, rows: Rows) -> dict[str, torch.Tensor]:
         """Weighted losses by name over all rows of all ranks; the mean over the ranks is that of the global batch."""
         return {}
+
+    def parts(self, rows: Rows) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """``("loss", TEACHER, its part)`` of each weighted mean over teachers, over the rows of this rank.
+
+        Gradients reach the features, which are the student's alone. Where weights follow confidence, ``("rows",
+        TEACHER, count)`` are those of which it is surest. Called on every rank.
+        """
+        yield from ()
+
+    def losses_of_teachers(self, rows: Rows) -> dict[str, torch.Tensor]:
+        """The parts of teachers, by name, in the weighted losses of ``rows``; called on every rank.
+
+        Their gradients reach the student's features.
+        """
+        return {}
+
+
+def mean_of_teachers(losses: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
+    """The mean of scalars by teacher, with weights of which those that are not given are 1."""
+    if len({weights.get(name, 1.0) for name in losses}) == 1:
+        return torch.stack([*losses.values()]).mean()
+    return torch.stack([part for _, _, part in parts_of_teachers(1.0, losses, weights)]).sum()
+
+
+def parts_of_teachers(
+    weight: float, losses: Mapping[str, torch.Tensor], weights: Mapping[str, float]
+) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """The ``Term.parts`` of ``weight * mean_of_teachers``."""
+    total = sum(weights.get(name, 1.0) for name in losses)
+    for name, loss in losses.items():
+        yield "loss", name, weight * weights.get(name, 1.0) / total * loss
 
 
 def module_name(model: str) -> str:

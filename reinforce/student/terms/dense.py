@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from reinforce.errors import UserError
 from reinforce.student.config import DenseLoss, Loss
+from reinforce.student.terms.balance import Balance, Moments
 from reinforce.student.terms.base import MAP, TargetModels, Tensors, Term, head_name
-from reinforce.student.terms.moments import Moments, Standardise
 
 #: Name of the targets, under which they are asked for.
 PATCHES = "patches"
@@ -38,37 +38,40 @@ class Dense(Term):
     loss: DenseLoss
     grids: Mapping[str, tuple[int, int, int]]
     moments: Mapping[str, Moments] = field(default_factory=dict, compare=False)
+    weights: Mapping[str, float] = field(default_factory=dict)
     key = "dense"
 
     def map_heads(self, width: int) -> Mapping[str, torch.nn.Module]:
         made: dict[str, torch.nn.Module] = {
             head_name(name, PATCHES): torch.nn.Linear(width, dim) for name, (_, _, dim) in self.grids.items()
         }
-        return made | {head_name(name, _STANDARDISE): Standardise(of) for name, of in self.moments.items()}
+        return made | {
+            head_name(name, _STANDARDISE): Balance(of.mean, of.deviation) for name, of in self.moments.items()
+        }
 
     def losses_of_rows(
         self, features: Tensors, targets: Mapping[str, Tensors], heads: torch.nn.ModuleDict
     ) -> dict[str, torch.Tensor]:
-        found, share, losses = features[MAP], self.loss.weight / len(self.grids), {}
+        found, losses = features[MAP], dict[str, torch.Tensor]()
+        own = {name: self.weights.get(name, 1.0) for name in self.grids}
         for name in self.grids:
             target = targets[name][PATCHES]
             rows = max(1, CHUNK // target[0].numel())
             total = found.new_zeros((), dtype=torch.float32)
-            head, standardise = heads[head_name(name, PATCHES)], None
-            if name in self.moments:
-                standardise = heads[head_name(name, _STANDARDISE)]
+            head = heads[head_name(name, PATCHES)]
+            balance = heads[head_name(name, _STANDARDISE)] if name in self.moments else None
             for part, of_target in zip(found.split(rows), target.split(rows), strict=True):
-                arguments = (part, of_target, head, standardise)
+                arguments = (part, of_target, head, balance)
                 total = total + checkpoint(self._sum, *arguments, use_reentrant=False, preserve_rng_state=False)
-            losses[f"dense/{name}"] = share * (total / len(target))
+            losses[f"dense/{name}"] = self.loss.weight * own[name] / sum(own.values()) * (total / len(target))
         return losses
 
     def _sum(
-        self, found: torch.Tensor, target: torch.Tensor, head: torch.nn.Module, standardise: torch.nn.Module | None
+        self, found: torch.Tensor, target: torch.Tensor, head: torch.nn.Module, balance: torch.nn.Module | None
     ) -> torch.Tensor:
         """The sum over rows of the mean over patches."""
         projected = head(found.permute(0, 2, 3, 1)).float()
-        target = target.float() if standardise is None else standardise(target)
+        target = target.float() if balance is None else balance(target)
         return distances(projected, target, self.loss.cosine).sum()
 
 
@@ -129,10 +132,10 @@ def make(loss: Loss, models: TargetModels) -> Dense | None:
             "loss.dense needs layers patches/TEACHER, and the datasets have none. Set `patches` of a teacher in the "
             "config of `reinforce run`, and run it; or name it under `loss.teachers`."
         )
-    moments = {name: models.moments(PATCHES, name)[PATCHES] for name in wanted if loss.online}
+    moments = {name: models.moments(PATCHES, name, False)[PATCHES] for name in wanted if loss.online}
     grids = {name: grids[name] for name in wanted}
     uses = {
         (PATCHES, name): f"{rows} x {columns} patches of {dim} dimensions"
         for name, (rows, columns, dim) in grids.items()
     }
-    return Dense(loss.dense, grids, moments, uses=uses, stage=loss.dense.stage)
+    return Dense(loss.dense, grids, moments, loss.named_weights, uses=uses, stage=loss.dense.stage)

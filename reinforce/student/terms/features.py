@@ -2,25 +2,29 @@
 
     L_WHAT = weight * mean over teachers and rows of distance(head(feature), z)
 
-for each WHAT of images and kinds of text; weight is lambda * features_weight, and the mean over the teachers may be
-weighted. It is how one-sided teachers are used, and how a student of images alone learns.
+for each WHAT of images and kinds of text; weight is lambda * features_weight, and the mean over the teachers is by
+their ``weights``. It is how one-sided teachers are used, and how a student of images alone learns.
 
-z is the teacher's vector v [D] of unit norm, or with ``standardise`` (v - m) / s, with the mean m and the standard
-deviation s of each dimension over the first vectors of the same WHAT; see ``reinforce.student.online``. With
-h = head(feature), the distance is
+z is the teacher's vector v [D] of unit norm, or v balanced by ``standardise`` or ``phi-s``, whose statistics are those
+of the first vectors of the same WHAT; see ``balance`` and ``reinforce.student.online``. With h = head(feature), the
+distance is
 
     cosine:        1 - cos(h, z)
-    l2:            |h - z|^2 / n, where n is the mean of |z|^2: 1, or D with ``standardise``
+    l2:            |h - z|^2 / n, where n is the mean of |z|^2: 1, or D if it is balanced
     similarities:  cross-entropy of softmax(cos(h, Q) / t) with softmax(cos(z, Q) / t)
 
 Q are the z of the batch, of all ranks, and of the last ``queue`` rows before it; t is ``temperature``. With ``head:
 none``, h is the feature itself, which puts the student into the space of the teacher.
+
+With ``balance: dispersion``, the weight of a teacher is divided by the distance of the constant vector that is best for
+it, 1 - |m| (cosine) or 1 - |m|^2 (l2) for vectors of mean m: a teacher whose vectors lie close together counts as much
+as others (C-RADIOv4, arXiv 2601.17237, which divides squared angles by theirs).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,8 +33,18 @@ import torch
 from reinforce.errors import UserError
 from reinforce.student.config import FeatureLoss, Loss
 from reinforce.student.teachers import IMAGE, IMAGES, TEXTS, TeacherInfo
-from reinforce.student.terms.base import Rows, TargetModels, Tensors, Term, check_rows, head_name, unit
-from reinforce.student.terms.moments import Moments, Standardise
+from reinforce.student.terms.balance import Moments, balances
+from reinforce.student.terms.base import (
+    Rows,
+    TargetModels,
+    Tensors,
+    Term,
+    check_rows,
+    head_name,
+    mean_of_teachers,
+    parts_of_teachers,
+    unit,
+)
 from reinforce.student.terms.pairs import Logits, cross_entropies, full_precision
 from reinforce.training import gather
 from teachers.runtime.determinism import tf32
@@ -40,7 +54,7 @@ from teachers.runtime.determinism import tf32
 class Features(Term):
     """``features/WHAT`` for each WHAT of ``image`` and the kinds of text that some teacher has.
 
-    ``kinds`` are the kinds of text. ``moments`` are by teacher and WHAT, with ``standardise``.
+    ``kinds`` are the kinds of text. ``moments`` are by teacher and WHAT, if vectors are balanced.
     """
 
     weight: float
@@ -48,9 +62,10 @@ class Features(Term):
     loss: FeatureLoss = field(default_factory=FeatureLoss)
     kinds: tuple[str, ...] = ()
     moments: Mapping[tuple[str, str], Moments] = field(default_factory=dict, compare=False)
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def heads(self, width: int) -> Mapping[str, torch.nn.Module]:
-        """Those that project, standardise and keep vectors. Raises UserError if one is needed and ``head`` is none."""
+        """Those that project, balance and keep vectors. Raises UserError if one is needed and ``head`` is none."""
         made: dict[str, torch.nn.Module] = {}
         for name, teacher in self.teachers.items():
             if self.loss.head == "none":
@@ -63,8 +78,11 @@ class Features(Term):
                 continue
             for side in sorted(teacher.sides):
                 made[head_name(name, side)] = torch.nn.Linear(width, teacher.dim, bias=False)
-        for (name, what), moments in self.moments.items():
-            made[head_name(name, f"standardise-{what}")] = Standardise(moments)
+        for name in self.teachers if self.loss.moves else ():
+            for kinds in ((IMAGE,), self.kinds):  # each has a head
+                moments = {what: self.moments[name, what] for what in kinds if (name, what) in self.moments}
+                for what, balance in balances(self.loss.balance, moments).items():
+                    made[head_name(name, f"balance-{what}")] = balance
         if self.loss.queue:
             for name, teacher in self.teachers.items():
                 for what in filter(teacher.has, (IMAGE, *self.kinds)):
@@ -76,21 +94,33 @@ class Features(Term):
     ) -> dict[str, torch.Tensor]:
         if self.loss.distance == "similarities":
             return {}
-        losses: dict[str, torch.Tensor] = {}
+        found = self._distances(features, targets, heads)
+        return {
+            f"features/{what}": self.weight * mean_of_teachers(distances, self._weights(what))
+            for what, distances in found.items()
+        }
+
+    def _distances(
+        self, features: Tensors, targets: Mapping[str, Tensors], heads: torch.nn.ModuleDict
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """Distances by WHAT and teacher; those of similarities from the vectors of the batch alone."""
+        found: dict[str, dict[str, torch.Tensor]] = {}
         for what, rows in features.items():
-            distances = {}
-            for name, teacher in self.teachers.items():
-                if teacher.has(what):
-                    projected = self._project(name, what, rows, heads)
-                    target = self._target(name, what, targets[name][what], heads)
-                    if self.loss.distance == "l2":
-                        distances[name] = squared_distance(projected, target, self.loss.standardise)
-                    else:
-                        target = unit(target) if self.loss.standardise else target
-                        distances[name] = cosine_distance(unit(projected), target)
-            if distances:
-                losses[f"features/{what}"] = self.weight * self._mean(distances)
-        return losses
+            for name in [name for name, teacher in self.teachers.items() if teacher.has(what)]:
+                projected = self._project(name, what, rows, heads)
+                target = self._target(name, what, targets[name][what], heads)
+                if self.loss.distance == "l2":
+                    distance = squared_distance(projected, target, self.loss.moves)
+                elif self.loss.distance == "similarities":
+                    distance, _ = similarity_distance(unit(projected), unit(target), self.loss.temperature)
+                else:
+                    distance = cosine_distance(unit(projected), unit(target) if self.loss.moves else target)
+                found.setdefault(what, {})[name] = distance
+        return found
+
+    def parts(self, rows: Rows) -> Iterator[tuple[str, str, torch.Tensor]]:
+        for what, distances in self._distances(rows.features, rows.targets, rows.heads).items():
+            yield from parts_of_teachers(self.weight, distances, self._weights(what))
 
     def projections(self, features: Tensors, heads: torch.nn.ModuleDict) -> dict[str, torch.Tensor]:
         if self.loss.distance != "similarities":
@@ -119,7 +149,7 @@ class Features(Term):
                         if queue is not None:
                             queue.push(new)
                 if distances:
-                    losses[f"features/{what}"] = self.weight * self._mean(distances)
+                    losses[f"features/{what}"] = self.weight * mean_of_teachers(distances, self._weights(what))
         return losses
 
     def _project(self, name: str, what: str, rows: torch.Tensor, heads: torch.nn.ModuleDict) -> torch.Tensor:
@@ -128,17 +158,20 @@ class Features(Term):
         return found
 
     def _target(self, name: str, what: str, vectors: torch.Tensor, heads: torch.nn.ModuleDict) -> torch.Tensor:
-        key = head_name(name, f"standardise-{what}")
-        found: torch.Tensor = heads[key](vectors) if self.loss.standardise else vectors
+        found: torch.Tensor = heads[head_name(name, f"balance-{what}")](vectors) if self.loss.moves else vectors
         return found
 
-    def _mean(self, distances: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The mean over the teachers, by their weights."""
-        if not self.loss.weights:
-            return torch.stack([*distances.values()]).mean()
-        weights = {name: self.loss.weights.get(name, 1.0) for name in distances}
-        total = sum(weights.values())
-        return torch.stack([weights[name] / total * distance for name, distance in distances.items()]).sum()
+    def _weights(self, what: str) -> Mapping[str, float]:
+        """The weights of the teachers of WHAT; those that are not in it count 1."""
+        if self.loss.balance != "dispersion":
+            return self.weights
+        found = dict(self.weights)
+        for name, moments in ((name, of) for (name, kind), of in self.moments.items() if kind == what):
+            constant = float(moments.deviation.square().sum())  # 1 - |m|^2
+            if self.loss.distance == "cosine":
+                constant /= 1 + float(moments.mean.norm())
+            found[name] = found.get(name, 1.0) / constant
+        return found
 
 
 def features(
@@ -146,18 +179,18 @@ def features(
     vectors: torch.Tensor,
     distance: Literal["cosine", "l2", "similarities"] = "cosine",
     *,
-    standardised: bool = False,
+    balanced: bool = False,
     temperature: float = 0.07,
     earlier: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean distance of the student's features, ``projected`` to the teacher's dimension, from its ``vectors`` [B, D].
 
-    ``standardised`` vectors have mean 0 and deviation 1 in each dimension; others are normalised. ``temperature`` and
+    ``balanced`` vectors have mean 0 and mean variance 1 over the dimensions; others are normalised. ``temperature`` and
     the vectors of ``earlier`` batches [n, D] are for the distance ``similarities``.
     """
     check_rows("features", {"projected": projected, "vectors": vectors})
     if distance == "l2":
-        return squared_distance(projected, vectors if standardised else unit(vectors), standardised)
+        return squared_distance(projected, vectors if balanced else unit(vectors), balanced)
     if distance == "similarities":
         queue = None if earlier is None else unit(earlier)
         return similarity_distance(unit(projected), unit(vectors), temperature, queue)[0]
@@ -171,10 +204,10 @@ def cosine_distance(features: torch.Tensor, vectors: torch.Tensor) -> torch.Tens
     return 1 - (features * vectors).sum(dim=-1).mean()
 
 
-def squared_distance(projected: torch.Tensor, target: torch.Tensor, standardised: bool) -> torch.Tensor:
-    """Mean squared distance of rows [B, D], divided by the mean square of a target: 1, or D if it is standardised."""
+def squared_distance(projected: torch.Tensor, target: torch.Tensor, balanced: bool) -> torch.Tensor:
+    """Mean squared distance of rows [B, D], divided by the mean square of a target: 1, or D if it is balanced."""
     squares = (projected.float() - target).square().sum(dim=-1)
-    return squares.mean() / (target.shape[-1] if standardised else 1)
+    return squares.mean() / (target.shape[-1] if balanced else 1)
 
 
 def similarity_distance(
@@ -218,7 +251,7 @@ class _Queue(torch.nn.Module):
 def make(loss: Loss, models: TargetModels) -> Features | None:
     """The term of a config; None if lambda is 0 or no teacher is for it.
 
-    Raises UserError for the weight of a teacher that is not used, and for vectors that are all equal.
+    Raises UserError for vectors that are all equal.
     """
     which = loss.features.teachers
     teachers = {
@@ -228,21 +261,17 @@ def make(loss: Loss, models: TargetModels) -> Features | None:
     }
     if not teachers or loss.lambda_ == 0:
         return None
-    if unknown := [name for name in loss.features.weights if name not in teachers]:
-        raise UserError(
-            f"loss.features.weights: the term uses no teacher {unknown[0]!r}; it uses: {', '.join(teachers)}."
-        )
-    standardise = loss.features.standardise
-    moments: dict[tuple[str, str], Moments] = {}
-    if standardise or (not loss.online and not models.texts):  # refuses vectors that are all equal
+    balance, distance, moments = loss.features.balance, loss.features.distance, dict[tuple[str, str], Moments]()
+    if balance != "none" or (not loss.online and not models.texts):  # refuses vectors that are all equal
         for name in teachers:
-            moments |= {(name, what): found for what, found in models.moments("teachers", name).items()}
-    kept = moments if standardise else {}
-    weights, how = loss.features.weights, "" if loss.features.distance == "cosine" else f" by {loss.features.distance}"
-    how += ", standardised" * standardise + ", without a head" * (loss.features.head == "none")
+            found = models.moments("teachers", name, balance == "phi-s")
+            moments |= {(name, what): one for what, one in found.items()}
+    how = "" if distance == "cosine" else f" by {distance}"
+    how += "" if balance == "none" else f", balanced by {balance}"
+    how += ", without a head" * (loss.features.head == "none")
     uses = {
         ("teachers", name): f"vectors of {' and '.join(sorted(teacher.sides))}, {teacher.dim} dimensions{how}"
-        f"{f', weight {weights[name]:g}' if name in weights else ''}"
         for name, teacher in teachers.items()
     }
-    return Features(loss.lambda_ * loss.features_weight, teachers, loss.features, models.kinds, kept, uses=uses)
+    weight, kept = loss.lambda_ * loss.features_weight, moments if balance != "none" else {}
+    return Features(weight, teachers, loss.features, models.kinds, kept, loss.named_weights, uses=uses)

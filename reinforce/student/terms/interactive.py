@@ -4,21 +4,33 @@ For each teacher and kind of text, with the student's logit scale s and linear h
 
     L = weight / 2 * [CE(softmax(s h(I) X_t^T), identity) + CE(softmax(s h'(X) I_t^T), identity)]
 
-over the pairs of all ranks, as mean over the teachers (CLIP-KD, arXiv 2307.12732); weight is lambda * interactive.
+over the pairs of all ranks, as mean over the teachers, by their ``weights`` (CLIP-KD, arXiv 2307.12732); weight is
+lambda * interactive.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from reinforce.errors import UserError
 from reinforce.student.config import Loss
 from reinforce.student.teachers import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo
-from reinforce.student.terms.base import Rows, TargetModels, Tensors, Term, as_scalar, check_rows, head_name, unit
+from reinforce.student.terms.base import (
+    Rows,
+    TargetModels,
+    Tensors,
+    Term,
+    as_scalar,
+    check_rows,
+    head_name,
+    mean_of_teachers,
+    parts_of_teachers,
+    unit,
+)
 from reinforce.student.terms.pairs import Logits, cross_entropies, full_precision
 from reinforce.training import gather
 from teachers.runtime.determinism import tf32
@@ -30,6 +42,7 @@ class Interactive(Term):
 
     weight: float
     teachers: Mapping[str, TeacherInfo]
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def heads(self, width: int) -> Mapping[str, torch.nn.Module]:
         return {
@@ -46,17 +59,27 @@ class Interactive(Term):
         }
 
     def losses(self, rows: Rows) -> dict[str, torch.Tensor]:
-        losses = {}
-        with tf32() if rows.reduced else contextlib.nullcontext():
-            for kind in (CAPTION, SYNTHETIC):
-                if kind in rows.features:
-                    found = []
-                    for name in self.teachers:
-                        image, text = (rows.features[f"{name}/{what}"] for what in (IMAGE, kind))
-                        of_images, of_texts = (rows.targets[name][what] for what in (IMAGE, kind))
-                        found.append(interactive_loss(image, text, of_images, of_texts, rows.scalars["logit_scale"]))
-                    losses[f"interactive/{kind}"] = self.weight * torch.stack(found).mean()
-        return losses
+        return {
+            f"interactive/{kind}": self.weight * mean_of_teachers(found, self.weights)
+            for kind, found in self._of_teachers(rows)
+        }
+
+    def parts(self, rows: Rows) -> Iterator[tuple[str, str, torch.Tensor]]:
+        projected = self.projections(rows.features, rows.heads)
+        for _, found in self._of_teachers(replace(rows, features=projected)):
+            yield from parts_of_teachers(self.weight, found, self.weights)
+
+    def _of_teachers(self, rows: Rows) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """The losses by teacher of each kind of text; features are ``projections``."""
+        for kind in (CAPTION, SYNTHETIC):
+            found = {}
+            for name in self.teachers if f"{next(iter(self.teachers))}/{kind}" in rows.features else ():
+                image, text = (rows.features[f"{name}/{what}"] for what in (IMAGE, kind))
+                of_images, of_texts = (rows.targets[name][what] for what in (IMAGE, kind))
+                with tf32() if rows.reduced else contextlib.nullcontext():
+                    found[name] = interactive_loss(image, text, of_images, of_texts, rows.scalars["logit_scale"])
+            if found:
+                yield kind, found
 
 
 def make(loss: Loss, models: TargetModels) -> Interactive | None:
@@ -71,7 +94,7 @@ def make(loss: Loss, models: TargetModels) -> Interactive | None:
             "loss.lambda above 0. Remove it, or name such a teacher under data.teachers."
         )
     uses = {("teachers", name): "contrasted with the student's images and texts" for name in teachers}
-    return Interactive(loss.lambda_ * loss.interactive, teachers, uses=uses)
+    return Interactive(loss.lambda_ * loss.interactive, teachers, loss.named_weights, uses=uses)
 
 
 def interactive(

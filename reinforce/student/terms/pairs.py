@@ -15,7 +15,10 @@ and the total is the sum over the kinds of text (true captions, synthetic captio
     L_distill = cross-entropy of softmax(s I X^T) with P
 
 each the mean of both directions (image to text, text to image). Probabilities are averaged after the softmax; logits
-are never averaged.
+are never averaged. The mean over the teachers is by their ``weights``. With ``confidence`` these are, in each row i and
+direction, in proportion to the probability p_t of the true pair, so that the teacher counts most that is surest of it:
+
+    P_i = sum_t p_t,i softmax(s_t I_t X_t^T)_i / sum_t p_t,i,   p_t,i at least 1e-12
 
 ``sigmoid``: each of the B^2 pairs is a binary classification with logit z_ij = s cos_ij + b, and
 
@@ -71,6 +74,9 @@ CHUNK = 1 << 24
 Form = Literal["softmax", "sigmoid"]
 #: Tensors [b, D] by ``image`` and kind of text.
 Features = Mapping[str, torch.Tensor]
+#: Weights of teachers by their number, none if they are equal.
+_Weights = Sequence[float] | Literal["confidence"]
+_LEAST_SURE = 1e-12  # where no teacher gives the true pair more, all count the same
 
 
 @dataclass(frozen=True)
@@ -82,24 +88,36 @@ class Pairs(Term):
     aligns = True
 
     def losses(self, rows: Rows) -> dict[str, torch.Tensor]:
-        objective, scalars = self.objective, rows.scalars
-        if self.learnt:
-            learnt = {name: scalars[scale_name(name)].detach() for name in objective.scales}
-            objective = replace(objective, scales=learnt)
-        scale, bias = scalars["logit_scale"], scalars.get("logit_bias")
+        scale, bias = rows.scalars["logit_scale"], rows.scalars.get("logit_bias")
         features = {name: rows.features[name] for name in (IMAGE, CAPTION, SYNTHETIC) if name in rows.features}
-        return contrastive_losses(objective, features, scale, bias, rows.targets, rows.reduced)
+        return contrastive_losses(self._now(rows), features, scale, bias, rows.targets, rows.reduced)
+
+    def parts(self, rows: Rows) -> Iterator[tuple[str, str, torch.Tensor]]:
+        objective = self._now(rows)
+        for kind in [name for name in rows.features if name != IMAGE] if objective.scales else ():
+            yield from parts_of_similarities(objective, kind, rows)
+
+    def _now(self, rows: Rows) -> Objective:
+        """The objective with the scales that are learnt."""
+        if not self.learnt:
+            return self.objective
+        learnt = {name: rows.scalars[scale_name(name)].detach() for name in self.objective.scales}
+        return replace(self.objective, scales=learnt)
 
 
 def make(loss: Loss, models: TargetModels) -> Pairs | None:
     """The term of a config, None if it would have no loss. Raises UserError if a teacher has no logit scale."""
-    if not (models.texts and models.images):
-        return None
-    found = find_scales(loss, models.teachers) if loss.lambda_ > 0 else {}
-    if loss.lambda_ == 1 and not found:
+    both = models.texts and models.images
+    found = find_scales(loss, models.teachers) if both and loss.lambda_ > 0 else {}
+    if loss.weights == "confidence" and len(found) < 2:
+        raise UserError(
+            "loss.weights: confidence divides rows among teachers whose similarities are distilled, and there is "
+            f"{'only ' + ' '.join(found) if found else 'none'}. Remove it, or name more under data.teachers."
+        )
+    if not both or (loss.lambda_ == 1 and not found):
         return None
     scales = {name: scale for name, (scale, _) in found.items()}
-    objective = Objective(loss.lambda_, loss.form, scales, loss.logit_biases)
+    objective = Objective(loss.lambda_, loss.form, scales, loss.logit_biases, loss.weights)
     return Pairs(
         objective,
         loss.learn_scales,
@@ -147,13 +165,23 @@ def logit_scale(name: str, teacher: TeacherInfo, loss: Loss) -> tuple[float, str
 class Objective:
     """The objective: lambda, the form, and s_t and b_t by teacher.
 
-    The ensemble is the teachers in ``scales``. ``biases`` are used by ``sigmoid`` only.
+    The ensemble is the teachers in ``scales``. ``biases`` are used by ``sigmoid`` only. ``weights`` are by teacher, 1
+    for those that it does not name, or ``confidence``.
     """
 
     lambda_: float
     form: Form = "softmax"
     scales: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
     biases: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] | Literal["confidence"] = field(default_factory=dict)
+
+    @property
+    def of_teachers(self) -> _Weights:
+        """The weights in the order of ``scales``, of sum 1; none if they are equal."""
+        if isinstance(self.weights, str):
+            return self.weights
+        own = [self.weights.get(name, 1.0) for name in self.scales]
+        return [] if len({*own}) == 1 else [weight / sum(own) for weight in own]
 
 
 def contrastive_losses(
@@ -196,13 +224,44 @@ def contrastive_losses(
         for kind in [name for name in rows if name != "image"]:
             students = _sides(form, rows, columns, kind, scale, bias)
             pairs = zip(students, teachers(kind) if scales else [[] for _ in students], strict=True)
-            found = [cross_entropies(form, student, soft, lambda_ < 1) for student, soft in pairs]
+            weights = objective.of_teachers
+            found = [cross_entropies(form, student, soft, lambda_ < 1, weights) for student, soft in pairs]
             means = [torch.stack(sides).mean() for sides in zip(*found, strict=True)]
             if lambda_ < 1:
                 losses[f"clip/{kind}"] = (1 - lambda_) * means[0]
             if scales:
                 losses[f"distill/{kind}"] = lambda_ * means[-1]
     return losses
+
+
+def parts_of_similarities(objective: Objective, kind: str, rows: Rows) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """``Term.parts`` of one kind of text, of the pairs of this rank alone."""
+    form, biases = objective.form, objective.biases
+
+    def logits(vectors: Features, scale: float | torch.Tensor, bias: float | torch.Tensor | None) -> Logits:
+        image, text = (full_precision(vectors[what]) for what in (IMAGE, kind))
+        found = Logits(image, text, scale, bias if form == "sigmoid" else None, 0, both=form == "softmax")
+        return replace(found, bias=-found.mean_of_others()) if form == "sigmoid" and bias is None else found
+
+    student = logits(rows.features, rows.scalars["logit_scale"], rows.scalars.get("logit_bias"))
+    teachers = [logits(rows.targets[name], scale, biases.get(name)) for name, scale in objective.scales.items()]
+    every, values = slice(0, len(student.rows)), student.chunk(slice(0, len(student.rows)))
+    for dim in student.dims:
+        chunks = [teacher.chunk(every) for teacher in teachers]
+        soft = [chunk.softmax(dim) if form == "softmax" else chunk.sigmoid() for chunk in chunks]
+        weights: Any = objective.of_teachers or [1 / len(soft)] * len(soft)
+        if weights == "confidence":
+            sure = torch.stack([one.diagonal().clamp_min(_LEAST_SURE) for one in soft])
+            weights = sure / sure.sum(dim=0)
+            won = weights.argmax(dim=0)
+            for number, name in enumerate(objective.scales):
+                yield "rows", name, (won == number).sum()
+        for name, targets, weight in zip(objective.scales, soft, weights, strict=True):
+            if form == "softmax":
+                losses = -(targets * values.log_softmax(dim)).sum(dim=dim)
+            else:
+                losses = binary_cross_entropy_with_logits(values, targets, reduction="none").sum(dim=dim)
+            yield "loss", name, objective.lambda_ * (weight * losses).mean() / len(student.dims)
 
 
 def scale_losses(
@@ -292,14 +351,16 @@ class Logits:
         return torch.cat(found).mean()
 
 
-def cross_entropies(form: str, logits: Logits, teachers: Sequence[Logits], clip: bool) -> tuple[torch.Tensor, ...]:
+def cross_entropies(
+    form: str, logits: Logits, teachers: Sequence[Logits], clip: bool, weights: _Weights = ()
+) -> tuple[torch.Tensor, ...]:
     """Cross-entropy of the logits' predictions with the identity, if ``clip``, and with the teachers' P, if any.
 
-    Sums over columns and means over rows, with gradients of the features, the scale
-    and the bias in ``logits``.
+    Sums over columns and means over rows, with gradients of the features, the scale and the bias in ``logits``.
+    ``weights`` are those of the teachers, of sum 1; without any they are equal.
     """
     losses: tuple[torch.Tensor, ...] = _CrossEntropies.apply(
-        form, logits, teachers, clip, logits.rows, logits.columns, logits.scale, logits.bias
+        form, logits, (teachers, weights), clip, logits.rows, logits.columns, logits.scale, logits.bias
     )
     return losses
 
@@ -309,12 +370,12 @@ class _CrossEntropies(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, form: str, logits: Logits, teachers: Sequence[Logits], clip: bool, *inputs: Any
+        ctx: Any, form: str, logits: Logits, ensemble: tuple[Sequence[Logits], _Weights], clip: bool, *inputs: Any
     ) -> tuple[torch.Tensor, ...]:
         needed = ctx.needs_input_grad[4:]
-        terms = [_Term(form, logits, needed, soft) for soft in [False] * clip + [True] * bool(teachers)]
+        terms = [_Term(form, logits, needed, soft) for soft in [False] * clip + [True] * bool(ensemble[0])]
         for part in logits.parts():
-            _add_chunk(form, logits, teachers, part, terms)
+            _add_chunk(form, logits, ensemble, part, terms)
         ctx.save_for_backward(*(gradient for term in terms for gradient in term.gradients()))
         return tuple(term.loss / (len(logits.rows) * len(logits.dims)) for term in terms)
 
@@ -335,8 +396,10 @@ class _CrossEntropies(torch.autograd.Function):
 # Two functions, so that no matrix [c, B] outlives its use.
 
 
-def _add_chunk(form: str, logits: Logits, teachers: Sequence[Logits], part: slice, terms: Sequence[_Term]) -> None:
-    soft = [total.to(logits.rows.dtype) for total in _soft_targets(form, teachers, part)]
+def _add_chunk(
+    form: str, logits: Logits, ensemble: tuple[Sequence[Logits], _Weights], part: slice, terms: Sequence[_Term]
+) -> None:
+    soft = [total.to(logits.rows.dtype) for total in _soft_targets(form, *ensemble, part)]
     values = logits.chunk(part)
     predictions = [values.log_softmax(dim) for dim in logits.dims] if form == "softmax" else [values]
     for term in terms:
@@ -346,15 +409,25 @@ def _add_chunk(form: str, logits: Logits, teachers: Sequence[Logits], part: slic
         term.add_gradients(part, predictions, soft if term.soft else None)
 
 
-def _soft_targets(form: str, teachers: Sequence[Logits], part: slice) -> list[torch.Tensor]:
+def _soft_targets(form: str, teachers: Sequence[Logits], weights: _Weights, part: slice) -> list[torch.Tensor]:
     """The ensemble's P [c, B] of some rows, by the dimension of the softmax; none without teachers."""
     totals: list[torch.Tensor] = []
-    for teacher in teachers:
+    sums: list[Any] = []
+    for number, teacher in enumerate(teachers):
         logits = teacher.chunk(part)
         found = [logits.softmax(dim) for dim in teacher.dims] if form == "softmax" else [logits.sigmoid_()]
         del logits
+        own: list[Any] = [1.0] * len(found)
+        if weights == "confidence":
+            sure = (teacher.true_pairs(part, one).clamp_min(_LEAST_SURE) for one in found)
+            own = [of.unsqueeze(dim) for of, dim in zip(sure, teacher.dims, strict=True)]
+        elif weights:
+            own = [weights[number]] * len(found)
+        if weights:
+            found = [one.mul_(weight) for one, weight in zip(found, own, strict=True)]
         totals = [total.add_(one) for total, one in zip(totals, found, strict=True)] if totals else found
-    return [total.div_(len(teachers)) for total in totals]
+        sums = [total + weight for total, weight in zip(sums, own, strict=True)] if sums else own
+    return [total.div_(of) for total, of in zip(totals, sums, strict=True)]
 
 
 class _Term:

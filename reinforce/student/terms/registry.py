@@ -126,10 +126,19 @@ def make_terms(loss: Loss, models: TargetModels) -> Terms:
             "align them. For images alone set data.captions to none. Else name such a teacher under data.teachers, or "
             "lower loss.lambda (0: plain CLIP, which needs captions)."
         )
+    keys = [key for term in terms for key in term.uses]
+    used = {name for section, name in keys if owner_of(section) == "teachers" and name not in loss.anchors}
+    if unknown := [name for name in loss.named_weights if name not in used]:
+        raise UserError(
+            f"loss.weights: no loss is a mean over teachers with {unknown[0]!r}; those with a weight are: "
+            f"{', '.join(sorted(used)) or 'none'}."
+        )
     notes = [] if loss.reads_ensemble or loss.anchors else ["lambda 0: no teacher is used"]
     uses: dict[tuple[str, str], list[str]] = {("teachers", name): [] for name in models.teachers}
     for term in terms:
         for (section, name), use in term.uses.items():
             uses.setdefault((owner_of(section), name), []).append(use)
+    for name, weight in loss.named_weights.items():
+        uses["teachers", name].append(f"weight {weight:g}")
     notes += [f"{section[:-1]} {name}: {'; '.join(found) or _UNUSED}" for (section, name), found in uses.items()]
     return Terms(terms, notes)
