@@ -52,7 +52,7 @@ _NOT_IN_STUDENTS: dict[str, Any] = {
     "accelerator": True,
     "data": {"workers"},
     "train": {"compute": {"ranks", "gpus", "cpus", "deterministic", "sync_batch_norm", "keep_activations"}},
-    "evaluate": {"export", "probes", "index", "segmentation"},
+    "evaluate": {"export", "probes", "index", "segmentation", "agreement"},
 }
 
 
