@@ -130,6 +130,9 @@ def _example(sample: Sample, teachers: Sequence[str]) -> LabelledImage | Refusal
 def _score(config: AgreementSet, models: EvaluatedModels, images: ImageBatches) -> Outcome:
     import torch
 
+    from reinforce.evaluation.ranking import find_others, shared_neighbours
+
+    accelerator = models.accelerator.of_float64("nearest neighbours")
     vectors, targets = models.encode_all(images)
     outcome = Outcome({}, len(targets) + len(images.refused), images.refused)
     of_teachers = {
@@ -147,8 +150,16 @@ def _score(config: AgreementSet, models: EvaluatedModels, images: ImageBatches) 
         if not features.isfinite().all():  # `evaluate_set` reports how many are not
             metrics[model] = {}
             continue
-        compared = [_compare(features, stored, config.k, models.accelerator) for stored in of_teachers.values()]
-        found = np.array(compared)
+        neighbours = find_others(features, features, config.k, accelerator)
+        found = np.array(
+            [
+                (
+                    shared_neighbours(neighbours, find_others(stored, stored, config.k, accelerator)),
+                    explained_variance(features, stored, accelerator),
+                )
+                for stored in of_teachers.values()
+            ]
+        )
         rows = np.concatenate([[summary(found, axis=0) for summary in _SUMMARIES.values()], found])
         metrics[model] = dict(zip(config.scores, rows.ravel().tolist(), strict=True))
     return replace(outcome, metrics=metrics)
@@ -162,15 +173,6 @@ def _too_few(rows: int, config: AgreementSet) -> str | None:
         f"k of {config.k} neighbours needs {least} samples with a vector of {' and '.join(config.names)}, and {rows:,} "
         "are usable: set `k` to a smaller number, or take more samples."
     )
-
-
-def _compare(features: torch.Tensor, stored: torch.Tensor, k: int, accelerator: Accelerator) -> tuple[float, float]:
-    """The agreement of nearest neighbours and the explained variance of ``stored`` [N, D] by ``features`` [N, E]."""
-    from reinforce.evaluation.ranking import find_others, shared_neighbours
-
-    accelerator = accelerator.of_float64("nearest neighbours")
-    found, wanted = (find_others(rows, rows, k, accelerator) for rows in (features, stored))
-    return shared_neighbours(found, wanted), explained_variance(features, stored, accelerator)
 
 
 def explained_variance(features: torch.Tensor, targets: torch.Tensor, accelerator: Accelerator) -> float:
