@@ -18,7 +18,7 @@ CORE_TESTS := --ignore=tests/source/test_hub.py tests/images \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: adapt-photos deploy-check help install demo demo-teachers test test-quick test-card mutants bench bench-adapt bench-step bench-loader bench-augment bench-captioner bench-captions bench-codecs bench-gpu bench-images bench-labels bench-latency bench-quantize bench-scale bench-select bench-sources bench-space bench-transfer ablations lint clean fuzz soak audit \
+.PHONY: adapt-photos deploy-check help install demo demo-specialists demo-teachers test test-quick test-card mutants bench bench-adapt bench-step bench-loader bench-augment bench-captioner bench-captions bench-codecs bench-gpu bench-images bench-labels bench-latency bench-quantize bench-scale bench-select bench-sources bench-space bench-transfer ablations lint clean fuzz soak audit \
 	docs first-hour test-lowest test-slow wheel-check
 
 help: ## list the targets
@@ -74,6 +74,15 @@ demo-teachers: $(INSTALLED) ## train the demo's committed teachers and captioner
 	$(BIN)/python -m examples.demo keep demo/teachers/conv-48/student configs/demo-models/conv-48
 	$(BIN)/python -m examples.demo keep demo/teachers/styles-64/student configs/demo-models/styles-64
 	$(BIN)/python -m examples.demo keep demo/teachers/coca-finetune/captioner configs/demo-models/coca-64
+
+demo-specialists: $(INSTALLED) ## train two teachers of half the concepts each, for a question of `make ablations` (minutes)
+	$(BIN)/python -m examples.demo data
+	$(BIN)/reinforce run configs/demo-teachers/halves.yaml
+	$(BIN)/reinforce select configs/demo-teachers/living.yaml
+	$(BIN)/reinforce select configs/demo-teachers/things.yaml
+	$(BIN)/reinforce train configs/demo-teachers/specialist.yaml
+	$(BIN)/reinforce train configs/demo-teachers/specialist.yaml --set output=demo/specialists/things \
+		--set "data.datasets=[{url: demo/specialists/samples, view: things}]" --set seed=1
 
 # Units and contracts: nothing of them starts Ray.
 QUICK_TESTS := tests/schemas tests/source tests/images tests/dataset/codecs tests/engine/plan tests/engine/driver \

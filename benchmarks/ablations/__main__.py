@@ -76,9 +76,12 @@ def main(out: Path, names: Sequence[str], seeds: int, overrides: Sequence[str], 
 
 def can_answer(question: Question, names: Sequence[str], screen: Screen) -> bool:
     """Whether the folder that a question needs exists. Raises UserError if it does not and the question is named."""
-    if question.needs is None or question.needs.exists():
+    if question.needs is None:
         return True
-    problem = f"{question.name} needs {question.needs}, which `make demo-teachers` writes"
+    folder, target = question.needs
+    if folder.exists():
+        return True
+    problem = f"{question.name} needs {folder}, which `make {target}` writes"
     if question.name in names:
         raise UserError(f"{problem}.")
     screen.log(f"left out: {problem}")

@@ -39,8 +39,11 @@ STAGES: Mapping[Encoder, tuple[float, ...]] = {
     Encoder((1, 1, 1, 1, 1), 16, 128): (10, 5, 5),
     Encoder((1, 1, 6, 2), 16, 128): (10, 5, 5),
 }
-#: Written by `make demo-teachers`.
+#: Written by `make demo-teachers`, and two teachers of half the concepts by `make demo-specialists`.
 PRETRAINED_CAPTIONER = Path("demo/teachers/coca-pretrain/captioner")
+SPECIALISTS = Path("demo/specialists")
+#: Their names and most likely scales by `reinforce tune --screen-only`.
+SPECIALIST_SCALES: Mapping[str, float] = {"living": 5, "things": 5}
 #: Name and override of an arm.
 WITHOUT_CAPTIONS = ("captions-none", "data.captioners=[]")
 _SAMPLING = frozenset(DECODING_FIELDS) - {"repetition_penalty", "min_length", "max_length", *CaptionerSpec.fast_paths}
@@ -52,7 +55,8 @@ class Question:
 
     ``axis`` is the label of the axis of arms with an ``x``, with a logarithmic scale if ``log``. ``target`` is the arm
     whose final accuracy defines the measures with REACHED_AT. ``clean`` maps an arm to the arm with true captions to
-    which RETAINED relates it. ``needs`` is a folder without which its datasets cannot be made.
+    which RETAINED relates it. ``needs`` is a folder without which its datasets cannot be made, and the target of make
+    that writes it.
     """
 
     name: str
@@ -67,13 +71,13 @@ class Question:
     log: bool = False
     target: str | None = None
     clean: Mapping[str, str] = field(default_factory=dict)
-    needs: Path | None = None
+    needs: tuple[Path, str] | None = None
 
 
 def make_questions(study: Study) -> dict[str, Question]:
     """Return all questions by name, in the order of the page."""
     makers = (
-        *(_ways, _teachers, _scales, _finding_scales, _lambda, _features, _balance, _augmentations),
+        *(_ways, _teachers, _scales, _finding_scales, _lambda, _features, _balance, _specialists, _augmentations),
         *(_captions, _lengths, _finetuning, _storage, _noise, _steps, _stages),
     )
     return {question.name: question for question in (make(study) for make in makers)}
@@ -244,6 +248,34 @@ def _balance(study: Study) -> Question:
     )
 
 
+def _specialists(study: Study) -> Question:
+    experts = {name: {"model": f"{FOLDER_PREFIX}{SPECIALISTS / name / 'student'}"} for name in SPECIALIST_SCALES}
+    dataset = study.add_dataset("specialists", override("teachers", experts))
+
+    def trained(label: str, names: Sequence[str], *overrides: str) -> Arm:
+        scales = {name: SPECIALIST_SCALES[name] for name in names}
+        only = (override("data.teachers", [*names]), override("loss.logit_scales", scales), "loss.features=all")
+        return study.add_arm(label, f"specialists-{label}", *only, *overrides, dataset=dataset)
+
+    alone = [trained(name, [name]) for name in experts]
+    both = trained("both", [*experts])
+    sure = trained("confidence", [*experts], "loss.weights=confidence")
+    best = Pick([arm.label for arm in alone], "the best teacher alone")
+    return Question(
+        "specialists",
+        "Teachers that know different things",
+        "MobileCLIP: a student of an ensemble of teachers is better than a student of any one of them. "
+        "[2606.23897](https://arxiv.org/abs/2606.23897): the more so where each row follows the teacher that is sure.",
+        (*alone, both, sure),
+        (
+            *(Compare(measure, both.label, "above", best) for measure in (OWN, UNSEEN, RETRIEVAL)),
+            Compare(UNSEEN, sure.label, "above", both.label),
+        ),
+        "",
+        needs=(SPECIALISTS / "things" / "student", "demo-specialists"),
+    )
+
+
 def _augmentations(study: Study) -> Question:
     def stored(count: int) -> Arm:
         dataset = study.add_dataset(f"augmentations-{count}", override("augmentations.count", count))
@@ -337,7 +369,7 @@ def _finetuning(study: Study) -> Question:
         "The captioner is pre-trained on captions of which half add keywords to a phrase, and fine-tuned on the "
         "phrases alone, for 1,000 further steps: see [its training](../configs/demo-models/README.md). *None*: without "
         "synthetic captions.",
-        needs=PRETRAINED_CAPTIONER,
+        needs=(PRETRAINED_CAPTIONER, "demo-teachers"),
     )
 
 
