@@ -75,7 +75,7 @@ demo-teachers: $(INSTALLED) ## train the demo's committed teachers and captioner
 	$(BIN)/python -m examples.demo keep demo/teachers/styles-64/student configs/demo-models/styles-64
 	$(BIN)/python -m examples.demo keep demo/teachers/coca-finetune/captioner configs/demo-models/coca-64
 
-demo-specialists: $(INSTALLED) ## train two teachers of half the concepts each, (minutes)
+demo-specialists: $(INSTALLED) ## train two teachers of half the concepts each (minutes)
 	$(BIN)/python -m examples.demo data
 	$(BIN)/reinforce run configs/demo-teachers/halves.yaml
 	$(BIN)/reinforce select configs/demo-teachers/living.yaml

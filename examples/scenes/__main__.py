@@ -1,4 +1,4 @@
-"""python -m examples.scenes: students with and without patch targets, by codec, measured by linear segmentation."""
+"""python -m examples.scenes: students with and without patches by codec and balance, by linear segmentation."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ from reinforce.student.train import build
 from teachers.runtime.accelerator import Accelerator
 
 TEACHER = "local-dir:configs/demo-models/conv-64"
-#: Codecs of the patches that students learn, besides none.
-CODECS = ("float16", "pca64", "pq64", "pq32")
+#: Codec of the patches and ``loss.dense.balance`` of each arm; ``none`` does not learn its patches.
+ARMS = {
+    "none": ("float16", "standardise"),
+    "float16": ("float16", "standardise"),
+    "phi-s": ("float16", "phi-s"),
+    **{codec: (codec, "standardise") for codec in ("pca64", "pq64", "pq32")},
+}
 _BATCHES = 20  # that are read to measure the CPU of loading
 _STAGE = 3  # of the student's five: a map of 6 x 6
 _METRIC = "segmentation/scenes/miou"
@@ -38,14 +43,16 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="steps of a training, of 32 crops each")] = 300,
     seeds: Annotated[int, typer.Option(min=1, help="trainings of each arm")] = 3,
     head_steps: Annotated[int, typer.Option(min=1, help="steps of a segmentation head, of 16 crops each")] = 200,
-    codecs: Annotated[str, typer.Option(help="codecs of the arms, with commas")] = ",".join(CODECS),
+    arms: Annotated[str, typer.Option(help="arms, with commas")] = ",".join(ARMS),
 ) -> None:
     """Draw scenes, store patches by each codec, train students and print mIoU, bytes and CPU of each arm."""
     classes = write_scenes(out, scenes, masks)
-    arms = ["none", *codecs.split(",")]
+    names = arms.split(",")
+    if unknown := [name for name in names if name not in ARMS]:
+        raise UserError(f"unknown arm {', '.join(unknown)}; available: {', '.join(ARMS)}.")
     results: dict[str, dict[str, Any]] = {}
-    for arm in arms:
-        dataset = store(out, "float16" if arm == "none" else arm)
+    for arm in names:
+        dataset = store(out, ARMS[arm][0])
         of_seeds = []
         for seed in range(seeds):
             config = student(out, dataset, arm, seed, steps, classes, head_steps)
@@ -91,6 +98,7 @@ def student(out: Path, dataset: str, arm: str, seed: int, steps: int, classes: i
     preprocess = {"size": SIDE, "mean": 0.5, "std": 0.5, "interpolation": "bicubic", "resize_mode": "shortest"}
     described = {"model_cfg": _STUDENT | {"text_cfg": text}, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(described))
+    dense = {"weight": 1.0, "stage": _STAGE, "balance": ARMS[arm][1]}
     masks = {
         "images": str(out / SCENES),
         "classes": classes,
@@ -104,7 +112,7 @@ def student(out: Path, dataset: str, arm: str, seed: int, steps: int, classes: i
             "seed": seed,
             "student": {"model": f"local-dir:{folder}"},
             "data": {"datasets": dataset, "captions": "none", "workers": 0},
-            "loss": {"features": "all", **({} if arm == "none" else {"dense": {"weight": 1.0, "stage": _STAGE}})},
+            "loss": {"features": "all", **({} if arm == "none" else {"dense": dense})},
             "train": {"steps": steps, "batch": 32, "optimizer": {"lr": 2e-3, "warmup": steps // 10}, "log_every": 50},
             "evaluate": {"segmentation": {"scenes": masks}},
         }

@@ -95,6 +95,11 @@ class DenseLoss(TeacherTerm):
     stage: int = Field(
         -1, description="stage or block of the image tower whose output is the map, from the end if negative"
     )
+    balance: Literal["standardise", "phi-s"] = Field(
+        "standardise",
+        description="`standardise`: mean 0 and deviation 1 in each channel; `phi-s`: the same variance in all, by a "
+        "rotation and one scale, so that channels keep their proportions",
+    )
     cosine: float = Field(
         0.9,
         ge=0,
@@ -182,8 +187,8 @@ class Loss(Section):
         ),
     ] = Field(
         default_factory=dict,
-        description="weights by teacher in each mean over teachers, default: 1; or `confidence`: of similarities, "
-        "those of each row by the probability that a teacher gives to the true pair",
+        description="weights by teacher in each mean over teachers, default: 1; or `confidence`: in "
+        "similarities and features, those of each row by the probability that a teacher gives to the true pair",
     )
     learn_scales: bool = Field(
         False,

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch.nn.functional import normalize
 
@@ -148,18 +149,32 @@ _AT_ONCE = 64
 _TargetsOf: TypeAlias = Callable[[StreamedDataset, Sequence[Example]], Tensors]
 
 
-def stored_moments(data: Data, seed: int, teacher: str, covariance: bool) -> dict[str, Moments]:
-    """The moments of a teacher's stored vectors by what they are of. Raises UserError."""
+def stored_moments(
+    data: Data, seed: int, section: str, name: str, manifests: Mapping[str, Mapping[str, Any]], covariance: bool
+) -> dict[str, Moments]:
+    """The moments of the stored targets of a teacher by what they are of; for patches, as ``patch_moments`` has them.
+
+    Raises UserError.
+    """
 
     def read(dataset: StreamedDataset, examples: Sequence[Example]) -> Tensors:
         columns = zip(*(example.targets for example in examples), strict=True)
         return {
-            target.name: torch.stack([torch.from_numpy(one) for one in column])
+            target.name: torch.stack([torch.from_numpy(np.asarray(one)) for one in column])
             for target, column in zip(dataset.targets, columns, strict=True)
         }
 
-    datasets = [one.without_images() for one in open_datasets(data, seed, {"teachers": [teacher]})]
-    return _fit(datasets, teacher, read, _VECTORS, covariance)
+    datasets = [one.without_images() for one in open_datasets(data, seed, {"teachers": [], section: [name]})]
+    if section == "teachers":
+        return _fit(datasets, name, read, _VECTORS, covariance)
+    found = _channels(manifests, name)
+    assert found is not None  # data sets of several codebooks are refused
+    channels: dict[str, Moments] = {}
+    for what, one in _fit(datasets, name, read, _GRIDS, True).items():
+        assert one.covariance is not None
+        raw = one.covariance * torch.outer(found.deviation, found.deviation)  # stored grids are standardised by channel
+        channels[what] = found._replace(covariance=raw)
+    return channels
 
 
 def online_moments(
@@ -178,27 +193,42 @@ def patch_moments(
     spec: TeacherSpec,
     manifests: Mapping[str, Mapping[str, Any]],
     device: str,
+    covariance: bool,
 ) -> dict[str, Moments]:
     """The moments of the patches of a loaded teacher: those of the codebooks of the datasets, if they have one and the
-    same for this model, so that online targets equal the stored ones, or else those of the first grids.
+    same for this model, so that online targets equal the stored ones, or else those of the first grids. The covariance
+    is always of these.
 
     Raises UserError.
     """
-    places = [codebook_of_patches(url, manifest, name, spec) for url, manifest in manifests.items()]
-    if places and None not in places and len({place and place.digest for place in places}) == 1:
-        assert places[0] is not None
-        arrays = codebooks.load(places[0]).arrays
-        if len(arrays[MEAN]) == encoder.entry["dim"]:
-            return {encoder.name: Moments(*(torch.from_numpy(arrays[key].copy()) for key in (MEAN, DEVIATION)))}
+    found = _channels(manifests, name, spec)
+    known = found is not None and len(found.mean) == encoder.entry["dim"]
+    if found is not None and known and not covariance:
+        return {encoder.name: found}
     datasets = open_datasets(data, seed, {"teachers": []})
-    return _fit(datasets, name, _Online(datasets, name, device, others=[(name, encoder)]), _GRIDS)
+    fitted = _fit(datasets, name, _Online(datasets, name, device, others=[(name, encoder)]), _GRIDS, covariance)
+    if found is None or not known:
+        return fitted
+    return {what: found._replace(covariance=one.covariance) for what, one in fitted.items()}
 
 
-def codebook_of_patches(url: str, manifest: Mapping[str, Any], name: str, spec: TeacherSpec) -> codebooks.Place | None:
-    """The codebook of a teacher's patches in a dataset; None if there is none, or it is of another model."""
+def _channels(manifests: Mapping[str, Mapping[str, Any]], name: str, spec: TeacherSpec | None = None) -> Moments | None:
+    """Mean and deviation of the channels of a teacher's stored patches; None unless all datasets have the same."""
+    places = [codebook_of_patches(url, manifest, name, spec) for url, manifest in manifests.items()]
+    if not places or None in places or len({place and place.digest for place in places}) > 1:
+        return None
+    assert places[0] is not None
+    arrays = codebooks.load(places[0]).arrays
+    return Moments(*(torch.from_numpy(arrays[key].copy()) for key in (MEAN, DEVIATION)))
+
+
+def codebook_of_patches(
+    url: str, manifest: Mapping[str, Any], name: str, spec: TeacherSpec | None = None
+) -> codebooks.Place | None:
+    """The codebook of a teacher's patches in a dataset; None if there is none, or it is of another model than this."""
     layer = PatchFeatures.pattern.replace("*", name)
     digest = (manifest["layers"].get(layer, {}).get("codebook") or {}).get("digest")
-    if digest is None or not same_model(manifest["teachers"].get(name, {}), spec):
+    if digest is None or (spec is not None and not same_model(manifest["teachers"].get(name, {}), spec)):
         return None
     return codebooks.Place(url, layer, digest)
 

@@ -162,7 +162,9 @@ class StudentTask(Task):
                 data, seed = config.data, config.seed
                 if section == "teachers":
                     return online_moments(data, seed, name, teachers[name], device, covariance)
-                return patch_moments(data, seed, name, others[section, name], loss.teachers[name], manifests, device)
+                return patch_moments(
+                    data, seed, name, others[section, name], loss.teachers[name], manifests, device, covariance
+                )
 
             models = replace(models, teachers=known, entries=entries, moments=moments)
         find = models.moments
@@ -296,7 +298,9 @@ def read_stored(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]
         kinds,
         images,
         partial(stored_models, data, manifests),
-        moments=lambda section, name, covariance: stored_moments(data, config.seed, name, covariance),
+        moments=lambda section, name, covariance: stored_moments(
+            data, config.seed, section, name, manifests, covariance
+        ),
     )
 
 

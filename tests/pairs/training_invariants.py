@@ -231,8 +231,11 @@ def targets_are_those_of_their_rows(run: Trained) -> None:
                     layer = layers[f"embeddings/{model}/images"]
                     _compare(run, layer, value[row], [sample.images[model][crop]])
                 elif what == "patches":
-                    grid = run.task.model.heads["dino/standardise-patches"](value[row]) if run.online else value[row]
                     if (stored := sample.values["patches/dino"]) is not None:
+                        grid = value[row].float()
+                        if run.online:
+                            book = load(layers["patches/dino"].codebook_at(run.urls[0])).arrays
+                            grid = (grid - book["mean_of_channel"]) / book["deviation_of_channel"]
                         np.testing.assert_allclose(grid, stored[crop], rtol=0, atol=2e-2)
                 elif what in ("caption", "synthetic"):
                     layer, tokens = layers[f"embeddings/{model}/caption"], run.batch[what][row]
@@ -409,10 +412,32 @@ def _features(run: _Computed) -> _Found:
                 [term] = [one for one in run.task.terms.terms if isinstance(one, Features)]
                 length = term.moments[name, what].mean.double().norm().item()
                 weight /= 1 - length ** (2 if case["distance"] == "l2" else 1)
-            found.append(weight * losses.features(projected, target, case["distance"], balanced=balanced, **options))
+            if case["weights"] == "confidence" and case["distance"] != "similarities" and name in run.of_both_sides:
+                of_rows = [
+                    losses.features(one[None], other[None], case["distance"], balanced=balanced)
+                    for one, other in zip(projected, target, strict=True)
+                ]
+                loss = (_confidence(run, name, what) * torch.stack(of_rows)).mean()
+            else:
+                loss = losses.features(projected, target, case["distance"], balanced=balanced, **options)
+            found.append(weight * loss)
             total += weight
         if found:
             yield f"features/{what}", float(case["lambda"]) * 0.5 * torch.stack(found).sum() / total
+
+
+def _confidence(run: _Computed, name: str, what: str) -> torch.Tensor:
+    """How sure a teacher is of each row's pair, relative to the mean over the teachers."""
+
+    def sure(teacher: str, kind: str) -> torch.Tensor:
+        similarities = run.vectors(teacher, "image").double() @ run.vectors(teacher, kind).double().T
+        logits = (run.scale(teacher) * similarities).detach().numpy()
+        found = logits - np.log(np.exp(logits).sum(axis=1 if what == "image" else 0, keepdims=True))
+        return torch.from_numpy(np.exp(np.diagonal(found)))
+
+    kinds = run.kinds if what == "image" else [what]
+    of_teachers = {teacher: sum(sure(teacher, kind) for kind in kinds) for teacher in run.of_both_sides}
+    return of_teachers[name] * len(of_teachers) / sum(of_teachers.values())
 
 
 def _interactive(run: _Computed) -> _Found:
@@ -442,8 +467,9 @@ def _dense(run: _Computed) -> _Found:
     if run.case["dense"] != "no":
         model, patches = run.task.model, run.vectors("dino", "patches")
         found = model.terms.encode_images(model.clip, to_pixels(run.batch["image"], model.image))[MAP]
-        if run.case["targets"] != "stored" and "dino/standardise-patches" in model.heads:
-            patches = run.head("dino", "patches", "standardise-")(patches)
+        how = "balance-" if run.case["dense"] == "phi-s" else "standardise-"
+        if f"dino/{how}patches" in model.heads:
+            patches = run.head("dino", "patches", how)(patches)
         yield "dense/dino", 0.7 * losses.dense(run.head("dino", "patches")(found.permute(0, 2, 3, 1)), patches)
 
 

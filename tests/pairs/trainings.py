@@ -60,7 +60,7 @@ DIMENSIONS: dict[str, list[str]] = {
     "weights": ["equal", "named", "confidence"],
     "interactive": ["no", "yes"],
     "probabilities": ["no", "yes"],
-    "dense": ["no", "0", "-1"],
+    "dense": ["no", "0", "-1", "phi-s"],
     "anchor": ["none", "similarities", "features", "weights"],
     "targets": ["stored", "online", "bf16"],
     "tower": ["open_clip", "timm", "hugging_face", "alone"],
@@ -125,7 +125,7 @@ TERMS: dict[str, tuple[str, list[str]]] = {
     "features": ("features", ["one-sided", "all"]),
     "interactive": ("interactive", ["yes"]),
     "probabilities": ("probabilities", ["yes"]),
-    "dense": ("dense", ["0", "-1"]),
+    "dense": ("dense", ["0", "-1", "phi-s"]),
     "anchor_similarities": ("anchor", ["similarities"]),
     "anchor_features": ("anchor", ["features"]),
     "anchor_weights": ("anchor", ["weights"]),
@@ -328,7 +328,9 @@ def sections(case: Case, place: Place, stored: bool = False) -> dict[str, Any]:
     loss |= {"interactive": 0.5} if case["interactive"] == "yes" else {}
     loss |= {"probabilities": 0.3} if case["probabilities"] == "yes" else {}
     if case["dense"] != "no":
-        loss["dense"] = {"weight": 0.7, "stage": int(case["dense"]), "teachers": ["dino"]}
+        turned = case["dense"] == "phi-s"
+        stage = {"balance": "phi-s"} if turned else {"stage": int(case["dense"])}
+        loss["dense"] = {"weight": 0.7, "teachers": ["dino"], **stage}
     if case["anchor"] == "weights":
         loss["anchor"] = {"weights": 0.4}
     elif anchored:

@@ -251,6 +251,33 @@ def test_stored_patches_are_read_with_their_crops_and_only_where_they_are_learnt
     assert {*without["targets"]["cells"]} == {"image"}
 
 
+def test_phi_s_keeps_the_proportions_of_a_teachers_vectors_stored_and_online_alike(tmp_path: Path) -> None:
+    cells = {**TEACHER, "options": {**TEACHER["options"], "channels": 3}}
+    stated = {"cells": {**cells, "patches": {"grid": 4, "codec": "float16"}}}
+    augmentations = {"count": 2, "size": 32}
+    url = small_dataset(tmp_path, (24,), teachers=stated, captioners={}, augmentations=augmentations)
+    codebook = json.loads(Path(url, "dataset.json").read_text())["layers"]["patches/cells"]["codebook"]
+    statistics = load(Place(url, "patches/cells", codebook["digest"])).arrays
+    mean, deviation = (torch.from_numpy(statistics[f"{one}_of_channel"]) for one in ("mean", "deviation"))
+    balanced = []
+    for in_loop in ({}, stated):
+        loss = {"lambda": 0.0, "dense": {"weight": 1.0, "balance": "phi-s"}, "teachers": in_loop}
+        config = student_config(tmp_path / f"{len(in_loop)}", url, "mobileclip", loss=loss, data={"captions": "none"})
+        task, prepared = first_batch(config)
+        assert [note for note in task.notes if note.endswith("4 x 4 patches of 3 dimensions, balanced by phi-s")]
+        found = prepared["targets"]["cells"]["patches"].float().flatten(0, 2)
+        raw = found if in_loop else found * deviation + mean
+        balanced.append(task.model.heads["cells/balance-patches"](found))
+        scale = torch.pdist(balanced[-1]) / torch.pdist(raw).clamp_min(1e-9)
+        far = torch.pdist(raw) > 0.1
+        assert far.sum() > 100
+        torch.testing.assert_close(scale[far], scale[far].mean().expand(int(far.sum())), rtol=1e-2, atol=0)
+        assert 0.5 < balanced[-1].var(dim=0).mean() < 2
+        assert deviation.max() > 1.05 * deviation.min(), "otherwise it is `standardise`"
+        assert "dense/cells" in losses_of(task, prepared)
+    torch.testing.assert_close(balanced[0], balanced[1], rtol=0, atol=0.02)
+
+
 @pytest.fixture(scope="module")
 def grids(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A dataset with the patches of a teacher, of another of which some are NaN, and of one without."""

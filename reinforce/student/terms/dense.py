@@ -4,8 +4,10 @@
     f = bilinear(head(map)) at the teacher's grid,   s(x) = x^2 / 2 if |x| < 1, else |x| - 1/2
 
 where v is standardised by channel: stored grids are, and with online teachers the term standardises them by the
-same statistics. 0.9 and 0.1 are the defaults, the weights of Theia (arXiv 2407.20179), which takes one cosine of the
-whole grid. The head comes first: it commutes with the interpolation, and the student's grid is mostly smaller.
+same statistics. With ``balance: phi-s``, v is the teacher's own vector, balanced as in ``balance``; of a stored one,
+the same product takes the standardisation back. 0.9 and 0.1 are the defaults, the weights of Theia (arXiv 2407.20179),
+which takes one cosine of the whole grid. The head comes first: it commutes with the interpolation, and the student's
+grid is mostly smaller.
 
 The rows are computed in chunks, whose intermediate results are computed again in the backward pass. A batch of 256 maps
 of 14 x 14 x 768 with grids of 14 x 14 x 1024 takes 0.4 GB beside both, the gradient of the map among it.
@@ -21,23 +23,29 @@ from torch.utils.checkpoint import checkpoint
 
 from reinforce.errors import UserError
 from reinforce.student.config import DenseLoss, Loss
-from reinforce.student.terms.balance import Balance, Moments
+from reinforce.student.terms.balance import Balance, Moments, balances
 from reinforce.student.terms.base import MAP, TargetModels, Tensors, Term, head_name
 
 #: Name of the targets, under which they are asked for.
 PATCHES = "patches"
 #: Numbers of a chunk's grids (32 MiB in float32).
 CHUNK = 1 << 23
-_STANDARDISE = f"standardise-{PATCHES}"
+#: Names of the heads that balance targets.
+_BALANCE = {"standardise": f"standardise-{PATCHES}", "phi-s": f"balance-{PATCHES}"}
 
 
 @dataclass(frozen=True)
 class Dense(Term):
-    """``dense/TEACHER`` for each teacher; ``grids`` have (rows, columns, D), ``moments`` those of online teachers."""
+    """``dense/TEACHER`` for each teacher; ``grids`` have (rows, columns, D).
+
+    ``moments`` are those of the teachers' vectors, for targets that are not yet balanced. Those that are ``stored`` are
+    standardised by their means and deviations.
+    """
 
     loss: DenseLoss
     grids: Mapping[str, tuple[int, int, int]]
     moments: Mapping[str, Moments] = field(default_factory=dict, compare=False)
+    stored: bool = False
     weights: Mapping[str, float] = field(default_factory=dict)
     key = "dense"
 
@@ -46,8 +54,15 @@ class Dense(Term):
             head_name(name, PATCHES): torch.nn.Linear(width, dim) for name, (_, _, dim) in self.grids.items()
         }
         return made | {
-            head_name(name, _STANDARDISE): Balance(of.mean, of.deviation) for name, of in self.moments.items()
+            head_name(name, _BALANCE[self.loss.balance]): self._balance(of) for name, of in self.moments.items()
         }
+
+    def _balance(self, moments: Moments) -> Balance:
+        balance = balances(self.loss.balance, {PATCHES: moments})[PATCHES]
+        if not self.stored:
+            return balance
+        assert balance.matrix is not None
+        return Balance(torch.zeros_like(moments.mean), None, moments.deviation[:, None] * balance.matrix)
 
     def losses_of_rows(
         self, features: Tensors, targets: Mapping[str, Tensors], heads: torch.nn.ModuleDict
@@ -59,7 +74,7 @@ class Dense(Term):
             rows = max(1, CHUNK // target[0].numel())
             total = found.new_zeros((), dtype=torch.float32)
             head = heads[head_name(name, PATCHES)]
-            balance = heads[head_name(name, _STANDARDISE)] if name in self.moments else None
+            balance = heads[head_name(name, _BALANCE[self.loss.balance])] if name in self.moments else None
             for part, of_target in zip(found.split(rows), target.split(rows), strict=True):
                 arguments = (part, of_target, head, balance)
                 total = total + checkpoint(self._sum, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -132,10 +147,11 @@ def make(loss: Loss, models: TargetModels) -> Dense | None:
             "loss.dense needs layers patches/TEACHER, and the datasets have none. Set `patches` of a teacher in the "
             "config of `reinforce run`, and run it; or name it under `loss.teachers`."
         )
-    moments = {name: models.moments(PATCHES, name, False)[PATCHES] for name in wanted if loss.online}
+    turned = loss.dense.balance == "phi-s"
+    moments = {name: models.moments(PATCHES, name, turned)[PATCHES] for name in wanted if loss.online or turned}
     grids = {name: grids[name] for name in wanted}
     uses = {
-        (PATCHES, name): f"{rows} x {columns} patches of {dim} dimensions"
+        (PATCHES, name): f"{rows} x {columns} patches of {dim} dimensions{', balanced by phi-s' if turned else ''}"
         for name, (rows, columns, dim) in grids.items()
     }
-    return Dense(loss.dense, grids, moments, loss.named_weights, uses=uses, stage=loss.dense.stage)
+    return Dense(loss.dense, grids, moments, not loss.online, loss.named_weights, uses=uses, stage=loss.dense.stage)

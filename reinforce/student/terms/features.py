@@ -3,7 +3,9 @@
     L_WHAT = weight * mean over teachers and rows of distance(head(feature), z)
 
 for each WHAT of images and kinds of text; weight is lambda * features_weight, and the mean over the teachers is by
-their ``weights``. It is how one-sided teachers are used, and how a student of images alone learns.
+their ``weights``. With ``confidence``, each row has its own, see ``pairs.shares_of_rows``, so that a row follows the
+teachers that know its pair; teachers of one side, and all with the distance ``similarities``, count the same. It is how
+one-sided teachers are used, and how a student of images alone learns.
 
 z is the teacher's vector v [D] of unit norm, or v balanced by ``standardise`` or ``phi-s``, whose statistics are those
 of the first vectors of the same WHAT; see ``balance`` and ``reinforce.student.online``. With h = head(feature), the
@@ -43,9 +45,10 @@ from reinforce.student.terms.base import (
     head_name,
     mean_of_teachers,
     parts_of_teachers,
+    scale_name,
     unit,
 )
-from reinforce.student.terms.pairs import Logits, cross_entropies, full_precision
+from reinforce.student.terms.pairs import Logits, cross_entropies, find_scales, full_precision, shares_of_rows
 from reinforce.training import gather
 from teachers.runtime.determinism import tf32
 
@@ -54,7 +57,8 @@ from teachers.runtime.determinism import tf32
 class Features(Term):
     """``features/WHAT`` for each WHAT of ``image`` and the kinds of text that some teacher has.
 
-    ``kinds`` are the kinds of text. ``moments`` are by teacher and WHAT, if vectors are balanced.
+    ``kinds`` are the kinds of text. ``moments`` are by teacher and WHAT, if vectors are balanced. ``confidence`` are
+    the logit scales of those teachers whose weights follow it.
     """
 
     weight: float
@@ -63,6 +67,7 @@ class Features(Term):
     kinds: tuple[str, ...] = ()
     moments: Mapping[tuple[str, str], Moments] = field(default_factory=dict, compare=False)
     weights: Mapping[str, float] = field(default_factory=dict)
+    confidence: Mapping[str, float] = field(default_factory=dict)
 
     def heads(self, width: int) -> Mapping[str, torch.nn.Module]:
         """Those that project, balance and keep vectors. Raises UserError if one is needed and ``head`` is none."""
@@ -89,73 +94,72 @@ class Features(Term):
                     made[head_name(name, f"queue-{what}")] = _Queue(self.loss.queue, teacher.dim)
         return made
 
+    @property
+    def _of_batches(self) -> bool:
+        """Whether the loss of a row depends on other rows of the batch."""
+        return self.loss.distance == "similarities" or bool(self.confidence)
+
     def losses_of_rows(
         self, features: Tensors, targets: Mapping[str, Tensors], heads: torch.nn.ModuleDict
     ) -> dict[str, torch.Tensor]:
-        if self.loss.distance == "similarities":
-            return {}
-        found = self._distances(features, targets, heads)
-        return {
-            f"features/{what}": self.weight * mean_of_teachers(distances, self._weights(what))
-            for what, distances in found.items()
-        }
-
-    def _distances(
-        self, features: Tensors, targets: Mapping[str, Tensors], heads: torch.nn.ModuleDict
-    ) -> dict[str, dict[str, torch.Tensor]]:
-        """Distances by WHAT and teacher; those of similarities from the vectors of the batch alone."""
-        found: dict[str, dict[str, torch.Tensor]] = {}
-        for what, rows in features.items():
-            for name in [name for name, teacher in self.teachers.items() if teacher.has(what)]:
-                projected = self._project(name, what, rows, heads)
-                target = self._target(name, what, targets[name][what], heads)
-                if self.loss.distance == "l2":
-                    distance = squared_distance(projected, target, self.loss.moves)
-                elif self.loss.distance == "similarities":
-                    distance, _ = similarity_distance(unit(projected), unit(target), self.loss.temperature)
-                else:
-                    distance = cosine_distance(unit(projected), unit(target) if self.loss.moves else target)
-                found.setdefault(what, {})[name] = distance
-        return found
-
-    def parts(self, rows: Rows) -> Iterator[tuple[str, str, torch.Tensor]]:
-        for what, distances in self._distances(rows.features, rows.targets, rows.heads).items():
-            yield from parts_of_teachers(self.weight, distances, self._weights(what))
+        return {} if self._of_batches else self._means(Rows(features, {}, targets, heads=heads))
 
     def projections(self, features: Tensors, heads: torch.nn.ModuleDict) -> dict[str, torch.Tensor]:
-        if self.loss.distance != "similarities":
+        if not self._of_batches:
             return {}
         return {
-            f"{name}/features/{what}": unit(self._project(name, what, rows, heads))
+            f"{name}/features/{what}": self._project(name, what, rows, heads)
             for name, teacher in self.teachers.items()
             for what, rows in features.items()
             if teacher.has(what)
         }
 
     def losses(self, rows: Rows) -> dict[str, torch.Tensor]:
-        if self.loss.distance != "similarities":
+        if not self._of_batches:
             return {}
-        losses: dict[str, torch.Tensor] = {}
         with tf32() if rows.reduced else contextlib.nullcontext():
-            for what in [name for name in rows.features if "/" not in name]:
-                distances = {}
-                for name, teacher in self.teachers.items():
-                    if teacher.has(what):
-                        target = unit(self._target(name, what, rows.targets[name][what], rows.heads))
-                        queue: Any = rows.heads[head_name(name, f"queue-{what}")] if self.loss.queue else None
-                        earlier = None if queue is None else queue.filled()
-                        projected = rows.features[f"{name}/features/{what}"]
-                        distances[name], new = similarity_distance(projected, target, self.loss.temperature, earlier)
-                        if queue is not None:
-                            queue.push(new)
-                if distances:
-                    losses[f"features/{what}"] = self.weight * mean_of_teachers(distances, self._weights(what))
-        return losses
+            return self._means(rows)
+
+    def _means(self, rows: Rows) -> dict[str, torch.Tensor]:
+        return {
+            f"features/{what}": self.weight * mean_of_teachers(distances, self._weights(what))
+            for what, distances in self._distances(rows, queued=self.loss.queue > 0).items()
+        }
+
+    def parts(self, rows: Rows) -> Iterator[tuple[str, str, torch.Tensor]]:
+        for what, distances in self._distances(rows, queued=False).items():
+            yield from parts_of_teachers(self.weight, distances, self._weights(what))
+
+    def _distances(self, rows: Rows, queued: bool) -> dict[str, dict[str, torch.Tensor]]:
+        """Distances by WHAT and teacher; those of similarities also from the vectors of ``queued`` batches."""
+        scales = {name: rows.scalars.get(scale_name(name), scale) for name, scale in self.confidence.items()}
+        shares = shares_of_rows(scales, self.kinds, rows.targets) if scales else {}
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for what in [name for name in rows.features if "/" not in name]:
+            for name in [name for name, teacher in self.teachers.items() if teacher.has(what)]:
+                projected = rows.features.get(f"{name}/features/{what}")
+                if projected is None:
+                    projected = self._project(name, what, rows.features[what], rows.heads)
+                target = self._target(name, what, rows.targets[name][what], rows.heads)
+                own = shares.get(what, {}).get(name)
+                if self.loss.distance == "l2":
+                    distance = squared_distance(projected, target, self.loss.moves, own)
+                elif self.loss.distance == "cosine":
+                    distance = cosine_distance(projected, unit(target) if self.loss.moves else target, own)
+                else:
+                    queue: Any = rows.heads[head_name(name, f"queue-{what}")] if queued else None
+                    earlier = None if queue is None else queue.filled()
+                    distance, new = similarity_distance(projected, unit(target), self.loss.temperature, earlier)
+                    if queue is not None:
+                        queue.push(new)
+                found.setdefault(what, {})[name] = distance
+        return found
 
     def _project(self, name: str, what: str, rows: torch.Tensor, heads: torch.nn.ModuleDict) -> torch.Tensor:
+        """What is compared with the teacher's vectors: of unit norm but for l2."""
         side = IMAGES if what == IMAGE else TEXTS
         found: torch.Tensor = rows if self.loss.head == "none" else heads[head_name(name, side)](rows)
-        return found
+        return found if self.loss.distance == "l2" else unit(found)
 
     def _target(self, name: str, what: str, vectors: torch.Tensor, heads: torch.nn.ModuleDict) -> torch.Tensor:
         found: torch.Tensor = heads[head_name(name, f"balance-{what}")](vectors) if self.loss.moves else vectors
@@ -199,14 +203,20 @@ def features(
     return cosine_distance(unit(projected), unit(vectors))
 
 
-def cosine_distance(features: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Mean of 1 - cosine of rows [B, D] of unit norm."""
-    return 1 - (features * vectors).sum(dim=-1).mean()
+def cosine_distance(features: torch.Tensor, vectors: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of 1 - cosine of rows [B, D] of unit norm, each times its weight [B]."""
+    cosines = (features * vectors).sum(dim=-1)
+    return 1 - cosines.mean() if weights is None else (weights * (1 - cosines)).mean()
 
 
-def squared_distance(projected: torch.Tensor, target: torch.Tensor, balanced: bool) -> torch.Tensor:
-    """Mean squared distance of rows [B, D], divided by the mean square of a target: 1, or D if it is balanced."""
+def squared_distance(
+    projected: torch.Tensor, target: torch.Tensor, balanced: bool, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean squared distance of rows [B, D], each times its weight [B], divided by the mean square of a target: 1, or D
+    if it is balanced.
+    """
     squares = (projected.float() - target).square().sum(dim=-1)
+    squares = squares if weights is None else weights * squares
     return squares.mean() / (target.shape[-1] if balanced else 1)
 
 
@@ -274,4 +284,8 @@ def make(loss: Loss, models: TargetModels) -> Features | None:
         for name, teacher in teachers.items()
     }
     weight, kept = loss.lambda_ * loss.features_weight, moments if balance != "none" else {}
-    return Features(weight, teachers, loss.features, models.kinds, kept, loss.named_weights, uses=uses)
+    confidence: dict[str, float] = {}
+    if loss.weights == "confidence" and distance != "similarities":
+        scales = find_scales(loss, models.teachers)
+        confidence = {name: scale for name, (scale, _) in scales.items() if name in teachers}
+    return Features(weight, teachers, loss.features, models.kinds, kept, loss.named_weights, confidence, uses=uses)

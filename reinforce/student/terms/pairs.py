@@ -264,6 +264,34 @@ def parts_of_similarities(objective: Objective, kind: str, rows: Rows) -> Iterat
             yield "loss", name, objective.lambda_ * (weight * losses).mean() / len(student.dims)
 
 
+@torch.no_grad()
+def shares_of_rows(
+    scales: Mapping[str, float | torch.Tensor], kinds: Sequence[str], targets: Mapping[str, Features]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights [b] by ``image`` or kind of text and teacher, of mean 1 over the teachers, in proportion to the
+    probability of each row's true pair in softmax(s_t I_t X_t^T); of images, its mean over the kinds of text.
+
+    ``scales`` are s_t by teacher, ``targets`` as in ``contrastive_losses``.
+    """
+    sure: dict[str, dict[str, torch.Tensor]] = {what: {} for what in ("image", *kinds)}
+    for teacher, scale in scales.items():
+        own = {what: full_precision(targets[teacher][what]) for what in sure}
+        columns, of_images = gather.gather(own), []
+        for kind in kinds:
+            of_image, sure[kind][teacher] = (
+                torch.cat([one.true_pairs(part, one.chunk(part).softmax(dim)) for part in one.parts()])
+                for one in _sides("softmax", own, columns, kind, scale, None)
+                for dim in one.dims
+            )
+            of_images.append(of_image)
+        sure["image"][teacher] = torch.stack(of_images).mean(dim=0)
+    shares = {}
+    for what, of_teachers in sure.items():
+        known = torch.stack([*of_teachers.values()]).clamp_min(_LEAST_SURE)
+        shares[what] = dict(zip(of_teachers, known / known.mean(dim=0), strict=True))
+    return shares
+
+
 def scale_losses(
     scales: Mapping[str, torch.Tensor], targets: Mapping[str, Features], reduced: bool = False
 ) -> dict[str, torch.Tensor]:
