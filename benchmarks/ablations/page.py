@@ -30,15 +30,16 @@ _TEXT = """\
 # Ablations at the demo's scale
 
 MobileCLIP ([2311.17049](https://arxiv.org/abs/2311.17049)) and MobileCLIP2
-([2508.20691](https://arxiv.org/abs/2508.20691)) report what matters in dataset reinforcement. This page repeats
-their ablations with the demo's data: students trained for {steps:,} steps with batches of {batch:,} samples,
-{seeds} seeds per arm. The seed determines the initial weights and the sample order. Unlike the demo's, these students
-distil similarities only, except where features are the question. Results for trainings of minutes need not hold for
-trainings of days, and vice versa.
+([2508.20691](https://arxiv.org/abs/2508.20691)) report what matters in dataset reinforcement. This page repeats their
+ablations with the demo's data: students trained for {steps:,} steps with batches of {batch:,} samples, unless a
+question says otherwise, {seeds} seeds per arm. The seed determines the initial weights and the sample order. Unlike the
+demo's, these students distil similarities only, except where features are the question. Results for trainings of
+minutes need not hold for trainings of days, and vice versa.
 
 ```console
 make demo                 # writes the training shards and the test sets
 make demo-teachers        # only for the question of the captioner's pre-trained state; an hour
+make demo-specialists     # only for the question of teachers that know different things; minutes
 {command}
 ```
 

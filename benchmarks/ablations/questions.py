@@ -39,8 +39,13 @@ STAGES: Mapping[Encoder, tuple[float, ...]] = {
     Encoder((1, 1, 1, 1, 1), 16, 128): (10, 5, 5),
     Encoder((1, 1, 6, 2), 16, 128): (10, 5, 5),
 }
-#: Written by `make demo-teachers`.
+#: Written by `make demo-teachers`, and two teachers of half the concepts by `make demo-specialists`.
 PRETRAINED_CAPTIONER = Path("demo/teachers/coca-pretrain/captioner")
+SPECIALISTS = Path("demo/specialists")
+#: Their names and most likely scales by `reinforce tune --screen-only`.
+SPECIALIST_SCALES: Mapping[str, float] = {"living": 5, "things": 5}
+#: Their students, and those of both, are trained so many times as long as others.
+SPECIALIST_LENGTH = 4
 #: Name and override of an arm.
 WITHOUT_CAPTIONS = ("captions-none", "data.captioners=[]")
 _SAMPLING = frozenset(DECODING_FIELDS) - {"repetition_penalty", "min_length", "max_length", *CaptionerSpec.fast_paths}
@@ -74,7 +79,7 @@ class Question:
 def make_questions(study: Study) -> dict[str, Question]:
     """Return all questions by name, in the order of the page."""
     makers = (
-        *(_ways, _teachers, _scales, _finding_scales, _lambda, _features, _balance, _augmentations),
+        *(_ways, _teachers, _scales, _finding_scales, _lambda, _features, _balance, _specialists, _augmentations),
         *(_captions, _lengths, _finetuning, _storage, _noise, _steps, _stages),
     )
     return {question.name: question for question in (make(study) for make in makers)}
@@ -242,6 +247,35 @@ def _balance(study: Study) -> Question:
         "teachers, *standardise*, *phi-s* and *dispersion* are `loss.features.balance`, *confidence* is "
         "`loss.weights`, and the last three are students of one teacher. Features help the student of conv-48 most: "
         "without them it names 7.0 % of the unseen style, and that of the ensemble 5.9 %.",
+    )
+
+
+def _specialists(study: Study) -> Question:
+    experts = {name: {"model": f"{FOLDER_PREFIX}{SPECIALISTS / name / 'student'}"} for name in SPECIALIST_SCALES}
+    dataset = study.add_dataset("specialists", override("teachers", experts))
+
+    def trained(label: str, names: Sequence[str], *overrides: str) -> Arm:
+        scales = override("loss.logit_scales", {name: SPECIALIST_SCALES[name] for name in names})
+        only = (override("data.teachers", [*names]), scales, "loss.features=all", "loss.lambda=1")
+        length = override("train.steps", SPECIALIST_LENGTH * study.steps)
+        return study.add_arm(label, f"specialists-{label}", *only, length, *overrides, dataset=dataset)
+
+    alone = [trained(name, [name]) for name in experts]
+    both = trained("ensemble", [*experts])
+    sure = trained("confidence", [*experts], "loss.weights=confidence")
+    best = Pick([arm.label for arm in alone], "the best teacher alone")
+    return Question(
+        "specialists",
+        "Teachers that know different things",
+        "MobileCLIP: a student of an ensemble of teachers is better than a student of any one of them. "
+        "[2606.23897](https://arxiv.org/abs/2606.23897): the more so where each row follows the teacher that is sure.",
+        (*alone, both, sure),
+        (
+            *(Compare(measure, both.label, "above", best) for measure in (OWN, UNSEEN, RETRIEVAL)),
+            *(Compare(measure, sure.label, "above", best) for measure in (OWN, UNSEEN, RETRIEVAL)),
+        ),
+        "",
+        needs=(SPECIALISTS / "things" / "student", "demo-specialists"),
     )
 
 

@@ -74,13 +74,15 @@ def find_training(study: Study, arm: Arm, seed: int) -> Training | None:
     config, manifest = study.student_config(arm, seed), _read_manifest(study, arm.dataset)
     if manifest is None:
         return None
+    steps = config.train.steps
+    assert steps is not None  # of the study, or of the arm
     course = {
-        "train.steps": study.steps,
+        "train.steps": steps,
         **student_job(config).fixed_config,
         **{f"fingerprint of {name}": layer["fingerprint"] for name, layer in manifest["layers"].items()},
         **{f"logit scale of {name}": teacher["logit_scale"] for name, teacher in manifest["teachers"].items()},
     }
-    return Training(f"{arm.name}-{seed}", config, study.steps, json.loads(json.dumps(course)))
+    return Training(f"{arm.name}-{seed}", config, steps, json.loads(json.dumps(course)))
 
 
 @dataclass(frozen=True)

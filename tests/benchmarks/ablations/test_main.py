@@ -86,8 +86,9 @@ def test_overrides_apply_to_all_students_and_errors_come_early(tmp_path: Path, m
     monkeypatch.chdir(demo.ROOT)
     study = Study(tmp_path, ["train.steps=120", "train.optimizer.warmup=5"])
     questions = make_questions(study)
-    trained = [study.student_config(arm, 0) for question in questions.values() for arm in question.arms]
-    assert {config.train.steps for config in trained} == {study.steps} == {120}
+    steps = {name: {study.student_config(arm, 0).train.steps for arm in one.arms} for name, one in questions.items()}
+    assert steps.pop("specialists") == {480}
+    assert set().union(*steps.values()) == {study.steps} == {120}
     assert study.student_config(study.plain, 0).evaluate.every == 10  # has a curve
     assert study.student_config(questions["ways"].arms[1], 0).evaluate.every is None
     with pytest.raises(UserError, match="warmup"):
