@@ -89,7 +89,7 @@ def test_paths_bytes_and_pillow_have_equal_vectors_by_one_image_policy(
     image, copied = Image.open(io.BytesIO(data)), Image.open(io.BytesIO(data)).copy()
     same = [data, tmp_path / "one", Image.open(tmp_path / "one"), image, image, copied, decode(data, Limits())]
     found = student.encode_images(same)
-    assert torch.equal(found, found[:1].expand(len(same), -1))
+    torch.testing.assert_close(found, found[:1].expand(len(same), -1), rtol=0, atol=1e-6)  # rows of a batch round apart
     assert torch.equal(student.preprocess(image), student.preprocess(decode(data, Limits())))
     plain = student.encode_images(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
     assert "CMYK" in str(image.mode) or (found[0] @ plain[0]) < 0.9999, "the conversion of Pillow differs"
