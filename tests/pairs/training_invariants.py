@@ -436,8 +436,12 @@ def _confidence(run: _Computed, name: str, what: str) -> torch.Tensor:
         return torch.from_numpy(np.exp(np.diagonal(found)))
 
     kinds = run.kinds if what == "image" else [what]
-    of_teachers = {teacher: sum(sure(teacher, kind) for kind in kinds) for teacher in run.of_both_sides}
-    return of_teachers[name] * len(of_teachers) / sum(of_teachers.values())
+    of_teachers = {
+        teacher: (sum(sure(teacher, kind) for kind in kinds) / len(kinds)).clamp_min(1e-12)
+        for teacher in run.of_both_sides
+    }
+    share: torch.Tensor = of_teachers[name] * len(of_teachers) / sum(of_teachers.values())
+    return share.float()
 
 
 def _interactive(run: _Computed) -> _Found:
