@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,12 +14,19 @@ from reinforce.settings import InSchema, LayerName, Section
 Cosine = Annotated[float, Field(gt=0, le=1)]
 
 
+Share = Annotated[int | float, InSchema(lambda _: {"type": "number", "exclusiveMinimum": 0})]
+
+
+def check_share(key: str, value: int | float) -> None:
+    """Raise ValueError for a share above 1."""
+    if isinstance(value, float) and value > 1:
+        raise ValueError(f"{key}: a share is at most 1, got {value}; write a number of samples without a point")
+
+
 class Keep(Section):
     """The samples with the largest values of an expression."""
 
-    top: Annotated[int | float, InSchema(lambda _: {"type": "number", "exclusiveMinimum": 0})] = Field(
-        gt=0, description="number of samples, or with a decimal point their share"
-    )
+    top: Share = Field(gt=0, description="number of samples, or with a decimal point their share")
     by: str = Field(description="an expression of SQL that gives a number")
     within: str | None = Field(
         None, description="an expression of SQL: the largest values of each group of samples that have the same"
@@ -26,8 +34,7 @@ class Keep(Section):
 
     @model_validator(mode="after")
     def _check_share(self) -> Keep:
-        if isinstance(self.top, float) and self.top > 1:
-            raise ValueError(f"top: a share is at most 1, got {self.top}; write a number of samples without a point")
+        check_share("top", self.top)
         return self
 
 
@@ -77,6 +84,24 @@ class Decontaminate(Section):
 
 
 Count = Annotated[int, Field(ge=1)]
+MAX_CLUSTERS = 2**15
+
+
+class Balance(Section):
+    """Samples of all clusters of images, as equally as they have them."""
+
+    teacher: LayerName = Field(description="whose embeddings of the images are clustered")
+    clusters: Annotated[list[Annotated[int, Field(ge=1, le=MAX_CLUSTERS)]], Field(min_length=1)] = Field(
+        description="number of clusters, and of clusters of these on each level above: [1000, 50]"
+    )
+    keep: Share = Field(gt=0, description="number of samples, or with a decimal point their share")
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Balance:
+        check_share("keep", self.keep)
+        if any(below <= above for below, above in itertools.pairwise(self.clusters)):
+            raise ValueError(f"clusters: each level has fewer than the one before it, got {self.clusters}")
+        return self
 
 
 class Together(Section):
@@ -89,7 +114,7 @@ class Together(Section):
 
 
 class Rule(Section):
-    """One rule: ``where``, ``keep``, ``sample``, ``all_but``, ``deduplicate`` or ``decontaminate``."""
+    """One rule: ``where``, ``keep``, ``sample``, ``all_but``, ``deduplicate``, ``balance`` or ``decontaminate``."""
 
     where: str | None = Field(None, description="an expression of SQL that is true for the samples to keep")
     keep: Keep | None = Field(None, description="the samples with the largest values")
@@ -101,6 +126,7 @@ class Rule(Section):
         description="the samples that `sample` of this number leaves out, with equal seed and rules before it",
     )
     deduplicate: Deduplicate | None = Field(None, description="one sample of each group of duplicates")
+    balance: Balance | None = Field(None, description="equally many samples of each cluster of images")
     decontaminate: Decontaminate | None = Field(None, description="the samples that are not in other datasets")
 
     @model_validator(mode="after")

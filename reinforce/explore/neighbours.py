@@ -1,4 +1,4 @@
-"""Near duplicates among unit vectors, by faiss.
+"""Near duplicates and clusters among unit vectors, by faiss.
 
 Vectors are divided among *cells* by k-means. A vector is at home in the cell of the nearest centroid, and visits those
 whose border is near: two vectors closer than ``d`` on both sides of a border are at most ``d`` from it together, so one
@@ -28,12 +28,14 @@ Mask = npt.NDArray[np.bool_]
 #: duplicates. With 1/2 and no limit all are found; with these 99.9 %, with two thirds of the copies.
 _CELLS, _BORDER = 8, 0.25
 _ROUNDS = 10  # of k-means
+_TRIES, _CHEAP = 8, 2**24  # of k-means, the best of which counts, where there are so few products of vectors and cells
 #: Squared norms of unit vectors in float16 are within the first number of 1, and the cosine of equal ones is within the
 #: second one of 1 in float32.
 _HALF, _ROUNDING = 2.0**-9, 2.0**-18
 _NEXT = 8  # of the nearest vectors that are compared where norms matter
 _BLOCK = 256  # rows that are compared at a time
 _BRANCH = 4096  # rows whose cells are found at a time
+_RESAMPLINGS, _RESAMPLED = 5, 2  # times, and vectors of each centroid
 #: A reference with more vectors has lists, of which the nearest are searched.
 _SEARCH_ALL, _LISTS_SEARCHED = 2**15, 32
 
@@ -67,6 +69,7 @@ def train(vectors: Halves, cells: int, seed: int) -> Floats:
         vectors.shape[1],
         cells,
         niter=_ROUNDS,
+        nredo=_TRIES if len(vectors) * cells <= _CHEAP else 1,
         spherical=True,
         seed=seed,
         min_points_per_centroid=1,
@@ -75,6 +78,21 @@ def train(vectors: Halves, cells: int, seed: int) -> Floats:
     kmeans.train(vectors.astype(np.float32))
     faiss.omp_set_num_threads(threads)
     centroids: Floats = kmeans.centroids
+    return centroids
+
+
+def spread(vectors: Halves, centroids: Floats, seed: int) -> Floats:
+    """Centroids that lie where vectors are, and not only where most of them are [cells, D], as by 2405.15613: those of
+    the few nearest vectors of each centroid, found again and again."""
+    for _ in range(_RESAMPLINGS):
+        cells = nearest(vectors, centroids)
+        cosines = np.einsum("nd,nd->n", vectors.astype(np.float32), centroids[cells])
+        order = np.lexsort((-cosines, cells))
+        rank = np.arange(len(order)) - np.searchsorted(cells[order], cells[order])
+        some = np.sort(order[rank < _RESAMPLED])
+        if len(some) <= len(centroids):
+            break
+        centroids = train(vectors[some], len(centroids), seed)
     return centroids
 
 
@@ -98,6 +116,15 @@ def assign(
         cells.append(places[row, column])
         homes.append(column == 0)
     return np.concatenate(rows), np.concatenate(cells), np.concatenate(homes)
+
+
+def nearest(vectors: Halves, centroids: Floats) -> npt.NDArray[np.int64]:
+    """The centroid of the largest product with each vector [rows]."""
+    if not len(vectors):
+        return np.empty(0, np.int64)
+    faiss = load_faiss()
+    _, places = faiss.knn(vectors.astype(np.float32), centroids, 1, metric=faiss.METRIC_INNER_PRODUCT)
+    return places[:, 0].astype(np.int64)
 
 
 def smallest_product(threshold: float, norms: Floats, others: Floats) -> Floats | float:

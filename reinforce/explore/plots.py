@@ -1,5 +1,5 @@
-"""The charts of a report, from the rows that were looked at, drawn by matplotlib as inline SVG; similar images among
-them, and how many samples each class has."""
+"""The charts of a report, from the rows that were looked at, drawn by matplotlib as inline SVG; similar images and
+clusters among them, and how many samples each class has."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from markupsafe import Markup
 
 from reinforce import reports
 from reinforce.dataset.vectors import normalized
+from reinforce.explore import neighbours
 from reinforce.explore.rows import BATCH, SCALES, Place, SampledRows
 from reinforce.images.backends import known_operations
+from reinforce.processes.imports import installed
 from schemas.seeds import permutation
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ _PAIRS = 24  # that are shown
 _SHOWN, _NEAREST = 24, 6  # images, and the nearest ones of each
 _CHUNK = 512  # rows that are compared with all others at once
 _COSINES = (0.9, 0.95, 0.98)
+_CLUSTERS, _OF_CLUSTER = 48, 10  # at most so many clusters, of so many images on average at least
 _CLASSES = 20  # of the largest ones, and of the smallest ones
 
 
@@ -41,13 +44,9 @@ class Similar:
 
 def find_similar(rows: SampledRows) -> Similar | None:
     """The most similar images of all rows; None without a teacher of images or with fewer than two vectors."""
-    if rows.compared is None:
+    finite, vectors = _compared_vectors(rows)
+    if rows.compared is None or len(finite) < 2:
         return None
-    vectors = normalized(rows.image_vectors(rows.compared))
-    finite = np.flatnonzero(np.isfinite(vectors).all(axis=1))
-    if len(finite) < 2:
-        return None
-    vectors = np.ascontiguousarray(vectors[finite])
     pairs: list[tuple[float, int, int]] = []
     nearest = np.full(len(finite), -1.0, np.float32)
     for start in range(0, len(finite), _CHUNK):
@@ -61,6 +60,45 @@ def find_similar(rows: SampledRows) -> Similar | None:
         pairs = sorted([*pairs, *found], key=lambda pair: (-pair[0], pair[1:]))[:_PAIRS]
     shown = [(int(finite[one]), int(finite[other]), cosine) for cosine, one, other in pairs if other > one]
     return Similar(rows.compared, shown, [(cosine, int((nearest >= cosine).sum())) for cosine in _COSINES])
+
+
+def _compared_vectors(rows: SampledRows) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that have a vector of the teacher that compares images [N], and these vectors of unit norm [N, D]."""
+    if rows.compared is None:
+        return np.empty(0, np.intp), np.empty((0, 0), np.float32)
+    vectors = normalized(rows.image_vectors(rows.compared))
+    finite = np.flatnonzero(np.isfinite(vectors).all(axis=1))
+    return finite, np.ascontiguousarray(vectors[finite])
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The ``count`` clusters of images by the mean vectors of a teacher: the largest ones with their size and the
+    samples nearest to their middle, the nearest first, each after a text; and the size of the smallest one."""
+
+    teacher: str
+    count: int
+    largest: Sequence[tuple[int, Sequence[tuple[str, Place]]]]
+    smallest: int
+
+
+def find_clusters(rows: SampledRows, seed: int) -> Clusters | None:
+    """Clusters by k-means; None where there are too few vectors, or without faiss."""
+    finite, vectors = _compared_vectors(rows)
+    count = min(_CLUSTERS, len(finite) // _OF_CLUSTER)
+    if rows.compared is None or count < 2 or not installed("faiss"):
+        return None
+    units = vectors.astype(np.float16)
+    centroids = neighbours.train(units, count, seed)
+    cells = neighbours.nearest(units, centroids)
+    sizes = np.bincount(cells, minlength=count)
+    largest = []
+    for cell in np.argsort(-sizes, kind="stable")[:_SHOWN].tolist():
+        members = np.flatnonzero(cells == cell)
+        order = np.argsort(-(vectors[members] @ centroids[cell]), kind="stable")
+        nearest = finite[members[order[:_NEAREST]]].tolist()
+        largest.append((len(members), [("", rows.places[row]) for row in nearest]))
+    return Clusters(rows.compared, count, largest, int(sizes.min()))
 
 
 @dataclass(frozen=True)

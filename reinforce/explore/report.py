@@ -113,8 +113,9 @@ def inspect(
     for row, by_teacher in plots.find_neighbours(rows, tabs["random"]) if rows.image_teachers else ():
         lines = [(name, [(f"{cosine:.3f}", rows.places[one]) for one, cosine in of]) for name, of in by_teacher.items()]
         nearest.append((rows.places[row], lines))
-    similar = plots.find_similar(rows)
+    similar, clusters = plots.find_similar(rows), plots.find_clusters(rows, seed)
     wanted = {place for one, found in nearest for place in (one, *(other for _, of in found for _, other in of))}
+    wanted |= {place for _, found in (clusters.largest if clusters else ()) for _, place in found}
     wanted |= {rows.places[row] for pair in (similar.pairs if similar else ()) for row in pair[:2]}
     wanted |= {place for rule in (sides.rules if sides else ()) for side in rule.sides for _, place in side.shown}
     thumbnails = draw_thumbnails(data, rows, cards, wanted, files.__setitem__)
@@ -142,7 +143,7 @@ def inspect(
     found = {
         "summary": {"overview": overview, "problems": problems, "models": described, "manifest": manifest},
         "gallery": _gallery(overview, rows, cards),
-        "contents": {"similar": similar, "classes": plots.count_classes(rows)},
+        "contents": {"similar": similar, "clusters": clusters, "classes": plots.count_classes(rows)},
         **({"captions": _captions(rows, texts, cosines)} if rows.has_texts else {}),
         **({"neighbours": {"nearest": nearest, **_charts(similarity=charts)}} if rows.image_teachers else {}),
         "plots": _plots(rows),

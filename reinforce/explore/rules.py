@@ -207,6 +207,11 @@ class BoundRule:
         return drawn or (self.spec.keep.top if self.spec.keep else None)
 
     @property
+    def in_buckets(self) -> bool:
+        """Whether it compares samples of all shards."""
+        return self.spec.deduplicate is not None or self.spec.balance is not None
+
+    @property
     def expressions(self) -> list[Expression]:
         return [one for one in (self.value, self.within) if one is not None]
 
@@ -246,11 +251,11 @@ class BoundRule:
         """The group of each row, the number by which it is kept as an integer, and whether it has both [rows]."""
         if self.value is None:
             keys = group.keys.to_numpy(zero_copy_only=False)
-            order = _draw(self.seed, group.shard, keys)
+            order = draw(self.seed, group.shard, keys)
             for row, key in enumerate(keys if self.drawn_with else ()):
                 if (group.shard, key) in self.drawn_with:
                     first = self.drawn_with[group.shard, key]
-                    order[row] = 0 if first is None else _draw(self.seed, first[0], np.array(first[1:], object))[0]
+                    order[row] = 0 if first is None else draw(self.seed, first[0], np.array(first[1:], object))[0]
             return np.zeros(len(order), np.uint64), order, np.ones(len(order), np.bool_)
         values, valid = comparable(group.values[self.value.text], self.value)
         groups = np.zeros(len(values), np.uint64)
@@ -268,7 +273,7 @@ class BoundRule:
         return np.where(np.isnan(values), -np.inf, values)
 
 
-def _draw(seed: int, shard: str, keys: npt.NDArray[Any]) -> Ordered:
+def draw(seed: int, shard: str, keys: npt.NDArray[Any]) -> Ordered:
     """Numbers of ``HASH_BITS`` by which samples are drawn, the largest first; a key is unique in its shard only."""
     salt = hashlib.blake2b(f"{seed}\0{shard}".encode(), digest_size=8).hexdigest()
     hashes: Ordered = hash_array(keys, hash_key=salt, categorize=False)
@@ -296,9 +301,8 @@ def bind(number: int, spec: Rule, seed: int, manifest: Mapping[str, Any]) -> Bou
         if teacher is None:
             return replace(rule, images=schemas.image_columns(manifest["images"])[-1:] or (schemas.IMAGE_DIGEST,))
         return replace(rule, layer=_image_layer(teacher, manifest, f"{where}.deduplicate.teacher"))
-    if spec.decontaminate is not None:
-        layer = _image_layer(spec.decontaminate.teacher, manifest, f"{where}.decontaminate.teacher")
-        return replace(rule, layer=layer)
+    if compared := spec.balance or spec.decontaminate:
+        return replace(rule, layer=_image_layer(compared.teacher, manifest, f"{where}.{spec.name}.teacher"))
     drawn = spec.sample or spec.all_but
     for names in drawn.together if isinstance(drawn, Together) else ():
         # A group is drawn as its first sample, a large one not at all.

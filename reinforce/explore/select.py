@@ -13,6 +13,7 @@ put, and writes it again while it runs; one that was killed expires.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -43,7 +44,7 @@ from reinforce.dataset.view import (
 )
 from reinforce.errors import UserError
 from reinforce.explore.config import SelectConfig
-from reinforce.explore.duplicates import Buckets, Duplicates, training_places
+from reinforce.explore.duplicates import Balanced, Bucketed, Buckets, Duplicates, training_places
 from reinforce.explore.neighbours import Reference
 from reinforce.explore.parts import Arrays, Parts
 from reinforce.explore.passes import (
@@ -122,7 +123,7 @@ def _has_ended(claim: Mapping[str, Any]) -> bool:
 
 
 _MAX_GROUPS = 2**16
-_PARTS_VERSION = 2  # of the results of parts
+_PARTS_VERSION = 3  # of the results of parts
 _Log = Callable[[str], None]
 
 
@@ -203,7 +204,7 @@ def _apply_rules(
         for rule in rules:
             selection.add(rule, manifest, against.get(rule.number, {}))
         kept, codes, digests = selection.write(ViewRows(config.name, fingerprint))
-    report = _report(selection.rules, codes, selection.references)
+    report = _report(selection.rules, codes, selection.found)
     rows = dict(zip(shards, rows_of_shards(groups, len(shards)), strict=True))
     files = replace(files, digests=digests)
     return parts, View(config.name, fingerprint, written, config.seed, inputs, rows, kept, report, files)
@@ -217,6 +218,8 @@ def report_lines(view: View) -> Iterator[str]:
         shown = f"{threshold:,}" if isinstance(threshold, int) else f"{threshold or 0:g}"
         above = "" if threshold is None else f"; keeps values of at least {shown}"
         above = f"; in {line['groups']:,} groups" if line.get("groups") is not None else above
+        if line.get("clusters") is not None:
+            above = f"; of {line['clusters']:,} clusters of up to {line['largest']:,} keeps up to {line['most']:,} each"
         if without := line.get("without_vectors"):
             above += f"; compared with {line['references']:,} images, and {without:,} have no vector"
         yield f"{line['rule']}: {line['left_out']:,} of {line['rows']:,} samples are left out{null}{above}"
@@ -239,10 +242,9 @@ def _complete_shards(store: Store, inputs: Iterable[str], log: _Log) -> dict[str
 
 
 def _report(
-    rules: Sequence[BoundRule], counts: npt.NDArray[np.int64], references: Mapping[int, tuple[int, int]]
+    rules: Sequence[BoundRule], counts: npt.NDArray[np.int64], found: Mapping[int, Mapping[str, int]]
 ) -> list[dict[str, Any]]:
-    """Of each rule: the rows that it saw, how many it leaves out, and for how many it has no value; the vectors that
-    it compares with, and the images that have none."""
+    """Of each rule: the rows that it saw, how many it leaves out, for how many it has no value, and what it found."""
     left, report = int(counts.sum()), []
     for rule in rules:
         out, null = (int(count) for count in counts[2 * rule.number : 2 * rule.number + 2])
@@ -251,9 +253,7 @@ def _report(
             line["groups"] = len(rule.search.groups)
         elif rule.value and rule.search and out:
             line["threshold"] = number(int(rule.search.prefix[0]), rule.value.dtype)
-        if rule.number in references:
-            line["references"], line["without_vectors"] = references[rule.number]
-        report.append(line)
+        report.append({**line, **found.get(rule.number, {})})
         left -= out + null
     return report
 
@@ -271,7 +271,7 @@ class _Selection:
     log: _Log
     pending: list[BoundRule] = field(default_factory=list)
     codes: str | None = None
-    references: dict[int, tuple[int, int]] = field(default_factory=dict)  # vectors, and images without, by rule
+    found: dict[int, dict[str, int]] = field(default_factory=dict)  # numbers for the report, by rule
 
     @cached_property
     def chunks(self) -> list[ShardChunk]:
@@ -287,12 +287,13 @@ class _Selection:
             stage = f"{rule.number}-reference"
             read = partial(read_reference, self.parts, stage)
             [counts] = self.compute(f"{stage}-read", read, [[*against.values()]])
-            self.references[rule.number] = check_found(spec, rule.label, against, counts)
+            found = check_found(spec, rule.label, against, counts)
+            self.found[rule.number] = dict(zip(("references", "without_vectors"), found, strict=True))
             rule = replace(rule, reference=Reference(self.parts, stage, spec.threshold))
-        elif rule.spec.deduplicate is not None:
-            self._find_duplicates(rule, manifest["layers"][rule.layer]["dim"] if rule.layer else 0)
+        elif rule.in_buckets:
+            self._work_in_buckets(rule, manifest["layers"][rule.layer]["dim"] if rule.layer else 0)
         self.rules[rule.number - 1] = rule
-        if rule.spec.deduplicate is None:
+        if not rule.in_buckets:
             self.pending.append(rule)
 
     def contents(self, columns: Mapping[str, Sequence[str]]) -> array[int]:
@@ -337,22 +338,34 @@ class _Selection:
                 break
         return search
 
-    def _find_duplicates(self, rule: BoundRule, dim: int) -> None:
+    def _work_in_buckets(self, rule: BoundRule, dim: int) -> None:
         """Compute all parts of each stage, whose results are read where they are needed."""
-        buckets = Buckets(int(self.groups[:, 2].sum()), dim)
-        found = Duplicates(self.parts, self.inputs, rule, buckets, tuple(chunk.first for chunk in self.chunks))
+        rows, balance = int(self.groups[:, 2].sum()), rule.spec.balance
+        buckets = Buckets(rows, dim, balance.clusters[0] if balance else 0)
+        if buckets.clusters > rows:
+            few = f"rule {rule.label}: {plural(rows, 'sample')} cannot be {buckets.clusters:,} clusters"
+            raise UserError(f"{few}. Lower `clusters`.")
+        kind: type[Bucketed] = Balanced if balance else Duplicates
+        found = kind(self.parts, self.inputs, rule, buckets, tuple(chunk.first for chunk in self.chunks))
         if dim:
             self.log(f"rule {rule.label}: dividing samples into cells ({buckets.cells:,})")
             places = training_places(self.groups, self.shards, rule.seed, buckets.cells)
             list(self.compute(found.stage("centroids-trained"), found.train, [places]))
-        list(self._pass(found.stage("records"), found, save=True))
+        results = self._pass(found.stage("records"), found, save=True)
+        if isinstance(found, Balanced):
+            sizes = functools.reduce(np.add, (result["sizes"] for result in results))
+            found = found.divide(sizes)
+            most, clusters = int(found.shares.max()), int((sizes > 0).sum())
+            self.found[rule.number] = {"clusters": clusters, "largest": int(sizes.max()), "most": most}
+        else:
+            list(results)
         self.log(f"rule {rule.label}: comparing samples in each part ({buckets.count:,})")
-        list(self.compute(found.stage("duplicates"), found.compare, found.records.ranges(len(self.chunks))))
+        list(self.compute(found.stage("left-out"), found.compare, found.records.ranges(len(self.chunks))))
         assert self.codes is not None
-        after = found.stage("duplicates-codes")
+        after = found.stage("left-out-codes")
         enter = partial(found.enter, self.codes, after)
-        chunks = [*zip(self.chunks, found.worse.ranges(buckets.count), strict=True)]
-        list(self.compute(found.stage("duplicates-entered"), enter, chunks))
+        chunks = [*zip(self.chunks, found.left_out.ranges(buckets.count), strict=True)]
+        list(self.compute(found.stage("left-out-entered"), enter, chunks))
         self.codes = after
 
     def _pass(

@@ -296,7 +296,7 @@ def test_a_threshold_of_1_finds_equal_vectors_in_float16_and_no_others(tmp_path:
 def test_equal_keys_of_two_shards_are_drawn_independently() -> None:
     keys = np.array([f"{number:08d}" for number in range(1000)], object)
     one, again, other, seed = (
-        selection_rules._draw(number, shard, keys) for number, shard in ((0, "a"), (0, "a"), (0, "b"), (1, "a"))
+        selection_rules.draw(number, shard, keys) for number, shard in ((0, "a"), (0, "a"), (0, "b"), (1, "a"))
     )
     assert np.array_equal(one, again)
     assert (one != other).all()

@@ -16,6 +16,7 @@ from reinforce.explore import gallery
 from reinforce.explore.gallery import choose, mean_rank, measures, synthetic_gap
 from reinforce.explore.plots import (
     count_classes,
+    find_clusters,
     find_neighbours,
     find_similar,
     similarity_charts,
@@ -96,6 +97,23 @@ def test_similar_images_are_the_pairs_of_the_definition_and_rows_without_a_vecto
         assert [*found.counts] == [(least, int((near >= least).sum())) for least in (0.9, 0.95, 0.98)]
     assert find_similar(replace(rows, images={"red": [np.full((44, 8), np.nan)]}, compared="red")) is None
     assert find_similar(replace(rows, compared=None)) is None
+
+
+def test_clusters_are_groups_of_images_the_largest_first_with_those_nearest_to_the_middle(rows: SampledRows) -> None:
+    rng = np.random.default_rng(0)
+    groups = rng.permutation(np.repeat(np.arange(4), [15, 12, 10, 7]))
+    made = np.eye(4, 8)[groups] + 0.05 * rng.standard_normal((44, 8))
+    made /= np.linalg.norm(made, axis=1, keepdims=True)
+    found = find_clusters(replace(rows, images={"red": [made]}, compared="red"), 0)
+    assert (found.teacher, found.count, found.smallest) == ("red", 4, 7)
+    assert [size for size, _ in found.largest] == [15, 12, 10, 7]
+    for group, (_, shown) in enumerate(found.largest):
+        own = [rows.places.index(place) for _, place in shown]
+        middle = made[groups == group].mean(axis=0)
+        assert own == sorted(np.flatnonzero(groups == group), key=lambda row: -made[row] @ middle)[:6]
+    made[3:] = np.nan
+    assert find_clusters(replace(rows, images={"red": [made]}, compared="red"), 0) is None
+    assert find_clusters(replace(rows, compared=None), 0) is None
 
 
 def test_classes_are_counted_unless_most_samples_have_one_of_their_own(rows: SampledRows) -> None:
