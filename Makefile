@@ -171,10 +171,11 @@ bench-space: $(INSTALLED) ## students in a teacher's space, by images and by Ger
 bench-sources: $(INSTALLED) ## CPU of a run by the format of its source, compared with tars (five minutes)
 	$(BIN)/python -m benchmarks.sources
 
-bench-select: $(INSTALLED) ## how well scores find wrong captions, what choosing costs, and students on views (half an hour)
+bench-select: $(INSTALLED) ## how well scores find wrong captions, what choosing costs, and students on views (an hour)
 	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.duplicates
 	$(BIN)/python -m benchmarks.view_students
+	$(BIN)/python -m benchmarks.long_tail
 
 bench-codecs: $(INSTALLED) ## bytes and CPU of stored vectors by codec (minutes)
 	$(BIN)/python -m benchmarks.codecs

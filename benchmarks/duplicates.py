@@ -1,4 +1,4 @@
-"""``python -m benchmarks.duplicates``: what `deduplicate` and `decontaminate` find, and what they cost.
+"""``python -m benchmarks.duplicates``: what `deduplicate` and `decontaminate` find, and what they and `balance` cost.
 
 The vectors are made: topics within topics, with the spectrum of embeddings, and near duplicates at cosines from 0.93 to
 0.999. Recall is that of comparing all pairs. Each rule runs in a process of its own.
@@ -31,6 +31,7 @@ BUILD = Path("build/duplicates")
 DIM, SHARD_ROWS, GROUP_ROWS = 128, 5000, 500
 THRESHOLD = 0.95
 NEAR: dict[str, Any] = {"deduplicate": {"teacher": "teacher", "threshold": THRESHOLD}}
+CLUSTERED: dict[str, Any] = {"balance": {"teacher": "teacher", "clusters": [1000, 50], "keep": 0.5}}
 TEACHER = embeddings_layer("teacher", "images")
 #: DFN-5B as it is published: samples and shards, and vectors of ViT-L/14.
 DFN_ROWS, DFN_SHARDS, DFN_DIM = 2_000_000_000, 190_735, 768
@@ -198,7 +199,8 @@ def measure_costs(rows: int) -> dict[str, Any]:
     """What each rule costs."""
     url = write_dataset(BUILD / "costs", make_vectors(rows))
     against = write_dataset(BUILD / "few", make_vectors(10_000, seed=1))
-    rules = {"near": NEAR, "exact": {"deduplicate": {"exact": True}}, "decontaminate": foreign(against)}
+    exact = {"deduplicate": {"exact": True}}
+    rules = {"near": NEAR, "exact": exact, "balance": CLUSTERED, "decontaminate": foreign(against)}
     return {name: in_own_process(run, url, rule) for name, rule in rules.items()}
 
 

@@ -81,6 +81,7 @@ def test_a_folder_of_photos_walks_through_every_command(folder: Path, command: C
     rules = [
         {"deduplicate": {"exact": True}},
         {"deduplicate": {"teacher": "vit", "threshold": 0.99999}},
+        {"balance": {"teacher": "dinov2", "clusters": [4, 2], "keep": 1.0}},
         {"decontaminate": {"against": ["held-out"], "teacher": "dinov2", "threshold": 0.99999, "config": "my.yaml"}},
     ]
     Path("select.yaml").write_text(yaml.safe_dump({"dataset": url, "name": "clean", "rules": rules}))
